@@ -1,0 +1,218 @@
+"""Batches of normalised images, the same for any number of workers.
+
+Images are decoded once and kept as small uint8 arrays. What is random is a pure function of (seed, epoch) for
+the order and of (seed, epoch, index) for each augmentation, never of a generator that some worker has moved.
+"""
+
+import hashlib
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from finetune.data.decoding import BadImage, decode
+from finetune.data.sources import Item, read_bytes
+from finetune.errors import DataError
+from finetune.recipe.cards import View
+
+if TYPE_CHECKING:
+    from finetune.data.augmentation import Augmentation
+
+_ORDER, _VIEW = b"order", b"view"
+
+
+def center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
+    """The middle (size, size, 3) of (H, W, 3), to the pixel as torchvision's `CenterCrop`: black where too small."""
+    height, width = pixels.shape[:2]
+    if height < size or width < size:
+        tall, wide = max(size - height, 0), max(size - width, 0)
+        pixels = np.pad(pixels, ((tall // 2, (tall + 1) // 2), (wide // 2, (wide + 1) // 2), (0, 0)))
+        height, width = pixels.shape[:2]
+    top, left = round((height - size) / 2.0), round((width - size) / 2.0)
+    return pixels[top : top + size, left : left + size]
+
+
+def normalize(batch: torch.Tensor, view: View) -> torch.Tensor:
+    """(B, H, W, 3) uint8 as (B, 3, H, W) float32, `(x / 255 - mean) / std`, in channels_last memory."""
+    num, height, width, channels = batch.shape
+    mean, std = torch.tensor([view.mean, view.std], dtype=torch.float64)
+    # One row of constants, repeated over the width: broadcasting over 3 channels would not vectorise.
+    scale = (1 / (255 * std)).float().repeat(width).to(batch.device)
+    shift = (-mean / std).float().repeat(width).to(batch.device)
+    rows = batch.reshape(num * height, width * channels).float()
+    torch.addcmul(shift, rows, scale, out=rows)
+    return rows.view(num, height, width, channels).permute(0, 3, 1, 2)
+
+
+class ImageStore:
+    """Decoded images, resized but not cropped, in memory up to a bound; beyond it they are decoded each time."""
+
+    def __init__(self, items: Sequence[Item], view: View, limit_bytes: int) -> None:
+        self.items = items
+        self.view = view
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        """Bytes of pixels kept; never above `limit_bytes`."""
+        self._pixels: dict[int, np.ndarray] = {}
+
+    def get(self, index: int) -> np.ndarray:
+        """Pixels (H, W, 3) uint8 of item `index`, shorter side `view.shorter_pixels`. Shared: do not write to them.
+
+        Raises:
+            BadImage: if the file holds no readable image.
+            OSError: if the file cannot be read.
+        """
+        if (held := self._pixels.get(index)) is not None:
+            return held
+        view = self.view
+        data = read_bytes(self.items[index])
+        pixels, _ = decode(data, shorter_pixels=view.shorter_pixels, interpolation=view.interpolation)
+        self.put(index, pixels)
+        return pixels
+
+    def put(self, index: int, pixels: np.ndarray) -> None:
+        """Keep what was decoded elsewhere, if there is room; a second time changes nothing."""
+        if index not in self._pixels and self.held_bytes + pixels.nbytes <= self.limit_bytes:
+            self._pixels[index] = pixels
+            self.held_bytes += pixels.nbytes
+
+
+class Batches:
+    """One epoch of (images, labels, indices) per iteration.
+
+    Images are (B, 3, S, S) float32, normalised, channels_last; labels (B,) int64; indices (B,) int64 into the store.
+    """
+
+    def __init__(
+        self,
+        store: ImageStore,
+        indices: Sequence[int],
+        labels: Sequence[int],
+        *,
+        batch_size: int,
+        augmentation: "Augmentation | None",
+        shuffle: bool,
+        seed: int,
+        workers: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        """Prepare the batches; nothing is read yet.
+
+        Args:
+            store: where the images come from.
+            indices: items of the store, in the order to give them when not shuffled.
+            labels: as long as `indices`: the label of each.
+            batch_size: B; the last batch may be smaller.
+            augmentation: None takes the centre crop of the store's view, as evaluation does.
+            shuffle: another order each epoch.
+            seed: not negative; with the epoch it fixes the order and every augmentation.
+            workers: processes that decode and augment; 0 does so here. The batches are the same.
+            drop_last: leave out a last batch that is not full.
+
+        Raises:
+            ValueError: if lengths or sizes make no sense, or `drop_last` would leave no batch.
+        """
+        if len(indices) != len(labels):
+            raise ValueError(f"there are {len(indices)} indices but {len(labels)} labels; they must match.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if drop_last and len(indices) < batch_size:
+            raise ValueError(f"drop_last leaves no batch: {len(indices)} images, batch_size {batch_size}.")
+        if augmentation is not None and augmentation.size_pixels != store.view.size_pixels:
+            raise ValueError(f"augmentation gives {augmentation.size_pixels} px, the view {store.view.size_pixels}.")
+        self.store = store
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        self.batch_size = batch_size
+        self.augmentation = augmentation
+        self.shuffle = shuffle
+        self.seed = seed
+        self.workers = workers
+        self.drop_last = drop_last
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the augmentations of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        full, rest = divmod(len(self.indices), self.batch_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        order = self._order()
+        plan = [order[b * self.batch_size : (b + 1) * self.batch_size] for b in range(len(self))]
+        # Without workers the same code runs here, and no generator of the caller is moved in either case.
+        loader: DataLoader[torch.Tensor] = DataLoader(
+            _Views(self.store, self.indices, self.augmentation, self.seed, self.epoch),
+            batch_sampler=plan,  # type: ignore[arg-type]
+            collate_fn=_as_is,
+            num_workers=self.workers,
+            worker_init_fn=_start_worker if self.workers else None,
+            # A fork shares the store; other ways to start a process would copy it.
+            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+        for positions, pixels in zip(plan, loader, strict=True):
+            yield normalize(pixels, self.store.view), self.labels[positions], torch.from_numpy(self.indices[positions])
+
+    def _order(self) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self.indices))
+        return np.random.Generator(np.random.PCG64(_seed_of(_ORDER, self.seed, self.epoch))).permutation(
+            len(self.indices)
+        )
+
+
+class _Views(Dataset[torch.Tensor]):
+    """Whole batches of uint8 views, asked for by positions."""
+
+    def __init__(
+        self, store: ImageStore, indices: np.ndarray, augmentation: "Augmentation | None", seed: int, epoch: int
+    ) -> None:
+        self.store = store
+        self.indices = indices
+        self.augmentation = augmentation
+        self.seed = seed
+        self.epoch = epoch
+
+    def __getitems__(self, positions: Sequence[int]) -> torch.Tensor:
+        size = self.store.view.size_pixels
+        views = np.empty((len(positions), size, size, 3), dtype=np.uint8)
+        for row, position in enumerate(positions):
+            views[row] = self._view(int(self.indices[position]))
+        return torch.from_numpy(views)
+
+    def _view(self, index: int) -> np.ndarray:
+        try:
+            pixels = self.store.get(index)
+        except (BadImage, OSError) as fault:
+            name = self.store.items[index].name
+            raise DataError(f"{name} cannot be read ({fault}). Was it changed since the data were surveyed?") from fault
+        if self.augmentation is None:
+            return center_crop(pixels, self.store.view.size_pixels)
+        return self.augmentation(pixels, _seed_of(_VIEW, self.seed, self.epoch, index))
+
+
+def _seed_of(purpose: bytes, *numbers: int) -> int:
+    """32 bits that depend on all arguments; neighbours are unrelated."""
+    packed = struct.pack(f"<{len(numbers)}q", *numbers)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=4, person=purpose).digest(), "little")
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    if cv2 := sys.modules.get("cv2"):  # only augmentation needs it, and importing it is slow
+        cv2.setNumThreads(0)
+    info = get_worker_info()
+    assert info is not None and isinstance(info.dataset, _Views)
+    info.dataset.store.limit_bytes = 0  # a worker lives for one epoch and meets each image once: keeping is waste

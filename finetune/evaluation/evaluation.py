@@ -1,0 +1,115 @@
+"""Evaluation: what the final model and the probe say of val and test, with intervals, side by side."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.evaluation.prediction import load_final, predict_probabilities, temper
+from finetune.features.survey import Look
+from finetune.recipe.plan import Plan
+from finetune.recipe.runs import RunFolder, write_whole
+from finetune.scores.calibration import fit_temperature, log_probabilities
+from finetune.scores.intervals import paired_difference
+from finetune.scores.metrics import score_predictions
+
+JUDGED = ("val", "test")
+
+
+def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[str, Any]:
+    """Score the final model and the probe, and write `predictions.npz` and `scores.json`.
+
+    Args:
+        run: its stages are done.
+        look: the same images as those of the plan.
+        views: other views than the plan's.
+    """
+    plan = run.plan
+    views = views or plan.evaluate.views
+    probe = _probe_probabilities(look)
+    is_probe = probe is not None and not plan.stages and views == "center"
+    final = probe if is_probe else _final_probabilities(run, look, plan, views)
+    assert final is not None
+    labels = {role: look.labels(role) for role in (*JUDGED, "calibration")}
+    scores: dict[str, Any] = {"views": views, "classes": list(plan.classes)}
+    tempered, scores["temperature"] = _calibrate(plan, final, labels)
+    scores |= _score(tempered, labels, plan.classes)
+    arrays = _arrays(tempered, labels, look)
+    if views != "center":
+        single = _final_probabilities(run, look, plan, "center")
+        scores["center"] = _score(_calibrate(plan, single, labels)[0], labels, plan.classes)
+    if probe is not None:
+        tempered_probe, _ = _calibrate(plan, probe, labels)
+        scores["probe"] = _score(tempered_probe, labels, plan.classes)
+        if final is not probe:
+            scores["paired"] = {
+                role: _pair(tempered[role], tempered_probe[role], labels[role]) for role in JUDGED if len(labels[role])
+            }
+        arrays |= {f"probe_{role}_probabilities": rows.numpy() for role, rows in tempered_probe.items()}
+    write_whole(run.file("predictions.npz"), lambda path: _save(path, arrays))
+    run.write_json("scores.json", scores)
+    return scores
+
+
+def _probe_probabilities(look: Look) -> dict[str, torch.Tensor] | None:
+    if look.probe is None:
+        return None
+    return {role: look.probe.logits(look.stacked(role)).softmax(1).float() for role in (*JUDGED, "calibration")}
+
+
+def _final_probabilities(run: RunFolder, look: Look, plan: Plan, views: str) -> dict[str, torch.Tensor]:
+    classifier = load_final(run)
+    return {
+        role: predict_probabilities(classifier, look.store, look.indices(role), plan, views, plan.hardware.devices)
+        for role in (*JUDGED, "calibration")
+    }
+
+
+def _calibrate(
+    plan: Plan, probabilities: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Everything at the temperature that suits the calibration images best, and what it changed there."""
+    if not plan.evaluate.calibrate:
+        return dict(probabilities), None
+    fitted = fit_temperature(log_probabilities(probabilities["calibration"]), labels["calibration"])
+    tempered = {role: temper(rows, fitted.value or 1.0) for role, rows in probabilities.items()}
+    return tempered, asdict(fitted)
+
+
+def _score(
+    probabilities: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor], classes: tuple[str, ...]
+) -> dict[str, Any]:
+    return {role: score_predictions(probabilities[role], labels[role], classes) for role in JUDGED if len(labels[role])}
+
+
+def _pair(final: torch.Tensor, probe: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Final minus probe, on the same images."""
+    right, probe_right = final.argmax(1) == labels, probe.argmax(1) == labels
+    only_final, only_probe = int((right & ~probe_right).sum()), int((~right & probe_right).sum())
+    interval = paired_difference(only_final, only_probe, len(labels))
+    return {
+        "difference": interval.value,
+        "low": interval.low,
+        "high": interval.high,
+        "n": interval.n,
+        "only_final_right": only_final,
+        "only_probe_right": only_probe,
+    }
+
+
+def _arrays(
+    probabilities: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor], look: Look
+) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for role, rows in probabilities.items():
+        arrays[f"{role}_probabilities"] = rows.numpy()
+        arrays[f"{role}_labels"] = labels[role].numpy()
+        arrays[f"{role}_names"] = np.array([look.items[index].name for index in look.indices(role)], dtype=str)
+    return arrays
+
+
+def _save(path: Any, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as handle:  # a name without .npz would be given one
+        np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]

@@ -1,0 +1,145 @@
+"""Features of images by a frozen backbone: decoding in threads beside the forward pass, cached by content."""
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from finetune.data.decoding import BadImage, ImageFacts, decode
+from finetune.data.loading import ImageStore, center_crop, normalize
+from finetune.data.sources import Item, read_bytes
+from finetune.features.cache import FeatureCache
+from finetune.models.backbones import Backbone
+from finetune.recipe.cards import View
+
+BATCH = 64
+"""Images per forward pass."""
+AHEAD = 4 * BATCH
+"""Images that may be decoded but not yet looked at; bounds memory."""
+
+
+@dataclass
+class Extraction:
+    """What one pass over some images found."""
+
+    features: dict[int, torch.Tensor] = field(default_factory=dict)
+    """(D,) by item index."""
+    facts: dict[int, ImageFacts] = field(default_factory=dict)
+    bad: dict[int, str] = field(default_factory=dict)
+    """Reason by item index."""
+    hits: int = 0
+    misses: int = 0
+
+
+def digest_images(items: Sequence[Item]) -> dict[int, str | BadImage]:
+    """Digest of the bytes of every item, or the fault that reading it met; by item index."""
+
+    def digest(item: Item) -> str | BadImage:
+        try:
+            return hashlib.blake2b(read_bytes(item), digest_size=16).hexdigest()
+        except OSError as fault:
+            return BadImage(fault.strerror or str(fault))
+
+    with ThreadPoolExecutor(num_cores()) as pool:
+        return dict(enumerate(pool.map(digest, items, chunksize=64)))
+
+
+def num_cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def extract(
+    items: Sequence[Item],
+    digests: Sequence[str],
+    indices: Sequence[int],
+    view: View,
+    *,
+    backbone: Backbone | None,
+    cache: FeatureCache | None,
+    store: ImageStore | None,
+    device: str,
+    precision: str,
+    progress: Callable[[int, int], None],
+) -> Extraction:
+    """Look once at every image of `indices` that the cache does not know.
+
+    Args:
+        items: all images of the source.
+        digests: of the bytes of each item.
+        indices: which items to look at.
+        view: how an image becomes a tensor.
+        backbone: None only decodes, to find broken files.
+        cache: what is known already; None with random weights.
+        store: keeps decoded images for training, up to its bound.
+        device: `cpu` or `cuda`.
+        precision: `32`, `bf16` or `fp16`.
+        progress: called with the number of images done and in all.
+    """
+    found, todo = Extraction(), []
+    for index in indices:
+        if cache is not None and digests[index] in cache:
+            found.features[index], found.facts[index] = cache.features(digests[index]), cache.facts(digests[index])
+            found.hits += 1
+        else:
+            todo.append(index)
+    batch: list[tuple[int, np.ndarray]] = []
+    for done, (index, answer) in enumerate(_decode_ahead(items, todo, view), 1):
+        if isinstance(answer, BadImage):
+            found.bad[index] = str(answer)
+        else:
+            pixels, found.facts[index] = answer
+            found.misses += 1
+            if store is not None:
+                store.put(index, pixels)
+            batch.append((index, center_crop(pixels, view.size_pixels)))
+        if backbone is not None and (len(batch) == BATCH or (done == len(todo) and batch)):
+            rows = _forward(backbone, np.stack([crop for _, crop in batch]), view, device, precision)
+            for (position, _), row in zip(batch, rows, strict=True):
+                found.features[position] = row
+                if cache is not None:
+                    cache.put(digests[position], row, found.facts[position])
+        if len(batch) == BATCH:
+            batch = []
+            progress(done, len(todo))
+    if cache is not None:
+        cache.flush()
+    return found
+
+
+def _decode_ahead(
+    items: Sequence[Item], indices: Sequence[int], view: View
+) -> Iterator[tuple[int, tuple[np.ndarray, ImageFacts] | BadImage]]:
+    """Decoded images in order, at most AHEAD of them waiting."""
+
+    def work(index: int) -> tuple[np.ndarray, ImageFacts] | BadImage:
+        try:
+            return decode(
+                read_bytes(items[index]), shorter_pixels=view.shorter_pixels, interpolation=view.interpolation
+            )
+        except BadImage as fault:
+            return fault
+
+    with ThreadPoolExecutor(num_cores()) as pool:
+        waiting: deque[tuple[int, Future[tuple[np.ndarray, ImageFacts] | BadImage]]] = deque()
+        for index in indices:
+            waiting.append((index, pool.submit(work, index)))
+            if len(waiting) > AHEAD:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+
+
+@torch.inference_mode()
+def _forward(backbone: Backbone, crops: np.ndarray, view: View, device: str, precision: str) -> torch.Tensor:
+    """(B, D) in float32 on the CPU, from crops (B, H, W, 3) in uint8."""
+    images = normalize(torch.from_numpy(crops).to(device), view)
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    with torch.autocast(device, dtype=kinds.get(precision, torch.bfloat16), enabled=precision in kinds):
+        return backbone(images).float().cpu()

@@ -1,0 +1,305 @@
+"""The survey: look at the images with the backbone frozen, and write down what was found.
+
+Nothing is decided here. `look` keeps the features and decoded images that later steps use; `survey`
+gives the Facts alone.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from finetune.data.decoding import BadImage
+from finetune.data.loading import ImageStore
+from finetune.data.sources import Item, Source, open_source
+from finetune.data.splits import Split, cut_split
+from finetune.errors import DataError, RecipeError
+from finetune.features.cache import FeatureCache
+from finetune.features.extraction import Extraction, digest_images, extract, num_cores
+from finetune.features.probing import Probe, knn_predict, sweep_probe
+from finetune.models.backbones import Backbone, load_backbone
+from finetune.recipe.advice import measure_similarity
+from finetune.recipe.cards import Card, View
+from finetune.recipe.facts import (
+    BackboneFacts,
+    BadFile,
+    Facts,
+    MachineFacts,
+    NeighbourFacts,
+    PerClass,
+    ProbeFacts,
+    Proportion,
+)
+from finetune.recipe.schema import Recipe
+from finetune.recipe.shelf import default_backbone, read_zoo
+from finetune.scores.intervals import wilson
+
+NEIGHBOURS = 10
+"""k of the nearest-neighbour classifier; fewer where training images are fewer."""
+_OVERRIDES = ("image_size", "crop_pct", "interpolation", "mean", "std")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """Facts, and what was made on the way to them."""
+
+    facts: Facts
+    items: tuple[Item, ...]
+    roles: tuple[str, ...]
+    """Of each item: train, val, calibration, test, unused or bad."""
+    features: dict[int, torch.Tensor]
+    """(D,) by item index; empty with random weights."""
+    backbone: Backbone
+    store: ImageStore
+    probe: Probe | None
+
+    def indices(self, role: str) -> list[int]:
+        """Items that play `role`, in the source's order."""
+        return [index for index, own in enumerate(self.roles) if own == role]
+
+    def labels(self, role: str) -> torch.Tensor:
+        """(N,) of the items that play `role`."""
+        return torch.tensor([self.items[index].label for index in self.indices(role)], dtype=torch.long)
+
+    def stacked(self, role: str) -> torch.Tensor:
+        """Features (N, D) of the items that play `role`."""
+        rows = [self.features[index] for index in self.indices(role)]
+        return torch.stack(rows) if rows else torch.empty(0, self.backbone.num_features)
+
+
+def survey(recipe: Recipe) -> Facts:
+    """What there is to know about the recipe's images and backbone before anything is decided."""
+    return look(recipe).facts
+
+
+def look(recipe: Recipe, progress: Progress = lambda what, done, total: None) -> Look:
+    """Open the images, divide them, extract features, and measure.
+
+    Raises:
+        DataError: if there is nothing to learn from, or a file is broken and `data.on_bad_image` is fail.
+        BackboneError: if the backbone cannot be had.
+        RecipeError: if no data is named.
+    """
+    if recipe.data.root is None:
+        raise RecipeError("no images are named. Give a folder: `finetune train FOLDER`, or set data.root.")
+    began = time.perf_counter()
+    source = open_source(Path(recipe.data.root).expanduser())
+    torch.manual_seed(recipe.seed)  # random weights, where asked for, follow the seed
+    backbone = load_backbone(recipe.backbone or default_backbone(), zoo=read_zoo(), pretrained=recipe.pretrained).eval()
+    backbone = backbone.to(memory_format=torch.channels_last)
+    view, overridden = choose_view(recipe, backbone.card)
+    machine = measure_machine(recipe.hardware.devices)
+    store = ImageStore(source.items, view, int(recipe.hardware.image_cache_gb * 1e9))
+    precision = recipe.hardware.precision if recipe.hardware.precision != "auto" else _fast_precision(machine)
+    digests = digest_images(source.items)
+    backbone.to(machine.device)
+
+    def extract_some(indices: list[int]) -> Extraction:
+        return extract(
+            source.items,
+            known,
+            indices,
+            view,
+            backbone=backbone if recipe.pretrained else None,
+            cache=FeatureCache(backbone.weights_digest, view.digest, precision) if recipe.pretrained else None,
+            store=None if recipe.train.strategy == "probe" else store,
+            device=machine.device,
+            precision=precision,
+            progress=lambda done, total: progress("images", done, total),
+        )
+
+    bad = {index: str(answer) for index, answer in digests.items() if isinstance(answer, BadImage)}
+    known = [answer if isinstance(answer, str) else "" for answer in digests.values()]
+    roles, split, found = _divide(recipe, source, known, bad, extract_some)
+    backbone.to("cpu")
+    seconds = {"images": round(time.perf_counter() - began, 3)}
+    began, probed = time.perf_counter(), _Probed()
+    labels = torch.tensor([item.label for item in source.items])
+    if recipe.pretrained:
+        probed = _probe(roles, labels, found, len(source.classes))
+        seconds["probe"] = round(time.perf_counter() - began, 3)
+    facts = Facts(
+        root=str(source.root),
+        kind=source.kind,
+        classes=source.classes,
+        bad_images=tuple(BadFile(name=source.items[index].name, reason=why) for index, why in sorted(bad.items())),
+        num_images=len(source.items) - len(bad),
+        warnings=(*source.warnings, *split.warnings),
+        backbone=_backbone_facts(backbone),
+        view=view,
+        crop_pct=recipe.data.crop_pct or backbone.card.crop_pct,
+        overridden=overridden,
+        machine=machine,
+        seconds=seconds,
+        **_split_facts(split, labels[[index for index, role in enumerate(roles) if role == "val"]]),
+        **_image_facts(found),
+        **probed.facts(1 / len(source.classes)),
+    )
+    return Look(
+        facts=facts,
+        items=source.items,
+        roles=roles,
+        features=found.features,
+        backbone=backbone,
+        store=store,
+        probe=probed.probe,
+    )
+
+
+def choose_view(recipe: Recipe, card: Card) -> tuple[View, tuple[str, ...]]:
+    """The view of the weights with the recipe's overrides, and the names of those that differ."""
+    wish = recipe.data
+    size = wish.image_size or card.input_size[1]
+    crop_pct = wish.crop_pct or card.crop_pct
+    view = View(
+        size_pixels=size,
+        shorter_pixels=max(size, int(size / crop_pct)),
+        interpolation=wish.interpolation or card.interpolation,
+        mean=wish.mean or card.mean,
+        std=wish.std or card.std,
+    )
+    own = {**{key: getattr(card, key) for key in _OVERRIDES if key != "image_size"}, "image_size": card.input_size[1]}
+    differ = [key for key in _OVERRIDES if getattr(wish, key) is not None and getattr(wish, key) != own[key]]
+    return view, tuple(differ)
+
+
+def measure_machine(wish: str) -> MachineFacts:
+    """What torch can use here."""
+    has_gpu = torch.cuda.is_available() and wish != "cpu"
+    return MachineFacts(
+        device="cuda" if has_gpu else "cpu",
+        cores=num_cores(),
+        has_bf16=has_gpu and torch.cuda.is_bf16_supported(),
+        has_fp16=has_gpu,
+    )
+
+
+def _fast_precision(machine: MachineFacts) -> str:
+    return "bf16" if machine.has_bf16 else "fp16" if machine.has_fp16 else "32"
+
+
+def _divide(
+    recipe: Recipe,
+    source: Source,
+    digests: list[str],
+    bad: dict[int, str],
+    extract_some: Callable[[list[int]], Extraction],
+) -> tuple[tuple[str, ...], Split, Extraction]:
+    """Cut the split and look at the images in it, again without any that turn out broken (added to `bad`)."""
+    spec, given = recipe.data.split, [item.role for item in source.items]
+    limit = None if recipe.data.max_train_per_class == "all" else recipe.data.max_train_per_class
+    found = Extraction()
+    while True:
+        if bad and recipe.data.on_bad_image == "fail":
+            named = "; ".join(f"{source.items[index].name} ({why})" for index, why in sorted(bad.items())[:5])
+            raise DataError(f"{len(bad)} images cannot be read: {named}. Mend them, or set data.on_bad_image to skip.")
+        kept = [index for index in range(len(source.items)) if index not in bad]
+        if not kept:
+            raise DataError(f"none of the {len(bad)} images in {source.root} can be read, {next(iter(bad.values()))}.")
+        split = cut_split(
+            [source.items[index].label for index in kept],
+            [digests[index] for index in kept],
+            [given[index] for index in kept],
+            source.classes,
+            val=spec.val,
+            calibration=spec.calibration,
+            test=spec.test,
+            seed=recipe.seed,
+            max_train_per_class=limit,
+        )
+        roles = ["bad"] * len(source.items)
+        for index, role in zip(kept, split.roles, strict=True):
+            roles[index] = role
+        todo = [i for i in kept if roles[i] != "unused" and i not in found.facts]
+        more = extract_some(todo)
+        found.features.update(more.features)
+        found.facts.update(more.facts)
+        found.hits, found.misses = found.hits + more.hits, found.misses + more.misses
+        if not more.bad:
+            return tuple(roles), split, found
+        bad.update(more.bad)
+
+
+def _split_facts(split: Split, val_labels: torch.Tensor) -> dict[str, Any]:
+    per_class = [count for count in split.counts["train"] if count]
+    commonest = float(torch.bincount(val_labels).max()) / len(val_labels) if len(val_labels) else 0.0
+    return {
+        "counts": split.counts,
+        "leaks": split.leaks,
+        "split_digest": split.digest,
+        "images_per_class": PerClass(min=min(per_class), median=median(per_class), max=max(per_class)),
+        "majority": commonest,
+    }
+
+
+def _image_facts(found: Extraction) -> dict[str, Any]:
+    seen = list(found.facts.values())
+    return {
+        "image_kinds": dict(sorted(Counter(one.kind for one in seen).items())),
+        "rotated": sum(one.is_rotated for one in seen),
+        "median_width": median(one.width for one in seen),
+        "median_height": median(one.height for one in seen),
+        "features": {"hits": found.hits, "misses": found.misses},
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probed:
+    """The probe and the neighbours, or neither with random weights."""
+
+    probe: Probe | None = None
+    probe_facts: ProbeFacts | None = None
+    knn: NeighbourFacts | None = None
+
+    def facts(self, chance: float) -> dict[str, Any]:
+        known = self.probe_facts and self.knn
+        similarity = measure_similarity(self.probe_facts.val, self.knn.val, chance) if known else None  # type: ignore[union-attr]
+        return {"chance": chance, "probe": self.probe_facts, "knn": self.knn, "similarity": similarity}
+
+
+def _probe(roles: tuple[str, ...], labels: torch.Tensor, found: Extraction, num_classes: int) -> _Probed:
+    parts = {}
+    for role in ("train", "val"):
+        rows = [index for index, own in enumerate(roles) if own == role]
+        if not rows:
+            raise DataError(f"no images play the role {role}; raise data.split.{role} or add images.")
+        parts[role] = torch.stack([found.features[index] for index in rows]), labels[rows]
+    probe, sweep = sweep_probe(*parts["train"], *parts["val"], num_classes=num_classes)
+    k = min(NEIGHBOURS, len(parts["train"][1]))
+    votes = knn_predict(*parts["train"], parts["val"][0], num_classes=num_classes, k=k)
+    penalties = [row["l2"] for row in sweep]
+    facts = ProbeFacts(
+        train=_proportion(probe.logits(parts["train"][0]).argmax(1), parts["train"][1]),
+        val=_proportion(probe.logits(parts["val"][0]).argmax(1), parts["val"][1]),
+        log_loss=float(F.cross_entropy(probe.logits(parts["val"][0]).double(), parts["val"][1])),
+        l2=probe.l2,
+        l2_at_edge=probe.l2 in (min(penalties), max(penalties)),
+    )
+    return _Probed(probe=probe, probe_facts=facts, knn=NeighbourFacts(val=_proportion(votes, parts["val"][1]), k=k))
+
+
+def _proportion(predicted: torch.Tensor, labels: torch.Tensor) -> Proportion:
+    share = wilson(int((predicted == labels).sum()), len(labels))
+    return Proportion(value=share.value, low=share.low, high=share.high, n=share.n)
+
+
+def _backbone_facts(backbone: Backbone) -> BackboneFacts:
+    card = backbone.card
+    return BackboneFacts(
+        name=card.name,
+        params_m=round(sum(p.numel() for p in backbone.parameters()) / 1e6, 3),
+        num_features=backbone.num_features,
+        stages=backbone.stages,
+        pretrained_on=card.pretrained_on,
+        input_size=card.input_size[1],
+        licence=card.licence,
+        weights_digest=backbone.weights_digest,
+        has_batch_norm=any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in backbone.modules()),
+    )

@@ -1,0 +1,315 @@
+"""The straight way: recipe and images to Facts, Facts to Plan, Plan to weights, weights to Scores, all to a report.
+
+    recipe.yaml --load_recipe--> Recipe --+
+                                          +--make_plan--> Plan --fit--> weights --evaluate--> Scores --> report
+    images, zoo ------look-----> Facts ---+
+
+Each arrow leaves its result in the run folder, and is skipped where the result is there already; so
+`resume` is the same walk again. Nothing right of the plan reads the recipe.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from finetune.data.augmentation import Augmentation
+from finetune.data.loading import Batches
+from finetune.data.sources import read_bytes
+from finetune.errors import RunError
+from finetune.evaluation.evaluation import evaluate_run
+from finetune.features.survey import Look, look
+from finetune.machine import describe_environment, tune_process
+from finetune.models.classifier import Classifier
+from finetune.models.heads import make_head
+from finetune.recipe.facts import Facts
+from finetune.recipe.plan import Plan
+from finetune.recipe.planning import make_plan
+from finetune.recipe.reading import load_recipe
+from finetune.recipe.runs import RunFolder, runs_folder, write_whole
+from finetune.recipe.schema import Recipe
+from finetune.recipe.shelf import default_backbone
+from finetune.reporting.report import write_report
+from finetune.reporting.terminal import facts_text, plan_text, scores_text
+from finetune.training.fitting import fit
+from finetune.training.tracking import Tracker, Unsent, default_uri, send_remaining
+from finetune.training.watching import Curves
+
+Say = Callable[[str], None]
+
+
+def say_on_stderr(text: str) -> None:
+    """Print a line for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def plan(recipe: Recipe, say: Say = say_on_stderr) -> tuple[Facts, Plan]:
+    """What is measured and what would be done, without doing it."""
+    tune_process()
+    facts = look(recipe, _progress(say)).facts
+    return facts, make_plan(recipe, facts)
+
+
+def train(recipe: Recipe, *, runs: Path | None = None, say: Say = say_on_stderr) -> RunFolder:
+    """A new run of `recipe`, from images to a report; its folder.
+
+    Args:
+        recipe: what to do; what it leaves open is decided from what is measured.
+        runs: where the run folder is made; None: FINETUNE_RUNS, or `runs` here.
+        say: gets every line for people; `log.txt` gets them too.
+    """
+    backbone = (recipe.backbone or default_backbone()).replace("/", "_")
+    name = recipe.name or Path(recipe.data.root or "data").resolve().name
+    run = RunFolder.create(runs or runs_folder(), name=name, backbone=backbone)
+    run.write_text("recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    return _walk(run, recipe, say)
+
+
+def resume(path: str | Path, *, say: Say = say_on_stderr) -> RunFolder:
+    """Go on with a run that was stopped, wherever it was; the result is that of an undisturbed run.
+
+    Raises:
+        RunError: if `path` is no run, another process works on it, or images or weights have changed.
+    """
+    run = RunFolder(Path(path))
+    if not run.file("recipe.yaml").exists():
+        raise RunError(f"{path} holds no recipe.yaml, so it is no run. `finetune train` makes one.")
+    return _walk(run, load_recipe(run.file("recipe.yaml")), say)
+
+
+def evaluate(path: str | Path, *, views: str | None = None, say: Say = say_on_stderr) -> dict[str, Any]:
+    """Judge a finished run again, perhaps in other views; the scores, which the run folder then holds."""
+    tune_process()
+    run = RunFolder.open(path)
+    with run.lock():
+        seen = look(load_recipe(run.file("recipe.yaml")), _progress(say))
+        _refuse_changes(run.plan, seen.facts)
+        if not run.final_weights().exists():
+            raise RunError(f"{path} is not trained to its end. `finetune resume {path}` goes on.")
+        scores = evaluate_run(run, seen, views)
+        write_report(run.path, read_image=_image_reader(seen))
+    return scores
+
+
+def report(path: str | Path, *, say: Say = say_on_stderr) -> Path:
+    """Write a run's page again, and send to MLflow what could not be sent before; the page."""
+    run = RunFolder.open(path)
+    run.read_json("scores.json")
+    with run.lock():
+        page = write_report(run.path, read_image=_image_reader(look(load_recipe(run.file("recipe.yaml")))))
+        _tell_unsent(send_remaining(run.path, say), run, say)
+    return page
+
+
+def summarize(run: RunFolder) -> dict[str, Any]:
+    """The run as one JSON object: folder, plan, scores, seconds."""
+    seconds = run.read_json("environment.json")["seconds"]
+    return {
+        "run": str(run.path),
+        "plan": run.plan.model_dump(mode="json"),
+        "scores": run.read_json("scores.json"),
+        "seconds": seconds,
+        "report": str(run.file("report.html")),
+    }
+
+
+def _walk(run: RunFolder, recipe: Recipe, say: Say) -> RunFolder:
+    tune_process()
+    with run.lock():
+        voice = _logged(run, say)
+        voice(f"run folder: {run.path}")
+        try:
+            _steps(run, recipe, voice)
+        except KeyboardInterrupt:
+            voice(f"stopped. `finetune resume {run.path}` goes on from here.")
+            raise
+    return run
+
+
+def _steps(run: RunFolder, recipe: Recipe, say: Say) -> None:
+    clock = _Clock(run)
+    seen = look(recipe, _progress(say))
+    clock.lap("survey")
+    if run.file("plan.yaml").exists():
+        _refuse_changes(run.plan, seen.facts)
+    else:
+        _decide(run, recipe, seen, say)
+    plan = run.plan
+    tracker = _start_tracker(run, plan, say)
+    try:
+        classifier = _train_stages(run, plan, seen, tracker, say)
+        clock.lap("training")
+        if not run.file("scores.json").exists():
+            evaluate_run(run, seen)
+        del classifier
+        clock.lap("evaluation")
+        say(scores_text(run.read_json("scores.json")))
+        clock.write()
+        page = write_report(run.path, read_image=_image_reader(seen))
+        say(f"report: {page}")
+    except BaseException as fault:
+        if tracker is not None:
+            tracker.close("KILLED" if isinstance(fault, KeyboardInterrupt) else "FAILED", 2.0)
+        raise
+    if tracker is not None:
+        _tell_unsent(tracker.close("FINISHED"), run, say)
+
+
+def _decide(run: RunFolder, recipe: Recipe, seen: Look, say: Say) -> None:
+    """Write what was measured and what was decided; the plan last, for it marks a run that can go on."""
+    decided = make_plan(recipe, seen.facts)
+    run.write_json("facts.json", seen.facts.model_dump(mode="json"))
+    run.write_json("environment.json", describe_environment(decided.hardware.devices, decided.hardware.precision))
+    probe = seen.probe
+    tensors = {"weight": probe.weight.float(), "bias": probe.bias.float()} if probe else {}
+    write_whole(run.file("probe.safetensors"), lambda path: save_file(tensors, path))
+    run.write_text("plan.yaml", decided.to_yaml())
+    say(facts_text(seen.facts))
+    say(plan_text(decided))
+
+
+def _refuse_changes(plan: Plan, facts: Facts) -> None:
+    for what, then, now in (
+        ("images", plan.split_digest, facts.split_digest),
+        ("backbone's weights", plan.weights_digest, facts.backbone.weights_digest),
+    ):
+        if then != now:
+            raise RunError(
+                f"the {what} have changed since the plan was made ({then[:12]}, now {now[:12]}). "
+                f"Put them back, or start a new run: its split would not be the same."
+            )
+
+
+def _train_stages(run: RunFolder, plan: Plan, seen: Look, tracker: Tracker | None, say: Say) -> Classifier | None:
+    curves = Curves(run.file("curves.csv"))
+    if not plan.stages:
+        return None
+    torch.manual_seed(plan.seed)
+    tensors = load_file(run.file("probe.safetensors"))
+    head = make_head(
+        seen.backbone.num_features,
+        len(plan.classes),
+        init=plan.head.init or "zero",
+        dropout=plan.head.dropout,
+        weight=tensors.get("weight"),
+        bias=tensors.get("bias"),
+    )
+    classifier = Classifier(seen.backbone, head).to(memory_format=torch.channels_last)
+    train, val = _batches(plan, seen)
+    for index in range(len(plan.stages)):
+        notify = tracker.notify if tracker is not None else (lambda: None)
+        fit(plan, index, classifier, train, val, run.stage_folder(index), curves, say=say, notify=notify)
+    return classifier
+
+
+def _batches(plan: Plan, seen: Look) -> tuple[Batches, Batches]:
+    """Training batches, shuffled and varied; val batches, as they are."""
+    view, data = plan.view, plan.data
+    vary = None
+    if plan.augment.preset != "none":
+        vary = Augmentation(
+            str(plan.augment.preset),
+            size_pixels=view.size_pixels,
+            interpolation=view.interpolation,
+            invariances=data.invariances or (),
+        )
+    workers = plan.hardware.workers or 0
+    rows, val_rows = seen.indices("train"), seen.indices("val")
+    size = plan.train.batch_size
+    train = Batches(
+        seen.store,
+        rows,
+        seen.labels("train").tolist(),
+        batch_size=min(size, len(rows)),
+        augmentation=vary,
+        shuffle=True,
+        seed=plan.seed,
+        workers=workers,
+        drop_last=len(rows) > size,
+    )
+    val = Batches(
+        seen.store,
+        val_rows,
+        seen.labels("val").tolist(),
+        batch_size=64,
+        augmentation=None,
+        shuffle=False,
+        seed=plan.seed,
+        workers=workers,
+    )
+    return train, val
+
+
+def _start_tracker(run: RunFolder, plan: Plan, say: Say) -> Tracker | None:
+    if not plan.tracking.enabled:
+        return None
+    uri = plan.tracking.uri or ""
+    tracker = Tracker(
+        run.path,
+        uri=default_uri(run.path.parent) if uri == "beside the runs" else uri,
+        experiment=plan.tracking.experiment or plan.name,
+        run_name=run.path.name,
+        tags={"backbone": plan.backbone, "strategy": str(plan.train.strategy), "run_folder": str(run.path.resolve())},
+        warn=say,
+    )
+    tracker.start()
+    tracker.notify()
+    return tracker
+
+
+def _tell_unsent(unsent: Unsent, run: RunFolder, say: Say) -> None:
+    if unsent:
+        say(
+            f"MLflow did not get everything ({unsent.reason}); all of it is in the run folder. "
+            f"`finetune report {run.path}` sends the rest."
+        )
+
+
+def _image_reader(seen: Look) -> Callable[[str], bytes]:
+    by_name = {item.name: item for item in seen.items}
+    return lambda name: read_bytes(by_name[name])
+
+
+def _logged(run: RunFolder, say: Say) -> Say:
+    def voice(text: str) -> None:
+        say(text)
+        with run.file("log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%H:%M:%S')}  {text}\n")
+
+    return voice
+
+
+def _progress(say: Say) -> Callable[[str, int, int], None]:
+    """A line every few seconds."""
+    last = [time.perf_counter()]
+
+    def progress(what: str, done: int, total: int) -> None:
+        if time.perf_counter() - last[0] > 5:
+            last[0] = time.perf_counter()
+            say(f"{what}: {done:,} of {total:,}")
+
+    return progress
+
+
+class _Clock:
+    """Seconds by part of the walk, added up over resumptions."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run, self._last, self._laps = run, time.perf_counter(), dict[str, float]()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[name], self._last = round(now - self._last, 2), now
+
+    def write(self) -> None:
+        known = json.loads(self._run.file("environment.json").read_text(encoding="utf-8"))
+        before = known.get("seconds", {})
+        known["seconds"] = {name: round(before.get(name, 0.0) + value, 2) for name, value in self._laps.items()}
+        known["seconds"]["total"] = round(sum(known["seconds"].values()), 2)
+        self._run.write_json("environment.json", known)

@@ -1,0 +1,109 @@
+"""Plan: every decision with nothing left open, and the reason for each. A file that can be run again."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ValidationError, model_validator
+
+from finetune.errors import RunError
+from finetune.recipe.cards import View
+from finetune.recipe.schema import (
+    AugmentSpec,
+    DataSpec,
+    EvaluateSpec,
+    HardwareSpec,
+    HeadSpec,
+    Section,
+    TrackingSpec,
+    TrainSpec,
+)
+
+
+class Stage(Section):
+    """One `Trainer.fit`: what moves, how fast, how long."""
+
+    name: Literal["partial", "full"]
+    trainable_stages: int
+    """Top stages of the backbone that move; the head always does."""
+    epochs: int
+    lr_head: float
+    """Peak rate of the head."""
+    lr_backbone: float
+    """Peak rate of the backbone's trained stages."""
+    batch_norm: Literal["frozen", "train"]
+
+
+class Reason(Section):
+    """Why a key holds its value."""
+
+    key: str
+    value: str
+    why: str
+
+
+class Plan(Section):
+    """Everything that will be done. Holds no null and no `auto`."""
+
+    name: str
+    backbone: str
+    pretrained: bool
+    data: DataSpec
+    augment: AugmentSpec
+    head: HeadSpec
+    train: TrainSpec
+    evaluate: EvaluateSpec
+    hardware: HardwareSpec
+    tracking: TrackingSpec
+    seed: int
+    classes: tuple[str, ...]
+    split_digest: str
+    weights_digest: str
+    stages: tuple[Stage, ...]
+    reasons: tuple[Reason, ...]
+
+    @model_validator(mode="after")
+    def _is_decided(self) -> "Plan":
+        if holes := _open_keys(self):
+            raise ValueError(f"a plan leaves nothing open, but {', '.join(holes)} is")
+        return self
+
+    @property
+    def view(self) -> View:
+        """The evaluation view of every image."""
+        data = self.data
+        assert data.image_size and data.crop_pct and data.interpolation and data.mean and data.std
+        return View(
+            size_pixels=data.image_size,
+            shorter_pixels=max(data.image_size, int(data.image_size / data.crop_pct)),
+            interpolation=data.interpolation,
+            mean=data.mean,
+            std=data.std,
+        )
+
+    def to_yaml(self) -> str:
+        """The plan as a file, keys in the recipe's order."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in the file `path`.
+
+    Raises:
+        RunError: if it is missing or is no plan.
+    """
+    if not path.exists():
+        raise RunError(f"{path} is not there, so this is no run folder. `finetune train` makes one.")
+    try:
+        return Plan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValidationError, yaml.YAMLError) as fault:
+        raise RunError(f"{path} is not a plan of this version: {fault}") from fault
+
+
+def _open_keys(value: Any, prefix: str = "") -> list[str]:
+    """Dotted names of everything that is still null or `auto`."""
+    if isinstance(value, BaseModel):
+        return [
+            hole for name in type(value).model_fields for hole in _open_keys(getattr(value, name), f"{prefix}.{name}")
+        ]
+    return [prefix.lstrip(".")] if value is None or value == "auto" else []

@@ -1,0 +1,271 @@
+"""Planning: wishes and facts become a plan, each decision with its reason. Pure: no file, no clock."""
+
+import math
+from typing import Any
+
+from finetune.errors import RecipeError
+from finetune.recipe.advice import Advice, advise
+from finetune.recipe.facts import Facts
+from finetune.recipe.plan import Plan, Reason, Stage
+from finetune.recipe.schema import Recipe
+
+IMAGES_BUDGET = 30_000
+"""Images that a default run trains on in all, epochs times images, where it runs on a CPU."""
+GPU_IMAGES_BUDGET = 300_000
+"""The same on a GPU."""
+EPOCHS_RANGE = (3, 20)
+"""Fewest and most epochs that the planner chooses."""
+LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
+"""Peak rate of the head by optimizer, at 64 images per step."""
+BACKBONE_RATIO = {True: 0.1, False: 0.3}
+"""Rate of pretrained weights over that of the head, for similar and for different data."""
+WEIGHT_DECAY = 0.01
+LEAST_CALIBRATION = 100
+"""With fewer images a single confident mistake decides the temperature."""
+SMALL_BATCH = 16
+"""Batch statistics of fewer images are too noisy to train on."""
+PRESETS = {"small": "medium", "large": "light"}
+"""Augmentation by size: little data needs more variation."""
+
+
+def make_plan(recipe: Recipe, facts: Facts) -> Plan:
+    """The plan for `recipe` on data and backbone as measured in `facts`.
+
+    Raises:
+        RecipeError: if wishes contradict each other or the facts.
+    """
+    reasons: list[Reason] = []
+    advice = advise(facts)
+
+    def decide(key: str, wish: Any, choice: Any, why: str) -> Any:
+        value = choice if wish is None or wish == "auto" else wish
+        why = why if wish is None or wish == "auto" else "the recipe says so"
+        reasons.append(Reason(key=key, value=_words(value), why=why))
+        return value
+
+    _refuse_contradictions(recipe, facts)
+    strategy = decide("train.strategy", recipe.train.strategy, advice.strategy, f"{advice.why} [{advice.cell}]")
+    name = recipe.name or facts.root.rstrip("/").rsplit("/", 1)[-1] or "data"
+    data = _decide_data(recipe, facts, advice, decide)
+    hardware = _decide_hardware(recipe, facts, decide)
+    train = _decide_train(recipe, facts, advice, strategy, hardware["devices"], decide)
+    preset = decide(
+        "augment.preset",
+        recipe.augment.preset,
+        "none" if strategy == "probe" else PRESETS["small" if advice.is_small else "large"],
+        "a probe looks at plain images"
+        if strategy == "probe"
+        else ("little data asks for more variation" if advice.is_small else "enough data asks for mild variation"),
+    )
+    init = decide(
+        "head.init",
+        recipe.head.init,
+        "probe" if facts.probe else "zero",
+        "fine-tuning from the probe keeps good features from being torn by a random head"
+        if facts.probe
+        else "without a probe: zero weights, so the first loss is exactly log K",
+    )
+    plan = Plan.model_validate(
+        {
+            **recipe.model_dump(),
+            "name": name,
+            "backbone": facts.backbone.name,
+            "data": data,
+            "augment": {"preset": preset},
+            "head": {**recipe.head.model_dump(), "init": init},
+            "train": train,
+            "evaluate": _decide_evaluate(recipe, facts, data["invariances"], decide),
+            "hardware": hardware,
+            "tracking": {
+                "enabled": recipe.tracking.enabled,
+                "uri": recipe.tracking.uri or "beside the runs",
+                "experiment": recipe.tracking.experiment or name,
+            },
+            "classes": facts.classes,
+            "split_digest": facts.split_digest,
+            "weights_digest": facts.backbone.weights_digest,
+            "stages": _stages(strategy, train, facts),
+            "reasons": reasons,
+        }
+    )
+    return plan
+
+
+def _refuse_contradictions(recipe: Recipe, facts: Facts) -> None:
+    faults = []
+    stages = len(facts.backbone.stages)
+    if recipe.train.depth is not None and recipe.train.depth > stages:
+        faults.append(f"train.depth is {recipe.train.depth}, but {facts.backbone.name} has {stages} stages.")
+    if recipe.train.depth is not None and recipe.train.strategy in ("probe", "full"):
+        faults.append(
+            f"train.depth belongs to strategy partial, not to {recipe.train.strategy}; remove one of the two."
+        )
+    if not recipe.pretrained and recipe.train.strategy in ("probe", "partial"):
+        faults.append(
+            f"pretrained is false, so strategy {recipe.train.strategy} would freeze random weights; use full."
+        )
+    if not recipe.pretrained and recipe.head.init == "probe":
+        faults.append("pretrained is false, so there is no probe to begin from; set head.init to zero.")
+    if faults:
+        raise RecipeError("\n".join(faults))
+
+
+def _decide_data(recipe: Recipe, facts: Facts, advice: Advice, decide: Any) -> dict[str, Any]:
+    wish, view = recipe.data, facts.view
+    own = f"as {facts.backbone.name} was pretrained"
+    size = decide("data.image_size", wish.image_size, view.size_pixels, f"{own} ({facts.backbone.input_size} px)")
+    for key in facts.overridden:
+        if key != "image_size":
+            decide(f"data.{key}", getattr(view, key, getattr(wish, key, None)), None, "")
+    flips = advice.is_similar or facts.similarity is None
+    invariances = decide(
+        "data.invariances",
+        wish.invariances,
+        ("hflip",) if flips else (),
+        "photographs much like the source: a mirror image keeps its class"
+        if flips
+        else "images unlike the source: whether a mirror image keeps its class is not known, so none is shown",
+    )
+    return {
+        **wish.model_dump(),
+        "root": facts.root,
+        "image_size": size,
+        "crop_pct": facts.crop_pct,
+        "interpolation": view.interpolation,
+        "mean": view.mean,
+        "std": view.std,
+        "invariances": invariances,
+    }
+
+
+def _decide_hardware(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
+    wish, machine = recipe.hardware, facts.machine
+    if wish.devices == "cuda" and machine.device != "cuda":
+        raise RecipeError("hardware.devices is cuda, but torch sees no GPU here; use auto or cpu.")
+    device = decide("hardware.devices", wish.devices, machine.device, f"torch sees {machine.device}")
+    on_gpu = device == "cuda"
+    best = "bf16" if machine.has_bf16 else "fp16" if machine.has_fp16 else "32"
+    precision = decide(
+        "hardware.precision",
+        wish.precision,
+        best if on_gpu else "32",
+        f"the fastest this GPU trains well in is {best}" if on_gpu else "a CPU repeats 32-bit training to the last bit",
+    )
+    if precision == "fp16" and not on_gpu:
+        raise RecipeError("hardware.precision is fp16, which needs a GPU; use 32 or bf16 on a CPU.")
+    workers = decide(
+        "hardware.workers",
+        wish.workers,
+        min(8, max(1, machine.cores - 1)) if on_gpu else 0,
+        "loader processes feed the GPU" if on_gpu else "decoded images are kept, so a loader would only take cores",
+    )
+    return {**wish.model_dump(), "devices": device, "precision": precision, "workers": workers}
+
+
+def _decide_train(
+    recipe: Recipe, facts: Facts, advice: Advice, strategy: str, device: str, decide: Any
+) -> dict[str, Any]:
+    wish, num_train = recipe.train, sum(facts.counts["train"])
+    stages = len(facts.backbone.stages)
+    depth = max(1, math.ceil(stages / 3)) if strategy == "partial" else stages
+    chosen = {"strategy": strategy, "depth": wish.depth or depth}
+    defaults = {"epochs": 1, "schedule": "cosine", "patience": 1, "batch_norm": "frozen"}
+    rule = wish.optimizer.name or "adamw"
+    ratio = BACKBONE_RATIO[advice.is_similar] if recipe.pretrained else 1.0
+    optimizer = {**wish.optimizer.model_dump(), "name": rule}
+    optimizer["lr"] = wish.optimizer.lr or LEARNING_RATES[rule] * wish.batch_size / 64
+    optimizer["backbone_lr_ratio"] = wish.optimizer.backbone_lr_ratio or ratio
+    optimizer["weight_decay"] = WEIGHT_DECAY if wish.optimizer.weight_decay is None else wish.optimizer.weight_decay
+    if strategy == "probe":
+        given = {key: getattr(wish, key) or value for key, value in defaults.items()}
+        return {**wish.model_dump(), **chosen, **given, "optimizer": optimizer}
+    if strategy == "partial":
+        decide(
+            "train.depth", wish.depth, depth, f"the top third of {stages} stages; the rest stays as it was pretrained"
+        )
+    decide("train.optimizer.name", wish.optimizer.name, rule, "robust to the rate on small data")
+    decide("train.optimizer.lr", wish.optimizer.lr, optimizer["lr"], f"for {rule} at {wish.batch_size} images per step")
+    decide(
+        "train.optimizer.backbone_lr_ratio",
+        wish.optimizer.backbone_lr_ratio,
+        ratio,
+        "random weights have nothing to keep"
+        if not recipe.pretrained
+        else f"pretrained weights move {'gently: they fit already' if advice.is_similar else 'further: they fit less'}",
+    )
+    budget = GPU_IMAGES_BUDGET if device == "cuda" else IMAGES_BUDGET
+    least, most = EPOCHS_RANGE
+    epochs = min(most, max(least, round(budget / num_train)))
+    epochs = decide(
+        "train.epochs",
+        wish.epochs,
+        epochs,
+        f"about {budget:,} images in all for {num_train:,} training images, within {least} to {most}",
+    )
+    schedule = decide("train.schedule", wish.schedule, "cosine", "the rate falls to zero, so the last epochs settle")
+    patience = decide(
+        "train.patience",
+        wish.patience,
+        max(3, epochs // 2),
+        "half of the epochs without a lower val loss: the rate must have time to fall",
+    )
+    trains_statistics = not recipe.pretrained or (not advice.is_similar and wish.batch_size >= 2 * SMALL_BATCH)
+    norm = "train" if trains_statistics and facts.backbone.has_batch_norm else "frozen"
+    norm = decide(
+        "train.batch_norm",
+        wish.batch_norm,
+        norm,
+        "the backbone has no batch norm"
+        if not facts.backbone.has_batch_norm
+        else "random weights need their own statistics"
+        if not recipe.pretrained
+        else "images unlike the source have statistics of their own"
+        if norm == "train"
+        else "the statistics of pretraining fit, and do not depend on the batch",
+    )
+    return {
+        **wish.model_dump(),
+        **chosen,
+        "optimizer": optimizer,
+        "epochs": epochs,
+        "schedule": schedule,
+        "patience": patience,
+        "batch_norm": norm,
+    }
+
+
+def _decide_evaluate(recipe: Recipe, facts: Facts, invariances: Any, decide: Any) -> dict[str, Any]:
+    wish = recipe.evaluate
+    views, calibrate = wish.views, wish.calibrate
+    if views == "ten" and "hflip" not in invariances:
+        views = "five"
+        why = "ten crops mirror the image, and hflip is not among data.invariances"
+        decide("evaluate.views", None, views, why)
+    count = sum(facts.counts["calibration"])
+    if calibrate and count < LEAST_CALIBRATION:
+        calibrate = False
+        why = f"{count} calibration images, fewer than {LEAST_CALIBRATION}, say too little about a temperature"
+        decide("evaluate.calibrate", None, calibrate, why)
+    return {"views": views, "calibrate": calibrate}
+
+
+def _stages(strategy: str, train: dict[str, Any], facts: Facts) -> list[Stage]:
+    if strategy == "probe":
+        return []
+    optimizer = train["optimizer"]
+    return [
+        Stage(
+            name="partial" if strategy == "partial" else "full",
+            trainable_stages=min(train["depth"], len(facts.backbone.stages)),
+            epochs=train["epochs"],
+            lr_head=optimizer["lr"],
+            lr_backbone=optimizer["lr"] * optimizer["backbone_lr_ratio"],
+            batch_norm=train["batch_norm"],
+        )
+    ]
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_words(part) for part in value) + "]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,120 @@
+"""Reading recipes: strict YAML, `section.key=value` overrides, and every fault at once with its line."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from yaml.nodes import MappingNode, Node
+
+from finetune.errors import RecipeError, nearest
+from finetune.recipe.schema import Recipe, recipe_keys
+from finetune.recipe.shelf import find_recipe
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that `source` names, with `overrides` laid over it.
+
+    Args:
+        source: a YAML file, the name of a shipped recipe, a data folder or table, or None for an empty recipe.
+        overrides: `section.key=value`, the value written as in YAML.
+
+    Raises:
+        RecipeError: naming every unknown key and bad value, with the line of each.
+    """
+    text, where = "", "the command line"
+    wish: dict[str, Any] = {}
+    if source is not None:
+        path = find_recipe(str(source))
+        if path is None:
+            wish = {"data": {"root": str(source)}}
+        else:
+            text, where = path.read_text(encoding="utf-8"), str(path)
+            wish = _parse(text, where)
+    faults, lines = [], _lines(text, where)
+    for override in overrides:
+        key, value = _parse_override(override)
+        _lay(wish, key.split("."), value)
+        lines[key] = f"{override!r}"
+    try:
+        recipe = Recipe.model_validate(wish)
+    except ValidationError as fault:
+        faults = [_sentence(error, lines, where) for error in fault.errors()]
+    if faults:
+        raise RecipeError("\n".join(faults))
+    return recipe
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        wish = yaml.load(text, Loader=_LOADER)
+    except yaml.YAMLError as fault:
+        raise RecipeError(f"{where} is not YAML: {fault}") from fault
+    if wish is None:
+        return {}
+    if not isinstance(wish, dict):
+        raise RecipeError(f"{where} holds a {type(wish).__name__}; a recipe is a mapping such as `backbone: resnet18`.")
+    return wish
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
+    key, _, value = override.partition("=")
+    try:
+        return key.strip(), yaml.load(value, Loader=_LOADER)
+    except yaml.YAMLError as fault:
+        raise RecipeError(f"the value of {override!r} is not YAML: {fault}") from fault
+
+
+def _lay(wish: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set one nested key; a section that is null or missing becomes a mapping."""
+    for part in path[:-1]:
+        inner = wish.get(part)
+        wish[part] = dict(inner) if isinstance(inner, dict) else {}
+        wish = wish[part]
+    wish[path[-1]] = value
+
+
+def _lines(text: str, where: str) -> dict[str, str]:
+    """`FILE, line N` for every dotted key; a key that stands twice is refused here."""
+    root = yaml.compose(text, Loader=_LOADER) if text else None
+    lines: dict[str, str] = {}
+    faults: list[str] = []
+
+    def walk(node: Node | None, prefix: str) -> None:
+        if not isinstance(node, MappingNode):
+            return
+        for key, value in node.value:
+            name, place = f"{prefix}{key.value}", f"{where}, line {key.start_mark.line + 1}"
+            if name in lines:
+                faults.append(f"{place}: {name} stands here and in {lines[name]}; keep one.")
+            lines[name] = place
+            walk(value, f"{name}.")
+
+    walk(root, "")
+    if faults:
+        raise RecipeError("\n".join(faults))
+    return lines
+
+
+def _sentence(error: Any, lines: dict[str, str], where: str) -> str:
+    """What, where, got, do: one line per fault."""
+    known = set(recipe_keys())
+    path = ".".join(str(part) for part in error["loc"])
+    key = next((path.rsplit(".", cut)[0] for cut in range(4) if path.rsplit(".", cut)[0] in known | set(lines)), path)
+    place = lines.get(key, lines.get(path, where))
+    if error["type"] == "extra_forbidden":
+        return f"{place}: {path} is no key of a recipe. {_hint(path, known)}"
+    got = "" if error["type"] == "missing" else f", got {error['input']!r}"
+    return f"{place}: {key}: {error['msg'].removeprefix('Value error, ')}{got}."
+
+
+def _hint(path: str, known: Iterable[str]) -> str:
+    sections = {key.rsplit(".", 1)[0] for key in known if "." in key}
+    last = path.rsplit(".", 1)[-1]
+    same = [key for key in known if key.rsplit(".", 1)[-1] == last]
+    if same:
+        return f"It is written {same[0]}."
+    return nearest(path, [*known, *sections], otherwise="`finetune recipes show quick` shows a recipe in full.")

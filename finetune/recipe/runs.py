@@ -1,0 +1,140 @@
+"""The run folder: all that remains of a run, never overwritten, every file whole or absent."""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import RunError
+from finetune.recipe.plan import Plan, read_plan
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+FILES = (
+    "curves.csv",
+    "environment.json",
+    "facts.json",
+    "log.txt",
+    "plan.yaml",
+    "predictions.npz",
+    "probe.safetensors",
+    "recipe.yaml",
+    "report.html",
+    "scores.json",
+    "tracking.json",
+)
+"""What a finished run holds, beside `stages/K-NAME/{last.ckpt,weights.safetensors}`."""
+
+
+class RunFolder:
+    """Paths and whole-file writes of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, parent: Path, *, name: str, backbone: str) -> "RunFolder":
+        """A new folder `parent/NAME-BACKBONE-STAMP`; a taken name gets a number."""
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        stem = "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") or "run" for part in (name, backbone)) + f"-{stamp}"
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in range(1000):
+            path = parent / (stem if number == 0 else f"{stem}-{number}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return cls(path)
+        raise RunError(f"{parent} holds a thousand runs named {stem}; move some away.")
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """An existing run.
+
+        Raises:
+            RunError: if there is no folder, or it holds no plan.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise RunError(f"{folder} is no folder. Runs are kept under {os.environ.get('FINETUNE_RUNS', 'runs')}/.")
+        if not (folder / "plan.yaml").exists():
+            found = (
+                "a run that stopped before its plan: start it again" if (folder / "recipe.yaml").exists() else "no run"
+            )
+            raise RunError(f"{folder} holds no plan.yaml; it is {found}.")
+        return cls(folder)
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the run."""
+        return self.path / name
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, read from the folder."""
+        return read_plan(self.file("plan.yaml"))
+
+    def stage_folder(self, index: int) -> Path:
+        """`stages/K-NAME`, K counted from 1."""
+        return self.path / "stages" / f"{index + 1}-{self.plan.stages[index].name}"
+
+    def final_weights(self) -> Path:
+        """The weights to judge: of the last stage, or of the probe where there is none."""
+        stages = self.plan.stages
+        return self.stage_folder(len(stages) - 1) / "weights.safetensors" if stages else self.file("probe.safetensors")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a whole file or none."""
+        write_whole(self.file(name), lambda path: path.write_text(text, encoding="utf-8"))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a whole JSON file or none."""
+        self.write_text(name, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of the run.
+
+        Raises:
+            RunError: if it is not there yet.
+        """
+        if not self.file(name).exists():
+            raise RunError(f"{self.path} has no {name} yet. `finetune resume {self.path}` goes on with the run.")
+        return json.loads(self.file(name).read_text(encoding="utf-8"))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for one process; the lock goes with the process, however it ends.
+
+        Raises:
+            RunError: if another process works on it.
+        """
+        with self.file("log.txt").open("a", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as fault:
+                raise RunError(f"another process is working on {self.path}; wait for it or stop it.") from fault
+            yield
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.chmod(0o666 & ~_UMASK)  # some writers leave files that only their owner may read
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def runs_folder() -> Path:
+    """Where new runs go: FINETUNE_RUNS, or `runs` here."""
+    return Path(os.environ.get("FINETUNE_RUNS", "runs"))

@@ -1,0 +1,89 @@
+"""The shelf: where shipped recipes and zoo folders lie, in a wheel and in a checkout alike."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.errors import BackboneError, RecipeError, nearest
+
+if TYPE_CHECKING:
+    from finetune.recipe.cards import Card
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def shipped(name: str) -> Path:
+    """The folder `recipes` or `zoo` that came with this version."""
+    packed = _PACKAGE / f"_{name}"
+    return packed if packed.is_dir() else _PACKAGE.parent / name
+
+
+def list_recipes() -> dict[str, Path]:
+    """Shipped recipes by name."""
+    return {path.stem: path for path in sorted(shipped("recipes").glob("*.yaml"))}
+
+
+def recipe_summary(path: Path) -> str:
+    """The first comment line of a recipe."""
+    with path.open(encoding="utf-8") as lines:
+        return next((line.lstrip("# ").strip() for line in lines if line.startswith("#")), "")
+
+
+def find_recipe(source: str) -> Path | None:
+    """The recipe file that `source` names, or None where it names a folder or table of images.
+
+    Raises:
+        RecipeError: if it names neither.
+    """
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
+        return path
+    if source in (recipes := list_recipes()):
+        return recipes[source]
+    if path.exists():
+        return None
+    hint = nearest(source, recipes, otherwise=f"Shipped recipes: {', '.join(recipes)}.")
+    raise RecipeError(f"{source!r} is neither a file, a folder, nor a shipped recipe. {hint}")
+
+
+def zoo_folders() -> list[Path]:
+    """Folders of cards: those of FINETUNE_ZOO, then the user's own, then the shipped one."""
+    named = [Path(part).expanduser() for part in os.environ.get("FINETUNE_ZOO", "").split(os.pathsep) if part]
+    return [*named, user_zoo(), shipped("zoo")]
+
+
+def user_zoo() -> Path:
+    """Where `zoo add` puts cards when FINETUNE_ZOO names no folder."""
+    return Path(os.environ.get("XDG_DATA_HOME", "~/.local/share")).expanduser() / "finetune" / "zoo"
+
+
+def read_zoo() -> "dict[str, Card]":
+    """Every card at hand by name; of two with one name the first folder's wins.
+
+    Raises:
+        BackboneError: if FINETUNE_ZOO names a folder that is not there, or a card cannot be read.
+    """
+    from finetune.recipe.cards import read_card  # here, so that listing recipes reads no YAML library
+
+    cards: dict[str, Card] = {}
+    for folder in zoo_folders():
+        if not folder.is_dir():
+            if folder not in (user_zoo(), shipped("zoo")):
+                raise BackboneError(f"FINETUNE_ZOO names {folder}, which is no folder. Mend or unset the variable.")
+            continue
+        for path in sorted(folder.glob("*/card.yaml")):
+            card = read_card(path)
+            cards.setdefault(card.name, card)
+    return cards
+
+
+def default_backbone() -> str:
+    """The bundled backbone: always at hand, chosen where a recipe names none."""
+    return next(path.parent.name for path in sorted(shipped("zoo").glob("*/card.yaml")))
+
+
+def cache_folder() -> Path:
+    """Where features are kept: FINETUNE_CACHE, or `finetune` in the user's cache folder."""
+    if named := os.environ.get("FINETUNE_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "finetune"

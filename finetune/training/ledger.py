@@ -1,0 +1,158 @@
+"""The ledger: what a run folder holds that MLflow should know, and how much of it was sent."""
+
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ARTIFACTS = ("report.html", "plan.yaml", "scores.json", "facts.json", "curves.csv")
+"""Files that MLflow gets."""
+
+
+@dataclass(kw_only=True)
+class SentState:
+    """`tracking.json`: how far the follower came."""
+
+    uri: str
+    experiment: str
+    run_name: str
+    tags: dict[str, str]
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """A tag of the MLflow run, by which it is found if we were killed before we learned its id."""
+    mlflow_run_id: str | None = None
+    sent_rows: int = 0
+    chunk_times_ms: list[int] = field(default_factory=list)
+    """Times of the rows after `sent_rows`, which may or may not have arrived."""
+    sent_params: bool = False
+    sent_scores: bool = False
+    artifacts_sent: dict[str, str] = field(default_factory=dict)
+    status: str | None = None
+    ended_ms: int | None = None
+    finished: bool = False
+
+    @classmethod
+    def load(cls, path: Path) -> "SentState | None":
+        """The state in the file `path`, or None."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{known.name: raw[known.name] for known in fields(cls) if known.name in raw})
+        except (FileNotFoundError, ValueError, TypeError):  # written atomically: only a hand can damage it
+            return None
+
+    def save(self, path: Path) -> None:
+        """Write it whole or not at all."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(asdict(self), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+class CurveRow(NamedTuple):
+    """One value of curves.csv."""
+
+    number: int
+    epoch: float
+    step: int
+    name: str
+    value: float
+    time_ms: int
+
+
+class CurveReader:
+    """The rows of a growing curves.csv; a last line without its newline is not a row yet."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path, self._offset, self.count = folder / "curves.csv", 0, 0
+
+    def new_rows(self) -> Iterator[CurveRow]:
+        """Rows since the last call; from the first on if the file has become shorter."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            facts = os.fstat(file.fileno())
+            if facts.st_size < self._offset:
+                self._offset = self.count = 0
+            file.seek(self._offset)
+            block = file.read()
+        block = block[: block.rfind(b"\n") + 1]
+        is_top, self._offset = self._offset == 0, self._offset + len(block)
+        for cells in list(csv.reader(block.decode(errors="replace").splitlines()))[is_top:]:
+            number, self.count = self.count, self.count + 1
+            with suppress(ValueError):  # a row we cannot plot; it counts all the same
+                _stage, epoch, step, name, value = cells
+                time_ms = facts.st_mtime_ns // 1_000_000
+                yield CurveRow(number, float(epoch), int(step), clean_name(name), float(value), time_ms)
+
+
+def best_values(rows: list[CurveRow]) -> list[tuple[str, float, int]]:
+    """Name, value and step of the best validation figures; the epoch counts within its stage."""
+    best: dict[str, tuple[str, float, int]] = {}
+    for curve, sign, name in (("val/loss", -1, "best/val_loss"), ("val/top1", 1, "best/val_top1")):
+        if seen := [row for row in rows if row.name == curve and math.isfinite(row.value)]:
+            row = max(seen, key=lambda row: sign * row.value)
+            best[name], best["best/epoch"] = (name, row.value, row.step), ("best/epoch", row.epoch, row.step)
+    return list(best.values())
+
+
+def final_values(scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The scalars of scores.json; those of val are `final/val/...`, since `val/top1` names a curve."""
+    blocks = {"test": scores.get("test"), "final/val": scores.get("val")}
+    blocks |= {f"probe/{role}": block for role, block in (scores.get("probe") or {}).items()}
+    for prefix, block in blocks.items():
+        for name in ("top1", "top5", "balanced_accuracy", "log_loss", "ece"):
+            measure = (block or {}).get(name) or {}
+            for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
+                if measure.get(part) is not None:
+                    yield f"{prefix}/{name}{suffix}", float(measure[part])
+
+
+def flatten_plan(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested mappings as one, with dots in the names; all but strings as JSON."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from flatten_plan(inner, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        yield clean_name(prefix), without_password(text)
+
+
+def clean_name(text: str) -> str:
+    """A name that MLflow takes."""
+    return re.sub(r"[^/\w.\- ]", "_", text)[:250]
+
+
+def cut_text(text: str, limit: int) -> str:
+    """At most `limit` characters, of which the last third is the end: errors tell their cause there."""
+    return text if len(text) <= limit else text[: limit - limit // 3 - 1] + "…" + text[-(limit // 3) :]
+
+
+def file_digest(path: Path) -> str:
+    """Sha256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def count_rows(folder: Path) -> int:
+    """Whole rows of the curves."""
+    curves = CurveReader(folder)
+    list(curves.new_rows())
+    return curves.count
+
+
+def artifact_digests(folder: Path) -> list[tuple[str, str]]:
+    """Name and digest of every artifact that is there."""
+    return [(name, file_digest(folder / name)) for name in ARTIFACTS if (folder / name).exists()]
+
+
+def without_password(text: str) -> str:
+    """The text with the password of any address in it hidden."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)

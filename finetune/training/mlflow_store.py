@@ -1,0 +1,140 @@
+"""MLflow's door: its import, its embedded store, and what is found in it. Nothing is imported before it is needed."""
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.training.ledger import SentState
+
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the follower tries again itself, between passes
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+"""Set before MLflow is imported, where the user has not set them."""
+
+
+def prepare_mlflow() -> tuple[type[Exception], ...]:
+    """Import MLflow, quietly; what its stores and clients raise when the other side is to blame."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Not `catch_warnings`: it would put back the filters of whatever the main thread does meanwhile.
+    warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
+    import requests
+    import sqlalchemy.exc
+    from alembic.util.exc import CommandError
+    from mlflow.exceptions import MlflowException
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    damaged = (yaml.YAMLError, ValueError)  # a file of the folder, an answer, an MLFLOW_ variable
+    return MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, CommandError, OSError, *damaged
+
+
+def open_client(uri: str) -> Any:
+    """A client of the store; the embedded one is made if need be."""
+    from mlflow import MlflowClient
+
+    if uri.startswith("sqlite:///"):
+        create_store(database_path(uri))
+    return MlflowClient(tracking_uri=uri)
+
+
+def database_path(uri: str) -> Path:
+    """The file of an embedded store."""
+    return Path(uri.removeprefix("sqlite:///"))
+
+
+def artifact_root(database: Path) -> str:
+    """Where an embedded store keeps files."""
+    return (database.resolve().parent / "mlartifacts").as_uri()
+
+
+def create_store(database: Path) -> None:
+    """Make the embedded store if it is not there: all of it or nothing, and once, whoever else asks.
+
+    MLflow's fifty migrations take 6 s on a disk and 1 s in memory. Written out in one piece and renamed, the
+    store is also never left half-migrated by a process that is killed.
+    """
+    if database.exists():
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with lock_store(database.with_name(f"{database.name}.lock"), seconds=60.0):
+        if database.exists():
+            return
+        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+        from sqlalchemy import text
+
+        store = SqlAlchemyStore("sqlite:///:memory:", artifact_root(database))
+        temporary = database.with_name(f"{database.name}.new")
+        temporary.unlink(missing_ok=True)
+        with store.engine.connect() as connection:
+            writer = connection.execution_options(isolation_level="AUTOCOMMIT")  # VACUUM takes no transaction
+            writer.execute(text("VACUUM INTO :path"), {"path": str(temporary)})
+        store.engine.dispose()
+        temporary.replace(database)
+
+
+def experiment_id(client: Any, state: SentState) -> str:
+    """The experiment of that name, made if need be."""
+    from mlflow.exceptions import MlflowException
+
+    root = artifact_root(database_path(state.uri)) if state.uri.startswith("sqlite:///") else None
+    try:
+        known = client.get_experiment_by_name(state.experiment)
+        return str(known.experiment_id if known else client.create_experiment(state.experiment, root))
+    except MlflowException as fault:
+        if fault.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+        return str(client.get_experiment_by_name(state.experiment).experiment_id)  # another process was faster
+
+
+def has_run(client: Any, run_id: str) -> bool:
+    """Whether the store knows the run."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return bool(client.get_run(run_id))
+    except MlflowException as fault:
+        if fault.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+
+
+@contextmanager
+def lock_store(path: Path, *, seconds: float) -> Iterator[None]:
+    """Hold the lock of a file or folder, which the kernel releases if we are killed.
+
+    Raises:
+        TimeoutError: if somebody else holds it for longer than `seconds`.
+    """
+    if sys.platform == "win32":  # no flock there; MLflow does not lock either
+        yield
+        return
+    import fcntl
+
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"another process has held {path} for {seconds:g} s") from None
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,145 @@
+"""The walls of the house: who may import whom, what is public, what starts fast, what a file may weigh."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import finetune
+from finetune.recipe.schema import recipe_keys
+
+ROOT = Path(finetune.__file__).parent
+ROOMS = [
+    "errors",
+    "recipe",
+    "machine",
+    "data",
+    "models",
+    "scores",
+    "features",
+    "training",
+    "evaluation",
+    "reporting",
+    "pipeline",
+    "zoo",
+    "demo",
+    "cli",
+    "__init__",
+    "__main__",
+]  # from the ground up; a room imports itself and what stands before it
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{name.name}" for name in node.names)}
+    return found
+
+
+def _room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def test_the_files_are_found():
+    assert len(FILES) > 30
+    assert {_room(path) for path in FILES} == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_look_down_only(path):
+    allowed = ROOMS[: ROOMS.index(_room(path)) + 1]
+    for name in _imports(path):
+        if name.startswith("finetune."):
+            assert name.split(".")[1] in [*allowed, "__version__"], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("library", "homes"),
+    [
+        ("pytorch_lightning", {"training"}),
+        ("albumentations", {"data"}),
+        ("mlflow", {"training"}),
+        ("typer", {"cli"}),
+        ("jinja2", {"reporting"}),
+        ("pyarrow", {"data"}),
+    ],
+)
+def test_a_library_is_imported_in_one_room_only(library, homes):
+    rooms = {_room(path) for path in FILES if any(name.split(".")[0] == library for name in _imports(path))}
+    assert rooms == homes
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno <= 80, f"{node.name} is too long"
+
+
+def test_no_exception_is_swallowed():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ExceptHandler):
+                assert node.type is not None, f"{path}:{node.lineno}: a bare except"
+                if isinstance(node.type, ast.Name) and node.type.id == "Exception":
+                    assert path.name == "cli.py", f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("words", ["--help", "recipes list", "zoo list", "recipes check"])
+def test_the_words_floor_starts_without_torch(words):
+    code = (
+        "import sys; sys.argv = ['finetune', *sys.argv[1:]]\n"
+        "from finetune.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as leave: assert not leave.code, leave.code\n"
+        "heavy = {'torch', 'timm', 'numpy', 'mlflow', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_import_is_lazy():
+    code = "import sys, finetune; assert not {'torch', 'yaml', 'pydantic', 'typer'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names_are_frozen():
+    assert sorted(finetune.__all__) == [
+        "Plan",
+        "Recipe",
+        "RunFolder",
+        "evaluate",
+        "load_recipe",
+        "make_plan",
+        "predict",
+        "report",
+        "resume",
+        "survey",
+        "train",
+        "zoo",
+    ]
+    assert all(getattr(finetune, name) is not None for name in finetune.__all__)
+
+
+def test_verbs_are_frozen():
+    from finetune.cli import app, recipes_app, zoo_app
+
+    def verbs(group):
+        return {command.name or command.callback.__name__ for command in group.registered_commands}
+
+    assert verbs(app) == {"demo", "train", "plan", "resume", "evaluate", "predict", "report", "ui"}
+    assert verbs(recipes_app) == {"list", "show", "copy", "check"}
+    assert verbs(zoo_app) == {"list", "show", "add", "verify"}
+
+
+def test_recipe_keys_are_frozen():
+    assert recipe_keys() == (Path(__file__).parent / "golden" / "recipe_keys.txt").read_text().split()

@@ -1,0 +1,247 @@
+"""The whole walk on real files: what it leaves, that it repeats, and that it survives being killed."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import finetune as ft
+from finetune.errors import DataError, RunError
+from finetune.pipeline import plan, summarize
+from finetune.recipe.runs import FILES, RunFolder
+
+SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=3", "tracking.enabled=false"]
+
+
+def quiet(text):
+    """Nobody listens."""
+
+
+def start(shapes, tmp_path, *wishes):
+    recipe = ft.load_recipe(None, [f"data.root={shapes}", *SMALL, *wishes])
+    return ft.train(recipe, runs=tmp_path / "runs", say=quiet)
+
+
+@pytest.fixture(scope="module")
+def full(shapes, tmp_path_factory):
+    """One full fine-tuning, for the tests that only look."""
+    return start(shapes, tmp_path_factory.mktemp("full"), "train.strategy=full")
+
+
+def sha(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def files_of(run):
+    return sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file())
+
+
+def test_a_run_folder_holds_what_is_documented_to_the_letter(full):
+    stage = ["stages/1-full/last.ckpt", "stages/1-full/weights.safetensors"]
+    assert files_of(full) == sorted([name for name in FILES if name != "tracking.json"] + stage)
+
+
+def test_a_probe_run_has_no_stage_and_the_probe_is_the_model(shapes, tmp_path):
+    run = start(shapes, tmp_path, "train.strategy=probe")
+    assert files_of(run) == sorted(name for name in FILES if name != "tracking.json")
+    scores = run.read_json("scores.json")
+    assert scores["test"] == scores["probe"]["test"]
+    assert scores["test"]["top1"]["value"] > 0.6  # of three classes
+
+
+def test_scores_say_what_the_stored_predictions_say(full):
+    scores, stored = full.read_json("scores.json"), np.load(full.file("predictions.npz"))
+    right = stored["test_probabilities"].argmax(1) == stored["test_labels"]
+    assert scores["test"]["top1"]["value"] == pytest.approx(right.mean())
+    assert scores["test"]["top1"]["n"] == len(right)
+    assert scores["test"]["top1"]["low"] < right.mean() < scores["test"]["top1"]["high"] or right.all()
+    probe = stored["probe_test_probabilities"].argmax(1) == stored["test_labels"]
+    assert scores["paired"]["test"]["difference"] == pytest.approx(right.mean() - probe.mean())
+
+
+@pytest.mark.technique("T006")
+@pytest.mark.technique("T005")
+def test_fine_tuning_starts_where_the_probe_ended(full):
+    rows = [line.split(",") for line in full.file("curves.csv").read_text().splitlines()[1:]]
+    start_loss = next(float(row[4]) for row in rows if row[1] == "-1" and row[3] == "val/loss")
+    assert start_loss == pytest.approx(full.read_json("facts.json")["probe"]["log_loss"], abs=1e-4)
+
+
+@pytest.mark.technique("T180")
+def test_the_kept_weights_are_those_of_the_best_epoch(full):
+    rows = [line.split(",") for line in full.file("curves.csv").read_text().splitlines()[1:]]
+    best = min(float(row[4]) for row in rows if row[3] == "val/loss")
+    kept = torch.load(full.file("stages/1-full/last.ckpt"), weights_only=True)["keeper"]
+    assert kept["best_loss"] == best
+    weights = load_file(full.final_weights())
+    assert all(torch.equal(weights[name], value) for name, value in kept["best_state"].items())
+
+
+def test_the_same_recipe_gives_the_same_weights(shapes, tmp_path, full):
+    again = start(shapes, tmp_path, "train.strategy=full")
+    assert sha(again.final_weights()) == sha(full.final_weights())
+    other = start(shapes, tmp_path, "train.strategy=full", "seed=1")
+    assert sha(other.final_weights()) != sha(full.final_weights())
+
+
+@pytest.mark.technique("T072")
+def test_a_partial_run_leaves_the_lower_stages_bit_identical(shapes, tmp_path):
+    run = start(shapes, tmp_path, "train.strategy=partial", "train.depth=1", "train.batch_norm=train")
+    from finetune.models.backbones import load_backbone
+    from finetune.recipe.shelf import read_zoo
+
+    backbone = load_backbone(run.plan.backbone, zoo=read_zoo())
+    top, kept = len(backbone.stages) - 1, torch.load(run.file("stages/1-partial/last.ckpt"), weights_only=True)
+    last = {name.removeprefix("classifier."): value for name, value in kept["state_dict"].items()}
+    moved = set()
+    for name, value in backbone.state_dict().items():
+        if backbone.stage_of[name] < top:
+            assert torch.equal(last[f"backbone.{name}"], value), name
+        elif not torch.equal(last[f"backbone.{name}"], value):
+            moved.add(name)
+    assert any("running_mean" in name for name in moved)
+    assert any("weight" in name for name in moved)
+
+
+def run_in_process(words, env):
+    return subprocess.Popen(
+        [sys.executable, "-m", "finetune", *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def kill_when(process, condition):
+    """`kill -9` as soon as `condition` holds; False where the run was faster."""
+    while process.poll() is None:
+        if condition():
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            return True
+        time.sleep(0.005)
+    return False
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "plan.yaml",
+        pytest.param("curves.csv", marks=pytest.mark.slow),
+        "stages/1-full/last.ckpt",
+        pytest.param("stages/1-full/weights.safetensors", marks=pytest.mark.slow),
+        pytest.param("scores.json", marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_ends_in_the_same_weights(shapes, tmp_path, full, moment):
+    env = {**os.environ, "FINETUNE_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
+    words = ["train", f"data.root={shapes}", *SMALL, "train.strategy=full"]
+    process = run_in_process(words, env)
+    assert kill_when(process, lambda: any((tmp_path / "runs").glob(f"*/{moment}")))
+    (folder,) = (tmp_path / "runs").iterdir()
+    done = run_in_process(["resume", str(folder), "--json"], env)
+    answer, said = done.communicate(timeout=120)
+    assert done.returncode == 0, said
+    run = RunFolder.open(json.loads(answer)["run"])
+    assert sha(run.final_weights()) == sha(full.final_weights())
+    assert run.read_json("scores.json") == full.read_json("scores.json")
+    values = [line for line in run.file("curves.csv").read_text().splitlines() if "images_per_second" not in line]
+    assert values == [
+        line for line in full.file("curves.csv").read_text().splitlines() if "images_per_second" not in line
+    ]
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_resuming_a_finished_run_changes_nothing(full):
+    before = {name: sha(full.file(name)) for name in ("plan.yaml", "scores.json", "stages/1-full/weights.safetensors")}
+    ft.resume(full.path, say=quiet)
+    assert before == {name: sha(full.file(name)) for name in before}
+
+
+def test_changed_images_stop_a_resume(shapes, tmp_path):
+    images = shutil.copytree(shapes, tmp_path / "images")
+    run = start(images, tmp_path, "train.strategy=probe")
+    (images / "disc" / "00.png").unlink()
+    with pytest.raises(RunError, match="the images have changed since the plan was made"):
+        ft.resume(run.path, say=quiet)
+
+
+def test_one_run_is_one_process_at_a_time(full):
+    with full.lock(), pytest.raises(RunError, match="another process is working on"):
+        ft.resume(full.path, say=quiet)
+
+
+def test_broken_files_are_named_counted_and_left_out(shapes, tmp_path):
+    images = shutil.copytree(shapes, tmp_path / "images")
+    (images / "disc" / "empty.png").write_bytes(b"")
+    (images / "square" / "words.jpg").write_text("not an image")
+    whole = (images / "disc" / "01.png").read_bytes()
+    (images / "disc" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    facts = ft.survey(ft.load_recipe(str(images), SMALL))
+    assert {bad.name for bad in facts.bad_images} == {"disc/empty.png", "square/words.jpg", "disc/cut.png"}
+    assert facts.num_images == 72
+    with pytest.raises(DataError, match=r"3 images cannot be read: .*set data\.on_bad_image to skip"):
+        ft.survey(ft.load_recipe(str(images), [*SMALL, "data.on_bad_image=fail"]))
+
+
+def test_a_second_look_decodes_nothing(shapes):
+    recipe = ft.load_recipe(str(shapes), [*SMALL, "train.strategy=probe"])
+    first, second = ft.survey(recipe), ft.survey(recipe)
+    assert first.features == {"hits": 0, "misses": 72}
+    assert second.features == {"hits": 72, "misses": 0}
+    assert first.probe == second.probe
+
+
+@pytest.mark.technique("T018")
+def test_random_weights_are_a_control_without_a_probe(shapes, tmp_path):
+    run = start(shapes, tmp_path, "pretrained=false")
+    assert run.plan.train.strategy == "full"
+    assert run.plan.stages[0].lr_backbone == run.plan.stages[0].lr_head
+    scores = run.read_json("scores.json")
+    assert "probe" not in scores
+    assert scores["test"]["top1"]["n"] == sum(run.read_json("facts.json")["counts"]["test"]) > 0
+
+
+def test_ten_crops_are_reported_beside_the_centre(full, tmp_path):
+    run = RunFolder(shutil.copytree(full.path, tmp_path / "run"))
+    scores = ft.evaluate(run.path, views="ten", say=quiet)
+    assert scores["views"] == "ten"
+    assert scores["center"]["test"]["top1"]["n"] == scores["test"]["top1"]["n"]
+    assert scores["test"]["log_loss"] != scores["center"]["test"]["log_loss"]
+
+
+def test_predictions_of_new_images_equal_those_of_the_evaluation(full, shapes):
+    stored = np.load(full.file("predictions.npz"))
+    name = str(stored["test_names"][0])
+    (answer,) = ft.predict(full, [shapes / name])
+    np.testing.assert_allclose(list(answer.probabilities.values()), stored["test_probabilities"][0], atol=1e-5)
+    assert answer.label == full.plan.classes[stored["test_probabilities"][0].argmax()]
+
+
+def test_a_broken_new_image_is_told_and_the_others_are_predicted(full, shapes, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "b.png")
+    broken, whole = ft.predict(full, [tmp_path])
+    assert broken.fault == "empty file"
+    assert broken.label is None
+    assert whole.label in full.plan.classes
+
+
+def test_the_page_and_the_summary_are_made_of_the_run(full):
+    assert full.plan.name in full.file("report.html").read_text(encoding="utf-8")
+    assert set(summarize(full)) == {"run", "plan", "scores", "seconds", "report"}
+
+
+def test_planning_leaves_nothing_behind(shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, decided = plan(ft.load_recipe(str(shapes), SMALL), say=quiet)
+    assert decided.train.strategy in ("probe", "partial", "full")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,207 @@
+"""Advice and planning are pure: facts in, decisions and reasons out."""
+
+import pytest
+from pydantic import ValidationError
+
+from finetune.errors import RecipeError
+from finetune.recipe.advice import SIMILAR, SMALL_PER_CLASS, advise, measure_similarity
+from finetune.recipe.cards import View
+from finetune.recipe.facts import (
+    BackboneFacts,
+    Facts,
+    MachineFacts,
+    NeighbourFacts,
+    PerClass,
+    ProbeFacts,
+    Proportion,
+)
+from finetune.recipe.plan import Plan, read_plan
+from finetune.recipe.planning import EPOCHS_RANGE, IMAGES_BUDGET, make_plan
+from finetune.recipe.reading import load_recipe
+
+
+def make_facts(
+    *, per_class=500, similarity=0.9, probe=0.9, low=0.85, device="cpu", has_batch_norm=True, calibration=60
+):
+    share = Proportion(value=probe, low=low, high=min(1.0, probe + 0.05), n=200)
+    return Facts(
+        root="/data/flowers",
+        kind="folders",
+        classes=("a", "b", "c"),
+        counts={"train": (per_class,) * 3, "val": (70,) * 3, "calibration": (calibration // 3,) * 3, "test": (70,) * 3},
+        num_images=3 * per_class + 480,
+        split_digest="d" * 32,
+        median_width=320,
+        median_height=240,
+        images_per_class=PerClass(min=per_class, median=per_class, max=per_class),
+        backbone=BackboneFacts(
+            name="resnet18",
+            params_m=11.2,
+            num_features=512,
+            stages=("stem", "layer1", "layer2", "layer3", "layer4"),
+            pretrained_on="ImageNet-1k",
+            input_size=224,
+            licence="Apache-2.0",
+            has_batch_norm=has_batch_norm,
+            weights_digest="w" * 64,
+        ),
+        view=View(size_pixels=128, shorter_pixels=146, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3),
+        crop_pct=0.875,
+        overridden=("image_size",),
+        chance=1 / 3,
+        majority=0.34,
+        probe=ProbeFacts(val=share, train=share, log_loss=0.3, l2=1e-3, l2_at_edge=False),
+        knn=NeighbourFacts(val=share, k=10),
+        similarity=similarity,
+        machine=MachineFacts(device=device, cores=2, has_bf16=device == "cuda", has_fp16=device == "cuda"),
+        features={"hits": 0, "misses": 10},
+    )
+
+
+@pytest.mark.technique("T009")
+@pytest.mark.parametrize(
+    ("per_class", "similarity", "strategy", "cell"),
+    [
+        pytest.param(30, 0.9, "probe", "small, similar", marks=pytest.mark.technique("T010")),
+        pytest.param(30, 0.4, "partial", "small, different", marks=pytest.mark.technique("T012")),
+        pytest.param(900, 0.9, "full", "large, similar", marks=pytest.mark.technique("T011")),
+        pytest.param(900, 0.4, "full", "large, different", marks=pytest.mark.technique("T014")),
+    ],
+)
+def test_each_cell_of_the_grid_has_its_strategy(per_class, similarity, strategy, cell):
+    advice = advise(make_facts(per_class=per_class, similarity=similarity))
+    assert (advice.strategy, advice.cell) == (strategy, cell)
+    assert f"{similarity:.2f}" in advice.why
+    assert advice.runner_up != advice.strategy
+
+
+def test_more_data_never_freezes_more():
+    depth = {"probe": 0, "partial": 1, "full": 2}
+    for similarity in (0.0, 0.3, SIMILAR - 0.01, SIMILAR, 1.0):
+        chosen = [
+            depth[advise(make_facts(per_class=n, similarity=similarity)).strategy] for n in (1, 50, 99, 100, 10_000)
+        ]
+        assert chosen == sorted(chosen)
+
+
+def test_the_thresholds_belong_to_the_larger_side():
+    assert not advise(make_facts(per_class=SMALL_PER_CLASS)).is_small
+    assert advise(make_facts(similarity=SIMILAR)).is_similar
+
+
+def test_a_solved_problem_needs_no_more_than_the_probe():
+    assert advise(make_facts(per_class=5000, probe=0.999, low=0.99)).strategy == "probe"
+
+
+@pytest.mark.technique("T016")
+def test_similarity_is_zero_at_chance_and_one_at_perfection():
+    at = lambda value: Proportion(value=value, low=0, high=1, n=100)  # noqa: E731
+    assert measure_similarity(at(1 / 3), at(1 / 3), 1 / 3) == 0
+    assert measure_similarity(at(1.0), at(1.0), 1 / 3) == 1
+    assert measure_similarity(at(0.1), at(0.2), 1 / 3) == 0
+    assert measure_similarity(at(0.9), at(0.7), 0.5) == pytest.approx((0.8 + 0.4) / 2)
+
+
+def test_a_plan_leaves_nothing_open_and_says_why():
+    plan = make_plan(load_recipe(None, []), make_facts())
+    assert {"train.strategy", "train.epochs", "augment.preset", "hardware.precision"} <= {r.key for r in plan.reasons}
+    assert all(reason.why for reason in plan.reasons)
+    opened = plan.model_dump() | {"train": plan.train.model_dump() | {"epochs": None}}
+    with pytest.raises(ValidationError, match=r"leaves nothing open, but train\.epochs is"):
+        Plan.model_validate(opened)
+
+
+def test_a_plan_survives_its_file(tmp_path):
+    plan = make_plan(load_recipe(None, ["train.strategy=partial"]), make_facts())
+    (tmp_path / "plan.yaml").write_text(plan.to_yaml(), encoding="utf-8")
+    assert read_plan(tmp_path / "plan.yaml") == plan
+
+
+def test_every_wish_is_kept_and_said_to_be_one():
+    wishes = [
+        "train.strategy=full",
+        "train.epochs=7",
+        "augment.preset=heavy",
+        "train.optimizer.lr=0.02",
+        "train.optimizer.name=sgd",
+        "train.batch_norm=train",
+        "data.invariances=[vflip]",
+        "train.patience=2",
+    ]
+    plan = make_plan(load_recipe(None, wishes), make_facts())
+    assert (plan.train.epochs, plan.augment.preset, plan.train.optimizer.lr) == (7, "heavy", 0.02)
+    assert (plan.train.optimizer.name, plan.train.batch_norm, plan.data.invariances) == ("sgd", "train", ("vflip",))
+    said = {reason.key for reason in plan.reasons if reason.why == "the recipe says so"}
+    assert {wish.split("=")[0] for wish in wishes} <= said
+
+
+@pytest.mark.technique("T008")
+def test_pretrained_weights_move_slower_than_the_head():
+    for similarity, ratio in ((0.9, 0.1), (0.3, 0.3)):
+        stage = make_plan(load_recipe(None, ["train.strategy=full"]), make_facts(similarity=similarity)).stages[0]
+        assert stage.lr_backbone == pytest.approx(ratio * stage.lr_head)
+
+
+def test_epochs_follow_the_number_of_images():
+    epochs = [
+        make_plan(load_recipe(None, ["train.strategy=full"]), make_facts(per_class=n)).train.epochs
+        for n in (10, 1000, 100_000)
+    ]
+    assert epochs == [EPOCHS_RANGE[1], round(IMAGES_BUDGET / 3000), EPOCHS_RANGE[0]]
+
+
+@pytest.mark.technique("T007")
+def test_partial_trains_the_top_third_and_full_everything():
+    facts = make_facts()
+    assert make_plan(load_recipe(None, ["train.strategy=partial"]), facts).stages[0].trainable_stages == 2
+    assert (
+        make_plan(load_recipe(None, ["train.strategy=partial", "train.depth=4"]), facts).stages[0].trainable_stages == 4
+    )
+    assert make_plan(load_recipe(None, ["train.strategy=full"]), facts).stages[0].trainable_stages == 5
+    assert make_plan(load_recipe(None, ["train.strategy=probe"]), facts).stages == ()
+
+
+@pytest.mark.technique("T147")
+def test_nothing_is_mirrored_where_the_data_is_unlike_the_source():
+    assert make_plan(load_recipe(None, []), make_facts(similarity=0.9)).data.invariances == ("hflip",)
+    assert make_plan(load_recipe(None, []), make_facts(similarity=0.3)).data.invariances == ()
+
+
+@pytest.mark.technique("T155")
+def test_ten_crops_become_five_where_mirroring_is_not_declared():
+    plan = make_plan(load_recipe(None, ["evaluate.views=ten", "data.invariances=[]"]), make_facts())
+    assert plan.evaluate.views == "five"
+    assert any(r.key == "evaluate.views" and "hflip" in r.why for r in plan.reasons)
+    assert (
+        make_plan(load_recipe(None, ["evaluate.views=ten", "data.invariances=[hflip]"]), make_facts()).evaluate.views
+        == "ten"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        (["train.depth=9", "train.strategy=partial"], "has 5 stages"),
+        (["train.depth=2", "train.strategy=probe"], "belongs to strategy partial"),
+        (["pretrained=false", "train.strategy=probe"], "would freeze random weights"),
+        (["hardware.devices=cuda"], "no GPU here"),
+        (["hardware.precision=fp16"], "needs a GPU"),
+    ],
+)
+def test_wishes_that_contradict_are_refused(wishes, message):
+    with pytest.raises(RecipeError, match=message):
+        make_plan(load_recipe(None, wishes), make_facts())
+
+
+def test_a_gpu_gets_bf16_and_loaders():
+    hardware = make_plan(load_recipe(None, []), make_facts(device="cuda")).hardware
+    assert (hardware.devices, hardware.precision) == ("cuda", "bf16")
+    assert hardware.workers
+    assert make_plan(load_recipe(None, []), make_facts()).hardware.precision == "32"
+
+
+def test_batch_statistics_are_learned_only_where_they_are_needed():
+    norm = lambda **facts: make_plan(load_recipe(None, ["train.strategy=full"]), make_facts(**facts)).train.batch_norm  # noqa: E731
+    assert norm(similarity=0.9) == "frozen"
+    assert norm(similarity=0.3) == "train"
+    assert norm(similarity=0.3, has_batch_norm=False) == "frozen"

@@ -1,0 +1,184 @@
+"""The step, the rates, the rule that ends a stage, and memory that runs out."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from finetune.errors import RunError
+from finetune.models.classifier import Classifier
+from finetune.recipe.plan import Stage
+from finetune.recipe.schema import OptimizerSpec
+from finetune.training.module import Finetuning, is_out_of_memory
+from finetune.training.optimization import gradient_norm, group_parameters, make_optimizer, set_rates
+from finetune.training.schedules import rate_factor
+from finetune.training.watching import Curves, EarlyStop
+
+
+class TinyBackbone(nn.Module):
+    """Two stages with batch norm between them; the contract of a Backbone, as far as training reads it."""
+
+    num_features, fixed_names = 4, frozenset()
+    stages = ("stem", "top")
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.top = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
+        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
+        self.stage_of = {name: 1 if name.startswith("top") else 0 for name in names}
+
+    def forward(self, images):
+        return self.top(self.norm(self.stem(images)).relu()).mean((2, 3))
+
+
+def tiny_classifier(trainable_stages=2):
+    torch.manual_seed(0)
+    classifier = Classifier(TinyBackbone(), nn.Linear(4, 3))
+    classifier.freeze(trainable_stages, batch_norm="frozen")
+    return classifier
+
+
+STAGE = Stage(name="full", trainable_stages=2, epochs=2, lr_head=1e-2, lr_backbone=1e-3, batch_norm="frozen")
+
+
+@pytest.mark.technique("T114")
+@pytest.mark.parametrize("step", [0, 1, 7, 19, 20, 21, 57, 199])
+def test_cosine_with_warm_up_is_its_formula(step):
+    want = (step + 1) / 20 if step < 20 else 0.5 * (1 + math.cos(math.pi * (step - 20) / 180))
+    assert rate_factor("cosine", step, steps=200, warmup_fraction=0.1) == pytest.approx(want, abs=1e-12)
+
+
+def test_the_rate_peaks_once_and_never_leaves_zero_to_one():
+    factors = [rate_factor("cosine", step, steps=101, warmup_fraction=0.05) for step in range(101)]
+    assert max(factors) == 1.0
+    assert all(0 < factor <= 1 for factor in factors)
+    assert factors[6:] == sorted(factors[6:], reverse=True)
+
+
+@pytest.mark.technique("T111")
+def test_a_constant_rate_stays_at_its_peak():
+    assert {rate_factor("constant", step, steps=50, warmup_fraction=0.0) for step in range(50)} == {1.0}
+
+
+@pytest.mark.technique("T008")
+def test_the_ratio_of_rates_holds_through_the_whole_schedule():
+    optimizer = make_optimizer(tiny_classifier(), STAGE, OptimizerSpec(name="adamw", weight_decay=0.1))
+    for step in range(100):
+        rates = set_rates(optimizer, rate_factor("cosine", step, steps=100, warmup_fraction=0.1))
+        assert rates["backbone"] == pytest.approx(0.1 * rates["head"], rel=1e-12)
+        assert {group["lr"] for group in optimizer.param_groups} == set(rates.values())
+
+
+@pytest.mark.technique("T122")
+def test_every_trainable_tensor_is_in_one_group_and_no_bias_is_decayed():
+    classifier = tiny_classifier(trainable_stages=1)
+    groups = group_parameters(classifier, STAGE, 0.1)
+    members = [id(p) for group in groups for p in group["params"]]
+    assert sorted(members) == sorted(id(p) for p in classifier.parameters() if p.requires_grad)
+    assert id(classifier.backbone.stem.weight) not in members
+    for group in groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_momentum_of_sgd_is_nesterov():
+    optimizer = make_optimizer(tiny_classifier(), STAGE, OptimizerSpec(name="sgd", weight_decay=0.0))
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.defaults["nesterov"]
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0])
+    assert gradient_norm([weight], 1.0) == pytest.approx(5.0)
+    torch.testing.assert_close(weight.grad, torch.tensor([0.6, 0.8]), atol=1e-5, rtol=0)
+
+
+def test_a_scaled_gradient_is_clipped_as_if_it_were_not():
+    weight = nn.Parameter(torch.zeros(2))
+    weight.grad = torch.tensor([3.0, 4.0]) * 1024
+    assert gradient_norm([weight], 1.0, scale=1024.0) == pytest.approx(5.0)
+    torch.testing.assert_close(weight.grad / 1024, torch.tensor([0.6, 0.8]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.technique("T179")
+def test_training_stops_after_patience_and_keeps_the_earliest_best():
+    rule, losses = EarlyStop(patience=3), [0.9, 0.5, 0.7, 0.5, float("nan"), 0.1]
+    rule.sees(-1, 1.0)
+    for epoch, loss in enumerate(losses):
+        rule.sees(epoch, loss)
+        if rule.is_over(epoch):
+            break
+    assert (epoch, rule.best_epoch, rule.best_loss) == (4, 1, 0.5)
+
+
+def test_a_training_that_only_does_harm_keeps_its_start():
+    rule = EarlyStop(patience=2)
+    rule.sees(-1, 0.3)
+    rule.sees(0, 0.4)
+    rule.sees(1, float("nan"))
+    assert rule.is_over(1)
+    assert rule.best_epoch == -1
+
+
+def test_curves_forget_what_an_interrupted_epoch_wrote(tmp_path):
+    curves = Curves(tmp_path / "curves.csv")
+    for epoch in (-1, 0, 1):
+        curves.append("1-full", epoch, epoch + 1, {"val/loss": 0.1 * epoch + 1 / 3})
+    curves.append("1-full", 2, 3, {"train/running_loss": 9.0})
+    curves.forget_after("1-full", 1)
+    assert [row["epoch"] for row in curves.rows()] == ["-1", "0", "1"]
+    assert float(curves.rows()[2]["value"]) == 0.1 + 1 / 3  # to the last bit
+
+
+def _module(classifier, warnings, clip_norm=1e9):
+    module = Finetuning(
+        classifier,
+        make_optimizer(classifier, STAGE, OptimizerSpec(name="sgd", weight_decay=0.0)),
+        lambda step: 1.0,
+        clip_norm=clip_norm,
+        warn=warnings.append,
+    )
+    module.manual_backward = lambda loss: loss.backward()
+    return module
+
+
+class ShortOfMemory(nn.Module):
+    """A model on a machine that holds `limit` images at a time."""
+
+    def __init__(self, inner, limit):
+        super().__init__()
+        self.inner, self.limit, self.backbone = inner, limit, inner.backbone
+
+    def forward(self, images):
+        if len(images) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory (drill)")
+        return self.inner(images)
+
+
+@pytest.mark.parametrize(("limit", "pieces"), [(5, 4), (1, 1)])
+def test_short_memory_halves_the_micro_batch_and_leaves_the_gradient(limit, pieces):
+    images, labels = torch.randn(19, 3, 8, 8), torch.arange(19) % 3
+    whole, said = tiny_classifier(), []
+    module = _module(whole, said)
+    loss, hits = module._accumulate(images, labels)
+    cut = tiny_classifier()
+    short = _module(cut, said)
+    short.classifier = ShortOfMemory(cut, limit)
+    assert short._accumulate(images, labels) == (pytest.approx(loss, rel=1e-5), hits)
+    assert short.micro_batch == pieces
+    assert said[0].startswith("out of memory at 19 images: going on with 9 at a time, 19 per step as planned")
+    for one, other in zip(whole.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_memory_too_short_for_one_image_is_said():
+    module = _module(tiny_classifier(), [])
+    module.classifier = ShortOfMemory(module.classifier, 0)
+    with pytest.raises(RunError, match="one single image does not fit"):
+        module._accumulate(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long))
+
+
+def test_other_faults_are_not_taken_for_short_memory():
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
