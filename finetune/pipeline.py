@@ -37,7 +37,6 @@ from finetune.recipe.schema import Recipe
 from finetune.recipe.shelf import default_backbone
 from finetune.reporting.report import write_report
 from finetune.reporting.terminal import facts_text, plan_text, scores_text
-from finetune.training.fitting import fit
 from finetune.training.tracking import Tracker, Unsent, default_uri, send_remaining
 from finetune.training.watching import Curves
 
@@ -190,6 +189,8 @@ def _train_stages(run: RunFolder, plan: Plan, seen: Look, tracker: Tracker | Non
     curves = Curves(run.file("curves.csv"))
     if not plan.stages:
         return None
+    from finetune.training.fitting import fit  # here, for a probe need not wait for Lightning
+
     torch.manual_seed(plan.seed)
     tensors = load_file(run.file("probe.safetensors"))
     head = make_head(

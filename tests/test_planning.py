@@ -47,6 +47,7 @@ def make_facts(
         ),
         view=View(size_pixels=128, shorter_pixels=146, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3),
         crop_pct=0.875,
+        normalize="weights",
         overridden=("image_size",),
         chance=1 / 3,
         majority=0.34,

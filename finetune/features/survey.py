@@ -7,7 +7,7 @@ gives the Facts alone.
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 from finetune.data.decoding import BadImage
 from finetune.data.loading import ImageStore
-from finetune.data.sources import Item, Source, open_source
+from finetune.data.normalization import measure_constants
+from finetune.data.sources import Item, open_source
 from finetune.data.splits import Split, cut_split
 from finetune.errors import DataError, RecipeError
 from finetune.features.cache import FeatureCache
@@ -90,35 +91,9 @@ def look(recipe: Recipe, progress: Progress = lambda what, done, total: None) ->
     if recipe.data.root is None:
         raise RecipeError("no images are named. Give a folder: `finetune train FOLDER`, or set data.root.")
     began = time.perf_counter()
-    source = open_source(Path(recipe.data.root).expanduser())
-    torch.manual_seed(recipe.seed)  # random weights, where asked for, follow the seed
-    backbone = load_backbone(recipe.backbone or default_backbone(), zoo=read_zoo(), pretrained=recipe.pretrained).eval()
-    backbone = backbone.to(memory_format=torch.channels_last)
-    view, overridden = choose_view(recipe, backbone.card)
-    machine = measure_machine(recipe.hardware.devices)
-    store = ImageStore(source.items, view, int(recipe.hardware.image_cache_gb * 1e9))
-    precision = recipe.hardware.precision if recipe.hardware.precision != "auto" else _fast_precision(machine)
-    digests = digest_images(source.items)
-    backbone.to(machine.device)
-
-    def extract_some(indices: list[int]) -> Extraction:
-        return extract(
-            source.items,
-            known,
-            indices,
-            view,
-            backbone=backbone if recipe.pretrained else None,
-            cache=FeatureCache(backbone.weights_digest, view.digest, precision) if recipe.pretrained else None,
-            store=None if recipe.train.strategy == "probe" else store,
-            device=machine.device,
-            precision=precision,
-            progress=lambda done, total: progress("images", done, total),
-        )
-
-    bad = {index: str(answer) for index, answer in digests.items() if isinstance(answer, BadImage)}
-    known = [answer if isinstance(answer, str) else "" for answer in digests.values()]
-    roles, split, found = _divide(recipe, source, known, bad, extract_some)
-    backbone.to("cpu")
+    work = _Survey(recipe, progress)
+    roles, split, found = work.divide_and_extract()
+    backbone, source = work.backbone.to("cpu"), work.source
     seconds = {"images": round(time.perf_counter() - began, 3)}
     began, probed = time.perf_counter(), _Probed()
     labels = torch.tensor([item.label for item in source.items])
@@ -129,14 +104,16 @@ def look(recipe: Recipe, progress: Progress = lambda what, done, total: None) ->
         root=str(source.root),
         kind=source.kind,
         classes=source.classes,
-        bad_images=tuple(BadFile(name=source.items[index].name, reason=why) for index, why in sorted(bad.items())),
-        num_images=len(source.items) - len(bad),
+        bad_images=tuple(BadFile(name=source.items[index].name, reason=why) for index, why in sorted(work.bad.items())),
+        num_images=len(source.items) - len(work.bad),
         warnings=(*source.warnings, *split.warnings),
         backbone=_backbone_facts(backbone),
-        view=view,
+        view=work.view,
         crop_pct=recipe.data.crop_pct or backbone.card.crop_pct,
-        overridden=overridden,
-        machine=machine,
+        normalize=work.normalize,
+        normalized_images=work.normalized_images,
+        overridden=work.overridden,
+        machine=work.machine,
         seconds=seconds,
         **_split_facts(split, labels[[index for index, role in enumerate(roles) if role == "val"]]),
         **_image_facts(found),
@@ -148,19 +125,107 @@ def look(recipe: Recipe, progress: Progress = lambda what, done, total: None) ->
         roles=roles,
         features=found.features,
         backbone=backbone,
-        store=store,
+        store=work.store,
         probe=probed.probe,
     )
+
+
+class _Survey:
+    """What a survey works with: images, backbone, view, and which files have turned out broken."""
+
+    def __init__(self, recipe: Recipe, progress: Progress) -> None:
+        self.recipe, self._progress = recipe, progress
+        self.source = open_source(Path(str(recipe.data.root)).expanduser())
+        torch.manual_seed(recipe.seed)  # random weights, where asked for, follow the seed
+        name = recipe.backbone or default_backbone()
+        self.machine = measure_machine(recipe.hardware.devices)
+        self.backbone = load_backbone(name, zoo=read_zoo(), pretrained=recipe.pretrained).eval()
+        self.backbone.to(self.machine.device).to(memory_format=torch.channels_last)
+        self.view, self.overridden = choose_view(recipe, self.backbone.card)
+        self.normalize, self.normalized_images = whose_constants(recipe), 0
+        self.store = ImageStore(self.source.items, self.view, int(recipe.hardware.image_cache_gb * 1e9))
+        wish = recipe.hardware.precision
+        self.precision = _fast_precision(self.machine) if wish == "auto" else wish
+        digests = digest_images(self.source.items)
+        self.digests = [answer if isinstance(answer, str) else "" for answer in digests.values()]
+        self.bad = {index: str(answer) for index, answer in digests.items() if isinstance(answer, BadImage)}
+
+    def divide_and_extract(self) -> tuple[tuple[str, ...], Split, Extraction]:
+        """Roles, the split, and the features; constants are measured first where the recipe asks for them."""
+        if self.normalize.startswith("channel"):  # on the training images, once it is settled which those are
+            roles, _, _ = self._divide(looks=False)
+            rows = [index for index, role in enumerate(roles) if role == "train"]
+            size, seed = self.view.size_pixels, self.recipe.seed
+            found = measure_constants(self.store, rows, size_pixels=size, kind=self.normalize, seed=seed)
+            self.view = replace(self.view, mean=found.mean, std=found.std)
+            self.normalized_images = found.num_images
+        return self._divide(looks=True)
+
+    def _divide(self, *, looks: bool) -> tuple[tuple[str, ...], Split, Extraction]:
+        """Cut the split and extract the images in it, again without any that turn out broken."""
+        found = Extraction()
+        while True:
+            kept = self._readable()
+            split = self._cut(kept)
+            roles = ["bad"] * len(self.source.items)
+            for index, role in zip(kept, split.roles, strict=True):
+                roles[index] = role
+            more = self._extract([i for i in kept if roles[i] != "unused" and i not in found.facts], looks=looks)
+            found.features.update(more.features)
+            found.facts.update(more.facts)
+            found.hits, found.misses = found.hits + more.hits, found.misses + more.misses
+            if not more.bad:
+                return tuple(roles), split, found
+            self.bad.update(more.bad)
+
+    def _readable(self) -> list[int]:
+        items, bad = self.source.items, self.bad
+        if bad and self.recipe.data.on_bad_image == "fail":
+            named = "; ".join(f"{items[index].name} ({why})" for index, why in sorted(bad.items())[:5])
+            raise DataError(f"{len(bad)} images cannot be read: {named}. Mend them, or set data.on_bad_image to skip.")
+        kept = [index for index in range(len(items)) if index not in bad]
+        if not kept:
+            why = next(iter(bad.values()))
+            raise DataError(f"none of the {len(bad)} images in {self.source.root} can be read: {why}.")
+        return kept
+
+    def _cut(self, kept: list[int]) -> Split:
+        spec, limit = self.recipe.data.split, self.recipe.data.max_train_per_class
+        return cut_split(
+            [self.source.items[index].label for index in kept],
+            [self.digests[index] for index in kept],
+            [self.source.items[index].role for index in kept],
+            self.source.classes,
+            val=spec.val,
+            calibration=spec.calibration,
+            test=spec.test,
+            seed=self.recipe.seed,
+            max_train_per_class=None if limit == "all" else limit,
+        )
+
+    def _extract(self, indices: list[int], *, looks: bool) -> Extraction:
+        looks = looks and self.recipe.pretrained
+        return extract(
+            self.source.items,
+            self.digests,
+            indices,
+            self.view,
+            backbone=self.backbone if looks else None,
+            cache=FeatureCache(self.backbone.weights_digest, self.view.digest, self.precision) if looks else None,
+            store=None if self.recipe.train.strategy == "probe" else self.store,
+            device=self.machine.device,
+            precision=self.precision,
+            progress=lambda done, total: self._progress("images", done, total),
+        )
 
 
 def choose_view(recipe: Recipe, card: Card) -> tuple[View, tuple[str, ...]]:
     """The view of the weights with the recipe's overrides, and the names of those that differ."""
     wish = recipe.data
     size = wish.image_size or card.input_size[1]
-    crop_pct = wish.crop_pct or card.crop_pct
     view = View(
         size_pixels=size,
-        shorter_pixels=max(size, int(size / crop_pct)),
+        shorter_pixels=max(size, int(size / (wish.crop_pct or card.crop_pct))),
         interpolation=wish.interpolation or card.interpolation,
         mean=wish.mean or card.mean,
         std=wish.std or card.std,
@@ -168,6 +233,22 @@ def choose_view(recipe: Recipe, card: Card) -> tuple[View, tuple[str, ...]]:
     own = {**{key: getattr(card, key) for key in _OVERRIDES if key != "image_size"}, "image_size": card.input_size[1]}
     differ = [key for key in _OVERRIDES if getattr(wish, key) is not None and getattr(wish, key) != own[key]]
     return view, tuple(differ)
+
+
+def whose_constants(recipe: Recipe) -> str:
+    """Where mean and std come from: the weights, the training images, or the recipe itself.
+
+    Raises:
+        RecipeError: if the recipe both gives them and asks for measured ones, or names ones it does not give.
+    """
+    wish = recipe.data
+    if wish.mean is not None or wish.std is not None:
+        if wish.normalize not in (None, "recipe"):
+            raise RecipeError(f"data.mean and data.std are given, and data.normalize is {wish.normalize}; keep one.")
+        return "recipe"
+    if wish.normalize == "recipe":
+        raise RecipeError("data.normalize is recipe, but data.mean and data.std are not given.")
+    return wish.normalize or ("weights" if recipe.pretrained else "channel_mean_std")
 
 
 def measure_machine(wish: str) -> MachineFacts:
@@ -183,48 +264,6 @@ def measure_machine(wish: str) -> MachineFacts:
 
 def _fast_precision(machine: MachineFacts) -> str:
     return "bf16" if machine.has_bf16 else "fp16" if machine.has_fp16 else "32"
-
-
-def _divide(
-    recipe: Recipe,
-    source: Source,
-    digests: list[str],
-    bad: dict[int, str],
-    extract_some: Callable[[list[int]], Extraction],
-) -> tuple[tuple[str, ...], Split, Extraction]:
-    """Cut the split and look at the images in it, again without any that turn out broken (added to `bad`)."""
-    spec, given = recipe.data.split, [item.role for item in source.items]
-    limit = None if recipe.data.max_train_per_class == "all" else recipe.data.max_train_per_class
-    found = Extraction()
-    while True:
-        if bad and recipe.data.on_bad_image == "fail":
-            named = "; ".join(f"{source.items[index].name} ({why})" for index, why in sorted(bad.items())[:5])
-            raise DataError(f"{len(bad)} images cannot be read: {named}. Mend them, or set data.on_bad_image to skip.")
-        kept = [index for index in range(len(source.items)) if index not in bad]
-        if not kept:
-            raise DataError(f"none of the {len(bad)} images in {source.root} can be read, {next(iter(bad.values()))}.")
-        split = cut_split(
-            [source.items[index].label for index in kept],
-            [digests[index] for index in kept],
-            [given[index] for index in kept],
-            source.classes,
-            val=spec.val,
-            calibration=spec.calibration,
-            test=spec.test,
-            seed=recipe.seed,
-            max_train_per_class=limit,
-        )
-        roles = ["bad"] * len(source.items)
-        for index, role in zip(kept, split.roles, strict=True):
-            roles[index] = role
-        todo = [i for i in kept if roles[i] != "unused" and i not in found.facts]
-        more = extract_some(todo)
-        found.features.update(more.features)
-        found.facts.update(more.facts)
-        found.hits, found.misses = found.hits + more.hits, found.misses + more.misses
-        if not more.bad:
-            return tuple(roles), split, found
-        bad.update(more.bad)
 
 
 def _split_facts(split: Split, val_labels: torch.Tensor) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _claim_by_matcher(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
     from timm.models import group_parameters
 
     nothing = "~"  # a name that no pattern matches, to learn where timm puts such names
-    listed = SimpleNamespace(named_parameters=lambda: [(name, None) for name in (*names, nothing)])  # buffers too
+    listed: Any = SimpleNamespace(named_parameters=lambda: [(name, None) for name in (*names, nothing)])  # buffers too
     claimed = group_parameters(listed, matcher, reverse=True)
     unclaimed = claimed.pop(nothing)
     return {name: stage for name, stage in claimed.items() if stage != unclaimed}

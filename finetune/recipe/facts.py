@@ -100,6 +100,10 @@ class Facts(_Value):
     view: View
     crop_pct: float
     """Side of the centre crop over the shorter side."""
+    normalize: str
+    """Where mean and std come from: weights, channel_mean, channel_mean_std, or recipe."""
+    normalized_images: int = 0
+    """Training images that the constants were measured on; 0 where none were."""
     overridden: tuple[str, ...] = ()
     """Parts of the weights' own view that the recipe replaced."""
     chance: float

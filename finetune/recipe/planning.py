@@ -117,6 +117,17 @@ def _decide_data(recipe: Recipe, facts: Facts, advice: Advice, decide: Any) -> d
     for key in facts.overridden:
         if key != "image_size":
             decide(f"data.{key}", getattr(view, key, getattr(wish, key, None)), None, "")
+    source = (
+        "the constants that the weights were trained with"
+        if recipe.pretrained
+        else "random weights have none of theirs"
+    )
+    normalize = decide(
+        "data.normalize",
+        wish.normalize or (facts.normalize if "recipe" in facts.normalize else None),
+        facts.normalize,
+        source,
+    )
     flips = advice.is_similar or facts.similarity is None
     invariances = decide(
         "data.invariances",
@@ -132,6 +143,7 @@ def _decide_data(recipe: Recipe, facts: Facts, advice: Advice, decide: Any) -> d
         "image_size": size,
         "crop_pct": facts.crop_pct,
         "interpolation": view.interpolation,
+        "normalize": normalize,
         "mean": view.mean,
         "std": view.std,
         "invariances": invariances,

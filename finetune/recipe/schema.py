@@ -52,6 +52,8 @@ class DataSpec(Section):
     """Side of the centre crop over the shorter side; null takes the weights' own."""
     interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
     """Null takes the weights' own."""
+    normalize: Literal["weights", "recipe", "channel_mean", "channel_mean_std"] | None = None
+    """Whose mean and std: the weights' own (null, where there are any), this recipe's, or the training images'."""
     mean: tuple[float, float, float] | None = None
     """Per channel, in units of pixels / 255; null takes the weights' own."""
     std: tuple[float, float, float] | None = None

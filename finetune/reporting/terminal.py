@@ -48,6 +48,9 @@ def facts_text(facts: Facts) -> str:
             f"{facts.view.size_pixels} px crop of shorter side {facts.view.shorter_pixels}, {facts.view.interpolation}",
         ),
     ]
+    if facts.normalized_images:
+        mean, std = (" ".join(f"{value:.3f}" for value in part) for part in (facts.view.mean, facts.view.std))
+        rows.append(("constants", f"mean {mean}, std {std}, measured on {facts.normalized_images:,} training images"))
     if facts.overridden:
         rows.append(("overridden", f"{', '.join(facts.overridden)}: not as the weights were trained"))
     if facts.probe and facts.knn and facts.similarity is not None:
