@@ -192,14 +192,16 @@ def _train_stages(run: RunFolder, plan: Plan, seen: Look, tracker: Tracker | Non
     from finetune.training.fitting import fit  # here, for a probe need not wait for Lightning
 
     torch.manual_seed(plan.seed)
-    tensors = load_file(run.file("probe.safetensors"))
+    init = str(plan.head.init)
+    start = load_file(run.file("probe.safetensors")) if init == "probe" else {}
     head = make_head(
         seen.backbone.num_features,
         len(plan.classes),
-        init=plan.head.init or "zero",
+        init=init,
         dropout=plan.head.dropout,
-        weight=tensors.get("weight"),
-        bias=tensors.get("bias"),
+        weight=start.get("weight"),
+        bias=start.get("bias"),
+        arch_rule=seen.backbone.new_classifier,
     )
     classifier = Classifier(seen.backbone, head).to(memory_format=torch.channels_last)
     train, val = _batches(plan, seen)
