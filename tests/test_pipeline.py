@@ -245,3 +245,32 @@ def test_planning_leaves_nothing_behind(shapes, tmp_path, monkeypatch):
     _, decided = plan(ft.load_recipe(str(shapes), SMALL), say=quiet)
     assert decided.train.strategy in ("probe", "partial", "full")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.technique("T015")
+def test_sixteen_bit_grey_pictures_unlike_any_photograph_are_learned(tmp_path):
+    random = np.random.default_rng(0)
+    for label, waves in (("dense", 9), ("sparse", 3)):
+        (tmp_path / label).mkdir()
+        for number in range(20):
+            rows = np.sin(np.linspace(0, waves * np.pi, 48) + random.uniform(0, 3))
+            pixels = 20_000 + 9_000 * rows[:, None] + random.normal(0, 900, (48, 48))
+            Image.fromarray(pixels.astype(np.uint16)).save(tmp_path / label / f"{number:02}.png")
+    facts = ft.survey(ft.load_recipe(str(tmp_path), ["data.image_size=32"]))
+    assert facts.image_kinds == {"16-bit": 40}
+    assert facts.probe.val.value == 1.0
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_as_epochs_go_by(shapes, tmp_path):
+    kilobytes = []
+
+    def listen(text):
+        if "epoch" in text:
+            status = Path("/proc/self/status").read_text()
+            kilobytes.append(int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]))
+
+    wishes = [*SMALL, "train.strategy=full", "train.epochs=60", "train.patience=60"]
+    ft.train(ft.load_recipe(str(shapes), wishes), runs=tmp_path, say=listen)
+    assert len(kilobytes) >= 60
+    assert kilobytes[-1] - kilobytes[15] < 20_000
