@@ -163,9 +163,12 @@ def test_partial_trains_the_top_third_and_full_everything():
 
 
 @pytest.mark.technique("T147")
-def test_nothing_is_mirrored_where_the_data_is_unlike_the_source():
-    assert make_plan(load_recipe(None, []), make_facts(similarity=0.9)).data.invariances == ("hflip",)
-    assert make_plan(load_recipe(None, []), make_facts(similarity=0.3)).data.invariances == ()
+def test_nothing_is_mirrored_unless_it_is_declared():
+    for similarity in (0.9, 0.3):
+        plan = make_plan(load_recipe(None, []), make_facts(similarity=similarity))
+        assert plan.data.invariances == ()
+        assert any(r.key == "data.invariances" and "declare [hflip]" in r.why for r in plan.reasons)
+    assert make_plan(load_recipe(None, ["data.invariances=[hflip]"]), make_facts()).data.invariances == ("hflip",)
 
 
 @pytest.mark.technique("T155")

@@ -261,11 +261,13 @@ class _Problem:
         losses: list[float] = []
 
         def is_near(point: _Point) -> bool:
+            norm = float(point.slope.norm())
+            if not is_rough:
+                return norm < FLOAT32_GRADIENT_NORM
             losses.append(point.loss)
-            if is_rough and len(losses) > SWEEP_LOOK:
-                has_slowed = losses[-SWEEP_LOOK - 1] - point.loss < SWEEP_PROGRESS * point.loss
-                return has_slowed or len(losses) > SWEEP_STEPS
-            return float(point.slope.norm()) < FLOAT32_GRADIENT_NORM
+            before = losses[-SWEEP_LOOK - 1] if len(losses) > SWEEP_LOOK else math.inf
+            has_slowed = before - point.loss < SWEEP_PROGRESS * point.loss
+            return has_slowed or norm**2 < 2 * l2 * SWEEP_PROGRESS * point.loss or len(losses) > SWEEP_STEPS
 
         def is_solved(point: _Point) -> bool:
             return float(point.slope.norm()) <= min(GRADIENT_NORM, math.sqrt(2 * l2 * EXCESS * point.loss))

@@ -6,7 +6,6 @@ speak of the same parts whatever the architecture.
 """
 
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -280,14 +279,11 @@ def _load_torchvision(name: str, zoo: Mapping[str, Card], pretrained: bool) -> B
 def _torchvision_card(name: str, arch: str, weights: Any) -> Card:
     view = weights.transforms()
     size, shorter = view.crop_size[0], view.resize_size[0]
-    crop_pct = size / shorter
-    while int(size / crop_pct) < shorter:  # so that Card.view finds the very resize again
-        crop_pct = math.nextafter(crop_pct, 0)
     num_classes = len(weights.meta["categories"])
     return Card(
         name=name, arch=f"{TORCHVISION}{arch}", num_classes=num_classes, classes=tuple(weights.meta["categories"]),
         pretrained_on="ImageNet-1k" if num_classes == 1000 else "unknown", input_size=(3, size, size),
-        mean=tuple(view.mean), std=tuple(view.std), interpolation=view.interpolation.value, crop_pct=crop_pct,
+        mean=tuple(view.mean), std=tuple(view.std), interpolation=view.interpolation.value, crop_pct=size / shorter,
         licence=str(weights.meta.get("license", "unknown")), params_m=round(weights.meta["num_params"] / 1e6, 3),
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError  # the name of a fault; nothing is unpickled
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -65,8 +66,9 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a torch checkpoint that holds nothing else."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError) as fault:
-        raise BackboneError(f"{path} is not a readable checkpoint ({fault}). Delete it and fetch it again.") from fault
+    except (RuntimeError, OSError, EOFError, ValueError, UnpicklingError) as fault:
+        first = str(fault).partition(". ")[0]
+        raise BackboneError(f"{path} is not a readable checkpoint ({first}). Delete it and fetch it again.") from fault
 
 
 def check_sha256(path: Path, expected: str) -> None:

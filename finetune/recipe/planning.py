@@ -9,9 +9,9 @@ from finetune.recipe.facts import Facts
 from finetune.recipe.plan import Plan, Reason, Stage
 from finetune.recipe.schema import Recipe
 
-IMAGES_BUDGET = 30_000
+IMAGES_BUDGET = 20_000
 """Images that a default run trains on in all, epochs times images, where it runs on a CPU."""
-GPU_IMAGES_BUDGET = 300_000
+GPU_IMAGES_BUDGET = 200_000
 """The same on a GPU."""
 EPOCHS_RANGE = (3, 20)
 """Fewest and most epochs that the planner chooses."""
@@ -46,7 +46,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     _refuse_contradictions(recipe, facts)
     strategy = decide("train.strategy", recipe.train.strategy, advice.strategy, f"{advice.why} [{advice.cell}]")
     name = recipe.name or facts.root.rstrip("/").rsplit("/", 1)[-1] or "data"
-    data = _decide_data(recipe, facts, advice, decide)
+    data = _decide_data(recipe, facts, decide)
     hardware = _decide_hardware(recipe, facts, decide)
     train = _decide_train(recipe, facts, advice, strategy, hardware["devices"], decide)
     preset = decide(
@@ -110,7 +110,7 @@ def _refuse_contradictions(recipe: Recipe, facts: Facts) -> None:
         raise RecipeError("\n".join(faults))
 
 
-def _decide_data(recipe: Recipe, facts: Facts, advice: Advice, decide: Any) -> dict[str, Any]:
+def _decide_data(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
     wish, view = recipe.data, facts.view
     own = f"as {facts.backbone.name} was pretrained"
     size = decide("data.image_size", wish.image_size, view.size_pixels, f"{own} ({facts.backbone.input_size} px)")
@@ -128,14 +128,11 @@ def _decide_data(recipe: Recipe, facts: Facts, advice: Advice, decide: Any) -> d
         facts.normalize,
         source,
     )
-    flips = advice.is_similar or facts.similarity is None
     invariances = decide(
         "data.invariances",
         wish.invariances,
-        ("hflip",) if flips else (),
-        "photographs much like the source: a mirror image keeps its class"
-        if flips
-        else "images unlike the source: whether a mirror image keeps its class is not known, so none is shown",
+        (),
+        "none is declared, and a mirror image may be of another class; declare [hflip] where it is not",
     )
     return {
         **wish.model_dump(),
