@@ -3,6 +3,7 @@
 import json
 import os
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from finetune.data import sources
+from finetune.data import shards as shards_module
 from finetune.data.decoding import decode
 from finetune.data.sources import Item, open_source, read_bytes
 from finetune.errors import DataError
@@ -253,21 +254,21 @@ def test_rows_are_read_in_any_order(shards):
 
 
 def test_rows_stay_right_when_little_is_kept(shards, monkeypatch):
-    monkeypatch.setattr(sources, "_row_groups", {})
-    monkeypatch.setattr(sources, "ROW_GROUP_CACHE_BYTES", 1)
+    monkeypatch.setattr(shards_module, "_row_groups", {})
+    monkeypatch.setattr(shards_module, "ROW_GROUP_CACHE_BYTES", 1)
     items = open_source(shards).items
     first = [read_bytes(item) for item in items]
     assert [read_bytes(item) for item in reversed(items)] == first[::-1]
-    assert len(sources._row_groups) == 1
+    assert len(shards_module._row_groups) == 1
 
 
 def test_what_is_kept_stays_below_the_bound(shards, monkeypatch):
-    monkeypatch.setattr(sources, "_row_groups", {})
-    monkeypatch.setattr(sources, "ROW_GROUP_CACHE_BYTES", 900)
+    monkeypatch.setattr(shards_module, "_row_groups", {})
+    monkeypatch.setattr(shards_module, "ROW_GROUP_CACHE_BYTES", 900)
     for item in open_source(shards).items:
         read_bytes(item)
-        assert sum(column.nbytes for column in sources._row_groups.values()) <= 900
-    assert len(sources._row_groups) > 1
+        assert sum(column.nbytes for column in shards_module._row_groups.values()) <= 900
+    assert len(shards_module._row_groups) > 1
 
 
 def test_a_shard_written_anew_is_read_anew(shards):
@@ -281,7 +282,7 @@ def test_a_shard_written_anew_is_read_anew(shards):
 def test_rows_are_read_after_a_fork(shards):
     item = open_source(shards).items[5]
     expected, (reader, writer) = read_bytes(item), os.pipe()
-    sources._row_groups.clear()  # the child must read for itself
+    shards_module._row_groups.clear()  # the child must read for itself
     if (child := os.fork()) == 0:
         os.write(writer, read_bytes(item))
         os._exit(0)
@@ -332,3 +333,13 @@ def test_the_shared_sets_open(shared):
     for name, (images, classes) in sizes.items():
         source = open_source(shared / "data" / name)
         assert (len(source.items), len(source.classes)) == (images, classes)
+
+
+def test_many_threads_read_right_while_groups_come_and_go(shards, monkeypatch):
+    monkeypatch.setattr(shards_module, "_row_groups", {})
+    monkeypatch.setattr(shards_module, "ROW_GROUP_CACHE_BYTES", 900)
+    items = open_source(shards).items
+    once = [read_bytes(item) for item in items]
+    order = np.random.default_rng(0).integers(0, len(items), 3000)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: read_bytes(items[i]), order)) == [once[i] for i in order]

@@ -10,21 +10,18 @@ import json
 import os
 import re
 import unicodedata
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from finetune.data.shards import read_row
 from finetune.errors import DataError, nearest
 
 ROLES = ("train", "val", "calibration", "test")
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"])
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-ROW_GROUP_CACHE_BYTES = 2**30
-"""Image bytes of parquet row groups kept in memory, per process."""
 
 _ROLE_OF = {role: role for role in ROLES} | {"valid": "val", "validation": "val"}
 
@@ -72,7 +69,7 @@ def read_bytes(item: Item) -> bytes:
     Raises:
         OSError: if the file or the row cannot be read.
     """
-    return item.file.read_bytes() if item.row is None else _read_row(item.file, item.row)
+    return item.file.read_bytes() if item.row is None else read_row(item.file, item.row)
 
 
 def open_source(root: Path) -> Source:
@@ -282,56 +279,6 @@ def _stored_names(metadata: dict[bytes, bytes]) -> list[str]:
     except (KeyError, TypeError, ValueError):
         return []
     return [str(name) for name in names] if isinstance(names, list) else []
-
-
-_row_groups: dict[tuple[str, int, int, int], Any] = {}  # insertion order is age
-
-
-def _read_row(shard: Path, row: int) -> bytes:
-    import pyarrow as pa
-
-    state = shard.stat()
-    key = (str(shard), state.st_mtime_ns, state.st_size)  # a shard written anew is another shard
-    try:
-        starts = _group_starts(*key)
-        group = bisect_right(starts, row) - 1
-        column = _row_groups.get((*key, group))
-        if column is None:
-            column = _load_group(key, group)
-        value = column[row - starts[group]].as_py()
-    except (pa.ArrowException, IndexError) as fault:
-        raise OSError(f"{shard}: row {row} cannot be read ({fault})") from fault
-    if value is None:
-        raise OSError(f"{shard}: row {row} holds no bytes")
-    return value
-
-
-@lru_cache(maxsize=1024)
-def _group_starts(shard: str, _changed: int, _size: int) -> tuple[int, ...]:
-    import pyarrow.parquet as pq
-
-    meta = pq.read_metadata(shard)
-    starts = [0]
-    for group in range(meta.num_row_groups - 1):
-        starts.append(starts[-1] + meta.row_group(group).num_rows)
-    return tuple(starts)
-
-
-def _load_group(key: tuple[str, int, int], group: int) -> Any:
-    """The image bytes of one row group, as a pyarrow column; kept, while the oldest make room."""
-    import pyarrow.parquet as pq
-
-    # Neither threads nor open handles outlive the call: both would break in forked loader workers.
-    with pq.ParquetFile(key[0], memory_map=True) as file:
-        table = file.read_row_group(group, columns=["image.bytes"], use_threads=False)
-    column = table.flatten().column("image.bytes")
-    held = sum(kept.nbytes for kept in _row_groups.values())
-    for old in list(_row_groups):
-        if held + column.nbytes <= ROW_GROUP_CACHE_BYTES:
-            break
-        held -= _row_groups.pop(old).nbytes
-    _row_groups[(*key, group)] = column
-    return column
 
 
 def _name(file: Path, root: Path) -> str:

@@ -1,0 +1,76 @@
+"""Rows of parquet shards: read in any order, by any thread, in any forked loader worker."""
+
+import os
+import threading
+from bisect import bisect_right
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+ROW_GROUP_CACHE_BYTES = 2**30
+"""Image bytes of parquet row groups kept in memory, per process."""
+
+_lock = threading.Lock()
+_row_groups: dict[tuple[str, int, int, int], Any] = {}  # insertion order is age
+
+
+def read_row(shard: Path, row: int) -> bytes:
+    """The image bytes of one row of a parquet shard, from any thread; rows near it are then cheap.
+
+    Raises:
+        OSError: if the shard or the row cannot be read, or the row holds no bytes.
+    """
+    import pyarrow as pa
+
+    state = shard.stat()
+    key = (str(shard), state.st_mtime_ns, state.st_size)  # a shard written anew is another shard
+    try:
+        starts = _group_starts(*key)
+        group = bisect_right(starts, row) - 1
+        with _lock:  # several threads read at once; one of them loads
+            column = _row_groups.get((*key, group))
+            if column is None:
+                column = _load_group(key, group)
+        value = column[row - starts[group]].as_py()
+    except (pa.ArrowException, IndexError) as fault:
+        raise OSError(f"{shard}: row {row} cannot be read ({fault})") from fault
+    if value is None:
+        raise OSError(f"{shard}: row {row} holds no bytes")
+    return value
+
+
+@lru_cache(maxsize=1024)
+def _group_starts(shard: str, _changed: int, _size: int) -> tuple[int, ...]:
+    import pyarrow.parquet as pq
+
+    meta = pq.read_metadata(shard)
+    starts = [0]
+    for group in range(meta.num_row_groups - 1):
+        starts.append(starts[-1] + meta.row_group(group).num_rows)
+    return tuple(starts)
+
+
+def _load_group(key: tuple[str, int, int], group: int) -> Any:
+    """The image bytes of one row group, as a pyarrow column; kept, while the oldest make room."""
+    import pyarrow.parquet as pq
+
+    # Neither threads nor open handles outlive the call: both would break in forked loader workers.
+    with pq.ParquetFile(key[0], memory_map=True) as file:
+        table = file.read_row_group(group, columns=["image.bytes"], use_threads=False)
+    column = table.flatten().column("image.bytes")
+    held = sum(kept.nbytes for kept in _row_groups.values())
+    for old in list(_row_groups):
+        if held + column.nbytes <= ROW_GROUP_CACHE_BYTES:
+            break
+        held -= _row_groups.pop(old).nbytes
+    _row_groups[(*key, group)] = column
+    return column
+
+
+def _renew_lock() -> None:
+    """A forked child has only the thread that forked; a lock that another one held would stay shut."""
+    global _lock  # noqa: PLW0603
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
