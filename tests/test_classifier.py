@@ -161,3 +161,14 @@ def test_a_new_classifier_has_its_backbone_frozen():
 def test_stages_and_modes_that_are_not_there_are_refused(k, batch_norm):
     with pytest.raises(ValueError, match=r"num_trainable_stages must lie in 0 to 5|batch_norm must be one of"):
         _classifier("test_resnet").freeze(k, batch_norm=batch_norm)
+
+
+@pytest.mark.technique("T067")
+@pytest.mark.parametrize("name", ARCHETYPES)
+def test_an_image_scores_the_same_whatever_stands_beside_it(name):
+    model = _classifier(name, 2, batch_norm="train").eval()
+    size = model.backbone.card.input_size[1]
+    images = torch.randn(5, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        together, alone = model(images), torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)

@@ -43,6 +43,7 @@ def test_the_first_gradient_through_a_zero_head_into_the_features_is_zero():
     assert float(features.grad.abs().max()) == 0
 
 
+@pytest.mark.technique("T054")
 def test_a_small_head_has_the_promised_spread_and_no_bias():
     torch.manual_seed(0)
     linear = make_head(500, 40, init="small").linear.requires_grad_(False)
@@ -74,6 +75,7 @@ def test_a_probe_head_is_the_probe():
     torch.testing.assert_close(head(features), features @ weight.T.float() + bias.float())
 
 
+@pytest.mark.technique("T140")
 def test_dropout_acts_before_the_linear_map_and_in_training_only():
     head = LinearHead(1000, 1, dropout=0.5)
     torch.nn.init.ones_(head.linear.weight)
