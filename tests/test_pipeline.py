@@ -160,6 +160,20 @@ def test_a_killed_run_ends_in_the_same_weights(shapes, tmp_path, full, moment):
     assert not list(folder.rglob("*.tmp"))
 
 
+def test_ctrl_c_leaves_a_resumable_run_and_says_how(shapes, tmp_path):
+    env = {**os.environ, "FINETUNE_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
+    words = ["train", f"data.root={shapes}", *SMALL, "train.strategy=full", "train.epochs=300", "train.patience=300"]
+    process = run_in_process(words, env)
+    while process.poll() is None and not list((tmp_path / "runs").glob("*/stages/1-full/last.ckpt")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert process.returncode == 130
+    assert f"finetune resume {folder}` goes on from here" in said
+    assert "Traceback" not in said
+
+
 def test_resuming_a_finished_run_changes_nothing(full):
     before = {name: sha(full.file(name)) for name in ("plan.yaml", "scores.json", "stages/1-full/weights.safetensors")}
     ft.resume(full.path, say=quiet)

@@ -7,6 +7,7 @@ stage is written after each epoch; so an interrupted run ends in the same weight
 import copy
 import hashlib
 import logging
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -109,7 +110,14 @@ def _run_trainer(
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        trainer.fit(module, train_dataloaders=train, ckpt_path=checkpoint, weights_only=True)
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(module, train_dataloaders=train, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit as leave:
+            if not trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, handler)  # Lightning turns Ctrl-C into a silent exit
+            raise KeyboardInterrupt from leave
 
 
 class _Keeper(pl.Callback):
