@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=HERE / "runs")
     arguments = parser.parse_args()
     lines = [
-        "| set | training images | similarity | chosen | probe, % | final, % | final minus probe, points | test images | s |",
+        "| set | training images | similarity | chosen | probe, % | final, % | final minus probe | test images | s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name in SETS:
