@@ -63,6 +63,9 @@ def train(recipe: Recipe, *, runs: Path | None = None, say: Say = say_on_stderr)
         runs: where the run folder is made; None: FINETUNE_RUNS, or `runs` here.
         say: gets every line for people; `log.txt` gets them too.
     """
+    if recipe.data.root is not None:  # a run can be resumed from any working directory
+        root = str(Path(recipe.data.root).expanduser().absolute())
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
     backbone = (recipe.backbone or default_backbone()).replace("/", "_")
     name = recipe.name or Path(recipe.data.root or "data").resolve().name
     run = RunFolder.create(runs or runs_folder(), name=name, backbone=backbone)

@@ -180,6 +180,15 @@ def test_resuming_a_finished_run_changes_nothing(full):
     assert before == {name: sha(full.file(name)) for name in before}
 
 
+def test_a_run_goes_on_from_any_working_directory(shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(shapes.parent)
+    run = start(shapes.name, tmp_path, "train.strategy=probe")
+    run.file("scores.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    ft.resume(run.path, say=quiet)
+    assert run.read_json("scores.json")["test"]["top1"]["n"] > 0
+
+
 def test_changed_images_stop_a_resume(shapes, tmp_path):
     images = shutil.copytree(shapes, tmp_path / "images")
     run = start(images, tmp_path, "train.strategy=probe")

@@ -380,7 +380,7 @@ def test_a_server_killed_midway_gets_the_rest_when_it_is_back(run):
 
     server = serve()
     try:
-        wait_until(answers, seconds=120)
+        wait_until(answers, seconds=300)
         tracker = tracker_of(run, said := [], f"http://127.0.0.1:{port}")
         tracker.start()
         wait_until(lambda: state_of(run)["sent_rows"] == 1200, seconds=60)
@@ -392,7 +392,7 @@ def test_a_server_killed_midway_gets_the_rest_when_it_is_back(run):
         unsent = tracker.close("FINISHED", deadline_seconds=10)
         assert (unsent.rows, unsent.files) == (100, ("report.html", "plan.yaml", "curves.csv"))
         server = serve()
-        wait_until(answers, seconds=120)
+        wait_until(answers, seconds=300)
         assert not send_remaining(run, pytest.fail)
         assert len(said) == 1
         assert steps_of(run) == list(range(1300))
@@ -425,7 +425,7 @@ def test_the_ui_shows_the_runs_of_the_embedded_store_and_their_files(run):
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
     try:
-        wait_until(is_up, seconds=120)
+        wait_until(is_up, seconds=300)
         assert json.loads(get(f"api/2.0/mlflow/runs/get?run_id={run_id}"))["run"]["info"]["status"] == "FINISHED"
         assert get(f"get-artifact?path=report.html&run_uuid={run_id}") == "<p>done</p>"
         assert re.search("<title>MLflow", get(""))
