@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from finetune.data.augmentation import Augmentation
 from finetune.data.loading import Batches
-from finetune.data.sources import read_bytes
-from finetune.errors import RunError
+from finetune.data.sources import open_source, read_bytes
+from finetune.errors import DataError, FinetuneError, RecipeError, RunError
 from finetune.evaluation.evaluation import evaluate_run
 from finetune.features.survey import Look, look
 from finetune.machine import describe_environment, tune_process
@@ -38,7 +38,7 @@ from finetune.recipe.shelf import default_backbone
 from finetune.reporting.report import write_report
 from finetune.reporting.terminal import facts_text, plan_text, scores_text
 from finetune.training.tracking import Tracker, Unsent, default_uri, send_remaining
-from finetune.training.watching import Curves
+from finetune.training.watching import Curves, rewind
 
 Say = Callable[[str], None]
 
@@ -63,11 +63,14 @@ def train(recipe: Recipe, *, runs: Path | None = None, say: Say = say_on_stderr)
         runs: where the run folder is made; None: FINETUNE_RUNS, or `runs` here.
         say: gets every line for people; `log.txt` gets them too.
     """
-    if recipe.data.root is not None:  # a run can be resumed from any working directory
-        root = str(Path(recipe.data.root).expanduser().absolute())
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
+    if recipe.data.root is None:
+        raise RecipeError("no images are named. Give a folder: `finetune train FOLDER`, or set data.root.")
+    root = Path(recipe.data.root).expanduser().absolute()  # so that a run can be resumed from anywhere
+    if not root.exists():
+        raise DataError(f"data.root: {root} does not exist.")
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})
     backbone = (recipe.backbone or default_backbone()).replace("/", "_")
-    name = recipe.name or Path(recipe.data.root or "data").resolve().name
+    name = recipe.name or root.name
     run = RunFolder.create(runs or runs_folder(), name=name, backbone=backbone)
     run.write_text("recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     return _walk(run, recipe, say)
@@ -104,7 +107,7 @@ def report(path: str | Path, *, say: Say = say_on_stderr) -> Path:
     run = RunFolder.open(path)
     run.read_json("scores.json")
     with run.lock():
-        page = write_report(run.path, read_image=_image_reader(look(load_recipe(run.file("recipe.yaml")))))
+        page = write_report(run.path, read_image=_stored_images(run))
         _tell_unsent(send_remaining(run.path, say), run, say)
     return page
 
@@ -140,9 +143,14 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say) -> None:
     clock.lap("survey")
     if run.file("plan.yaml").exists():
         _refuse_changes(run.plan, seen.facts)
+        if run.plan.hardware.devices == "cuda" and seen.facts.machine.device != "cuda":
+            raise RunError("the plan is made for a GPU, and torch sees none here. Resume the run where there is one.")
     else:
         _decide(run, recipe, seen, say)
     plan = run.plan
+    curves = Curves(run.file("curves.csv"))
+    for index, stage in enumerate(plan.stages):
+        rewind(curves, f"{index + 1}-{stage.name}", run.stage_folder(index))
     tracker = _start_tracker(run, plan, say)
     try:
         classifier = _train_stages(run, plan, seen, tracker, say)
@@ -186,10 +194,11 @@ def _refuse_changes(plan: Plan, facts: Facts) -> None:
                 f"the {what} have changed since the plan was made ({then[:12]}, now {now[:12]}). "
                 f"Put them back, or start a new run: its split would not be the same."
             )
+    if plan.view != facts.view:
+        raise RunError("plan.yaml was changed by hand: its view is not that of the recipe. Start a new run instead.")
 
 
 def _train_stages(run: RunFolder, plan: Plan, seen: Look, tracker: Tracker | None, say: Say) -> Classifier | None:
-    curves = Curves(run.file("curves.csv"))
     if not plan.stages:
         return None
     from finetune.training.fitting import fit  # here, for a probe need not wait for Lightning
@@ -210,6 +219,7 @@ def _train_stages(run: RunFolder, plan: Plan, seen: Look, tracker: Tracker | Non
     train, val = _batches(plan, seen)
     for index in range(len(plan.stages)):
         notify = tracker.notify if tracker is not None else (lambda: None)
+        curves = Curves(run.file("curves.csv"))
         fit(plan, index, classifier, train, val, run.stage_folder(index), curves, say=say, notify=notify)
     return classifier
 
@@ -279,6 +289,16 @@ def _tell_unsent(unsent: Unsent, run: RunFolder, say: Say) -> None:
 
 def _image_reader(seen: Look) -> Callable[[str], bytes]:
     by_name = {item.name: item for item in seen.items}
+    return lambda name: read_bytes(by_name[name])
+
+
+def _stored_images(run: RunFolder) -> Callable[[str], bytes] | None:
+    """The images of a run by name, as long as they are where they were; a page can do without."""
+    try:
+        items = open_source(Path(str(run.plan.data.root))).items
+    except FinetuneError:
+        return None
+    by_name = {item.name: item for item in items}
     return lambda name: read_bytes(by_name[name])
 
 

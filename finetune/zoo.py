@@ -45,6 +45,10 @@ def add_card(path: Path) -> Card:
             "`finetune zoo show NAME` prints an example."
         )
     card = read_card(folder / "card.yaml")
+    if Path(card.name).name != card.name or card.name.startswith("."):
+        raise BackboneError(
+            f"{folder}: the card's name {card.name!r} is no name of a folder; use letters, digits, . and _."
+        )
     if fault := card_fault(card):
         raise BackboneError(fault)
     named = os.environ.get("FINETUNE_ZOO", "").split(os.pathsep)[0]

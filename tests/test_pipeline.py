@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import finetune as ft
-from finetune.errors import DataError, RunError
+from finetune.errors import BackboneError, DataError, RunError
 from finetune.pipeline import plan, summarize
 from finetune.recipe.runs import FILES, RunFolder
 
@@ -233,8 +233,48 @@ def test_random_weights_are_a_control_without_a_probe(shapes, tmp_path):
     assert scores["test"]["top1"]["n"] == sum(run.read_json("facts.json")["counts"]["test"]) > 0
 
 
-def test_ten_crops_are_reported_beside_the_centre(full, tmp_path):
+@pytest.mark.parametrize("wish", ["pretrained=true", "pretrained=false", "data.normalize=channel_mean"])
+def test_val_is_judged_by_the_pixels_it_was_watched_with(shapes, tmp_path, wish):
+    run = start(shapes, tmp_path, "train.strategy=full", wish)
+    kept = torch.load(run.file("stages/1-full/last.ckpt"), weights_only=True)["keeper"]
+    assert run.read_json("scores.json")["temperature"] is None
+    assert run.read_json("scores.json")["val"]["log_loss"]["value"] == pytest.approx(kept["best_loss"], abs=1e-4)
+
+
+def test_no_images_to_choose_by_is_said(shapes, tmp_path):
+    for wish in ("pretrained=false", "pretrained=true"):
+        with pytest.raises(DataError, match="no images play the role val"):
+            start(shapes, tmp_path, wish, "data.split.val=0")
+
+
+def test_a_network_of_one_size_says_which(shapes, tmp_path):
+    with pytest.raises(BackboneError, match=r"does not take images of 96 px(.|\n)*data\.image_size to 224"):
+        start(shapes, tmp_path, "backbone=vit_tiny_patch16_224", "pretrained=false", "data.image_size=96")
+
+
+def test_nothing_is_made_where_there_are_no_images(tmp_path):
+    with pytest.raises(DataError, match="does not exist"):
+        start(tmp_path / "nowhere", tmp_path)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_page_is_written_again_without_its_images(shapes, tmp_path):
+    images = shutil.copytree(shapes, tmp_path / "images")
+    run = start(images, tmp_path, "train.strategy=probe")
+    shutil.rmtree(images)
+    run.file("report.html").unlink()
+    assert ft.report(run.path, say=quiet).stat().st_size > 10_000
+
+
+def test_a_mirror_is_not_used_in_judging_unless_it_is_declared(full, tmp_path):
     run = RunFolder(shutil.copytree(full.path, tmp_path / "run"))
+    scores = ft.evaluate(run.path, views="ten", say=quiet)
+    assert scores["views"] == "five"
+    assert "hflip" in scores["views_note"]
+
+
+def test_ten_crops_are_reported_beside_the_centre(shapes, tmp_path):
+    run = start(shapes, tmp_path, "train.strategy=full", "data.invariances=[hflip]")
     scores = ft.evaluate(run.path, views="ten", say=quiet)
     assert scores["views"] == "ten"
     assert scores["center"]["test"]["top1"]["n"] == scores["test"]["top1"]["n"]

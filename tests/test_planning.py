@@ -187,6 +187,7 @@ def test_ten_crops_become_five_where_mirroring_is_not_declared():
     [
         (["train.depth=9", "train.strategy=partial"], "has 5 stages"),
         (["train.depth=2", "train.strategy=probe"], "belongs to strategy partial"),
+        (["train.depth=2"], "but the advice is full"),
         (["pretrained=false", "train.strategy=probe"], "would freeze random weights"),
         (["hardware.devices=cuda"], "no GPU here"),
         (["hardware.precision=fp16"], "needs a GPU"),
@@ -209,3 +210,19 @@ def test_batch_statistics_are_learned_only_where_they_are_needed():
     assert norm(similarity=0.9) == "frozen"
     assert norm(similarity=0.3) == "train"
     assert norm(similarity=0.3, has_batch_norm=False) == "frozen"
+
+
+def test_what_a_probe_does_not_use_is_said_to_be_inactive():
+    wishes = ["train.strategy=probe", "train.epochs=20", "head.dropout=0.5", "augment.preset=heavy"]
+    plan = make_plan(load_recipe(None, wishes), make_facts())
+    inactive = {reason.key for reason in plan.reasons if reason.why.startswith("inactive")}
+    assert inactive == {"train.epochs", "head.dropout", "augment.preset"}
+    assert plan.augment.preset == "none"
+
+
+def test_a_batch_is_no_larger_than_the_data_and_the_rate_follows_the_real_one():
+    plan = make_plan(load_recipe(None, ["train.strategy=full", "train.batch_size=100000"]), make_facts(per_class=64))
+    assert plan.train.batch_size == 192
+    assert plan.stages[0].lr_head == pytest.approx(3e-3)
+    huge = ["train.strategy=full", "train.batch_size=100000", "train.optimizer.name=sgd"]
+    assert make_plan(load_recipe(None, huge), make_facts(per_class=100_000)).stages[0].lr_head == 1.0

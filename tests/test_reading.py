@@ -89,3 +89,20 @@ def test_every_key_is_documented():
     for section in (schema, *schema["$defs"].values()):
         for name, key in section["properties"].items():
             assert key.get("description"), name
+
+
+def test_numbers_are_names_where_names_are_meant():
+    recipe = load_recipe(None, ["hardware.precision=32", "name=2024", "data.root=2024"])
+    assert (recipe.hardware.precision, recipe.name, recipe.data.root) == ("32", "2024", "2024")
+
+
+@pytest.mark.parametrize("wish", ["name=2024-13-01", "data.std=[0, 0, 0]", "train.epochs=maybe"])
+def test_odd_values_are_the_users_to_mend(wish):
+    with pytest.raises(RecipeError):
+        load_recipe(None, [wish])
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path):
+    (tmp_path / "r.yaml").write_bytes("name: fl\xf6te\n".encode("latin-1"))
+    with pytest.raises(RecipeError, match="is not UTF-8"):
+        load_recipe(tmp_path / "r.yaml")

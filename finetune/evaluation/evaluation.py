@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from finetune.evaluation.prediction import load_final, predict_probabilities, temper
+from finetune.evaluation.views import permitted_views
 from finetune.features.survey import Look
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder, write_whole
@@ -27,13 +28,13 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
         views: other views than the plan's.
     """
     plan = run.plan
-    views = views or plan.evaluate.views
+    views, fallback = permitted_views(views or plan.evaluate.views, plan.data.invariances or ())
     probe = _probe_probabilities(look)
     is_probe = probe is not None and not plan.stages and views == "center"
     final = probe if is_probe else _final_probabilities(run, look, plan, views)
     assert final is not None
     labels = {role: look.labels(role) for role in (*JUDGED, "calibration")}
-    scores: dict[str, Any] = {"views": views, "classes": list(plan.classes)}
+    scores: dict[str, Any] = {"views": views, "views_note": fallback, "classes": list(plan.classes)}
     tempered, scores["temperature"] = _calibrate(plan, final, labels)
     scores |= _score(tempered, labels, plan.classes)
     arrays = _arrays(tempered, labels, look)
@@ -62,7 +63,7 @@ def _probe_probabilities(look: Look) -> dict[str, torch.Tensor] | None:
 def _final_probabilities(run: RunFolder, look: Look, plan: Plan, views: str) -> dict[str, torch.Tensor]:
     classifier = load_final(run)
     return {
-        role: predict_probabilities(classifier, look.store, look.indices(role), plan, views, plan.hardware.devices)
+        role: predict_probabilities(classifier, look.store, look.indices(role), plan, views)
         for role in (*JUDGED, "calibration")
     }
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from finetune.data.decoding import BadImage
 from finetune.data.loading import ImageStore, normalize
-from finetune.data.sources import Item
+from finetune.data.sources import IMAGE_SUFFIXES, Item
 from finetune.errors import BackboneError, DataError
 from finetune.evaluation.views import average_views, view_crops, view_names
 from finetune.models.backbones import Backbone, load_backbone
@@ -24,7 +24,6 @@ from finetune.scores.calibration import apply_temperature, log_probabilities
 
 BATCH = 64
 """Images per forward pass, each in all its views."""
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +53,9 @@ def load_final(run: RunFolder, backbone: Backbone | None = None) -> Classifier:
     plan = run.plan
     if backbone is None:
         backbone = load_backbone(plan.backbone, zoo=read_zoo(), pretrained=plan.pretrained and not plan.stages)
-        if not plan.stages and backbone.weights_digest != plan.weights_digest:
+        if not plan.stages and backbone.digest != plan.weights_digest:
             raise BackboneError(
-                f"{plan.backbone} now has weights {backbone.weights_digest[:12]}, but {run.path} was made with "
+                f"{plan.backbone} now has weights {backbone.digest[:12]}, but {run.path} was made with "
                 f"{plan.weights_digest[:12]}. Put the card it was made with first in FINETUNE_ZOO."
             )
     probe = load_file(run.file("probe.safetensors")) if not plan.stages else {"weight": None, "bias": None}
@@ -80,7 +79,8 @@ def predict(run: RunFolder, paths: Sequence[Path]) -> list[Prediction]:
     Raises:
         DataError: if a path does not exist or no image is found.
     """
-    plan, names = run.plan, list(find_images(paths))
+    plan, scores = run.plan, run.read_json("scores.json")
+    names = list(find_images(paths))
     items = [Item(name=str(path), label=0, role=None, file=path) for path in names]
     store = ImageStore(items, plan.view, limit_bytes=0)
     faults: dict[int, str] = {}
@@ -92,9 +92,8 @@ def predict(run: RunFolder, paths: Sequence[Path]) -> list[Prediction]:
         except OSError as fault:
             faults[index] = fault.strerror or str(fault)
     good = [index for index in range(len(items)) if index not in faults]
-    scores = run.read_json("scores.json")
     temperature = (scores.get("temperature") or {}).get("value") or 1.0
-    rows = predict_probabilities(load_final(run), store, good, plan, plan.evaluate.views, plan.hardware.devices)
+    rows = predict_probabilities(load_final(run), store, good, plan, scores["views"])
     rows = temper(rows, temperature)
     by_index = dict(zip(good, rows, strict=True))
     return [_prediction(items[i].name, plan, by_index.get(i), faults.get(i)) for i in range(len(items))]
@@ -106,18 +105,27 @@ def find_images(paths: Sequence[Path]) -> Iterator[Path]:
     for path in paths:
         if not path.exists():
             raise DataError(f"{path} does not exist.")
-        below = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        inside = path.rglob("*") if path.is_dir() else ()
+        below = sorted(p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+        below = below if path.is_dir() else [path]
         found += len(below)
         yield from below
     if not found:
-        raise DataError(f"no images under {', '.join(map(str, paths))}; looked for {', '.join(IMAGE_SUFFIXES)}.")
+        raise DataError(
+            f"no images under {', '.join(map(str, paths))}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}."
+        )
 
 
 @torch.inference_mode()
 def predict_probabilities(
-    classifier: Classifier, store: ImageStore, indices: Sequence[int], plan: Plan, views: str, device: str
+    classifier: Classifier, store: ImageStore, indices: Sequence[int], plan: Plan, views: str
 ) -> torch.Tensor:
-    """Probabilities (N, K), averaged over views, in float32 on the CPU; before any temperature."""
+    """Probabilities (N, K), averaged over views, in float32 on the CPU; before any temperature.
+
+    A run made on a GPU is judged on the CPU where there is none.
+    """
+    device = plan.hardware.devices if torch.cuda.is_available() else "cpu"
+    assert device is not None
     classifier.to(device).eval()
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     precision, count = plan.hardware.precision, len(view_names(views))

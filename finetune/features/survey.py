@@ -20,7 +20,7 @@ from finetune.data.loading import ImageStore
 from finetune.data.normalization import measure_constants
 from finetune.data.sources import Item, open_source
 from finetune.data.splits import Split, cut_split
-from finetune.errors import DataError, RecipeError
+from finetune.errors import BackboneError, DataError, RecipeError
 from finetune.features.cache import FeatureCache
 from finetune.features.extraction import Extraction, digest_images, extract, num_cores
 from finetune.features.probing import Probe, knn_predict, sweep_probe
@@ -93,6 +93,9 @@ def look(recipe: Recipe, progress: Progress = lambda what, done, total: None) ->
     began = time.perf_counter()
     work = _Survey(recipe, progress)
     roles, split, found = work.divide_and_extract()
+    for role in ("train", "val"):
+        if role not in roles:
+            raise DataError(f"no images play the role {role}; raise data.split.{role} or add images.")
     backbone, source = work.backbone.to("cpu"), work.source
     seconds = {"images": round(time.perf_counter() - began, 3)}
     began, probed = time.perf_counter(), _Probed()
@@ -142,6 +145,7 @@ class _Survey:
         self.backbone = load_backbone(name, zoo=read_zoo(), pretrained=recipe.pretrained).eval()
         self.backbone.to(self.machine.device).to(memory_format=torch.channels_last)
         self.view, self.overridden = choose_view(recipe, self.backbone.card)
+        self._refuse_size()
         self.normalize, self.normalized_images = whose_constants(recipe), 0
         self.store = ImageStore(self.source.items, self.view, int(recipe.hardware.image_cache_gb * 1e9))
         wish = recipe.hardware.precision
@@ -149,6 +153,21 @@ class _Survey:
         digests = digest_images(self.source.items)
         self.digests = [answer if isinstance(answer, str) else "" for answer in digests.values()]
         self.bad = {index: str(answer) for index, answer in digests.items() if isinstance(answer, BadImage)}
+
+    def _refuse_size(self) -> None:
+        """Some networks take images of one size only; better said now than after the images are decoded."""
+        size, own = self.view.size_pixels, self.backbone.card.input_size[1]
+        if size == own:
+            return
+        try:
+            with torch.inference_mode():
+                self.backbone(torch.zeros(1, 3, size, size, device=self.machine.device))
+        except (AssertionError, RuntimeError, ValueError) as fault:
+            said = (str(fault).splitlines() or [type(fault).__name__])[0]
+            raise BackboneError(
+                f"{self.backbone.card.name} does not take images of {size} px ({said}). "
+                f"Set data.image_size to {own}, the size it was pretrained at, or leave it null."
+            ) from fault
 
     def divide_and_extract(self) -> tuple[tuple[str, ...], Split, Extraction]:
         """Roles, the split, and the features; constants are measured first where the recipe asks for them."""
@@ -159,6 +178,7 @@ class _Survey:
             found = measure_constants(self.store, rows, size_pixels=size, kind=self.normalize, seed=seed)
             self.view = replace(self.view, mean=found.mean, std=found.std)
             self.normalized_images = found.num_images
+            self.store.view = self.view  # training normalises by the store's view; the decoded pixels stay
         return self._divide(looks=True)
 
     def _divide(self, *, looks: bool) -> tuple[tuple[str, ...], Split, Extraction]:
@@ -211,7 +231,7 @@ class _Survey:
             indices,
             self.view,
             backbone=self.backbone if looks else None,
-            cache=FeatureCache(self.backbone.weights_digest, self.view.digest, self.precision) if looks else None,
+            cache=FeatureCache(self.backbone.digest, self.view.digest, self.precision) if looks else None,
             store=None if self.recipe.train.strategy == "probe" else self.store,
             device=self.machine.device,
             precision=self.precision,
@@ -307,8 +327,6 @@ def _probe(roles: tuple[str, ...], labels: torch.Tensor, found: Extraction, num_
     parts = {}
     for role in ("train", "val"):
         rows = [index for index, own in enumerate(roles) if own == role]
-        if not rows:
-            raise DataError(f"no images play the role {role}; raise data.split.{role} or add images.")
         parts[role] = torch.stack([found.features[index] for index in rows]), labels[rows]
     probe, sweep = sweep_probe(*parts["train"], *parts["val"], num_classes=num_classes)
     k = min(NEIGHBOURS, len(parts["train"][1]))
@@ -339,6 +357,6 @@ def _backbone_facts(backbone: Backbone) -> BackboneFacts:
         pretrained_on=card.pretrained_on,
         input_size=card.input_size[1],
         licence=card.licence,
-        weights_digest=backbone.weights_digest,
+        weights_digest=backbone.digest,
         has_batch_norm=any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in backbone.modules()),
     )

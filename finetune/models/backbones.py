@@ -6,6 +6,7 @@ speak of the same parts whatever the architecture.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -74,6 +75,12 @@ class Backbone(nn.Module):
                 f"the classifier of {self.card.name} is not linear; choose another head.init than model."
             )
         return classifier
+
+    @property
+    def digest(self) -> str:
+        """Sha256 over the architecture, its options and the feature weights: what features depend on."""
+        options = json.dumps([self.card.arch, sorted(self.card.arch_kwargs.items())], default=str)
+        return hashlib.sha256(f"{options} {self.weights_digest}".encode()).hexdigest()
 
     @property
     def weights_digest(self) -> str:

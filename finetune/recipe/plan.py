@@ -96,7 +96,7 @@ def read_plan(path: Path) -> Plan:
         raise RunError(f"{path} is not there, so this is no run folder. `finetune train` makes one.")
     try:
         return Plan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (ValidationError, yaml.YAMLError) as fault:
+    except (ValidationError, yaml.YAMLError, ValueError) as fault:
         raise RunError(f"{path} is not a plan of this version: {fault}") from fault
 
 

@@ -17,6 +17,8 @@ EPOCHS_RANGE = (3, 20)
 """Fewest and most epochs that the planner chooses."""
 LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
 """Peak rate of the head by optimizer, at 64 images per step."""
+LARGEST_RATE = 1.0
+"""However large the batch."""
 BACKBONE_RATIO = {True: 0.1, False: 0.3}
 """Rate of pretrained weights over that of the head, for similar and for different data."""
 WEIGHT_DECAY = 0.01
@@ -45,13 +47,19 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
 
     _refuse_contradictions(recipe, facts)
     strategy = decide("train.strategy", recipe.train.strategy, advice.strategy, f"{advice.why} [{advice.cell}]")
+    if recipe.train.depth is not None and strategy != "partial":
+        raise RecipeError(
+            f"train.depth belongs to strategy partial, but the advice is {strategy}: {advice.why}. "
+            "Set train.strategy to partial, or remove train.depth."
+        )
     name = recipe.name or facts.root.rstrip("/").rsplit("/", 1)[-1] or "data"
     data = _decide_data(recipe, facts, decide)
     hardware = _decide_hardware(recipe, facts, decide)
     train = _decide_train(recipe, facts, advice, strategy, hardware["devices"], decide)
+    is_probe = strategy == "probe"
     preset = decide(
         "augment.preset",
-        recipe.augment.preset,
+        None if is_probe else recipe.augment.preset,
         "none" if strategy == "probe" else PRESETS["small" if advice.is_small else "large"],
         "a probe looks at plain images"
         if strategy == "probe"
@@ -59,12 +67,14 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     )
     init = decide(
         "head.init",
-        recipe.head.init,
+        None if is_probe else recipe.head.init,
         "probe" if facts.probe else "zero",
         "fine-tuning from the probe keeps good features from being torn by a random head"
         if facts.probe
         else "without a probe: zero weights, so the first loss is exactly log K",
     )
+    if is_probe:
+        reasons += _inactive(recipe)
     plan = Plan.model_validate(
         {
             **recipe.model_dump(),
@@ -89,6 +99,15 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         }
     )
     return plan
+
+
+def _inactive(recipe: Recipe) -> list[Reason]:
+    """What the recipe sets and a probe does not use, said aloud."""
+    set_keys = [f"augment.{key}" for key in sorted(recipe.augment.model_fields_set)]
+    set_keys += [f"head.{key}" for key in sorted(recipe.head.model_fields_set - {"kind"})]
+    set_keys += [f"train.{key}" for key in sorted(recipe.train.model_fields_set - {"strategy"})]
+    why = "inactive: the probe is the model, and it is solved exactly, without steps"
+    return [Reason(key=key, value="(as the recipe says)", why=why) for key in set_keys]
 
 
 def _refuse_contradictions(recipe: Recipe, facts: Facts) -> None:
@@ -177,12 +196,13 @@ def _decide_train(
     wish, num_train = recipe.train, sum(facts.counts["train"])
     stages = len(facts.backbone.stages)
     depth = max(1, math.ceil(stages / 3)) if strategy == "partial" else stages
-    chosen = {"strategy": strategy, "depth": wish.depth or depth}
+    chosen = {"strategy": strategy, "depth": wish.depth or depth, "batch_size": min(wish.batch_size, num_train)}
     defaults = {"epochs": 1, "schedule": "cosine", "patience": 1, "batch_norm": "frozen"}
     rule = wish.optimizer.name or "adamw"
     ratio = BACKBONE_RATIO[advice.is_similar] if recipe.pretrained else 1.0
     optimizer = {**wish.optimizer.model_dump(), "name": rule}
-    optimizer["lr"] = wish.optimizer.lr or LEARNING_RATES[rule] * wish.batch_size / 64
+    batch = min(wish.batch_size, num_train)
+    optimizer["lr"] = wish.optimizer.lr or min(LARGEST_RATE, LEARNING_RATES[rule] * batch / 64)
     optimizer["backbone_lr_ratio"] = wish.optimizer.backbone_lr_ratio or ratio
     optimizer["weight_decay"] = WEIGHT_DECAY if wish.optimizer.weight_decay is None else wish.optimizer.weight_decay
     if strategy == "probe":
@@ -193,7 +213,9 @@ def _decide_train(
             "train.depth", wish.depth, depth, f"the top third of {stages} stages; the rest stays as it was pretrained"
         )
     decide("train.optimizer.name", wish.optimizer.name, rule, "robust to the rate on small data")
-    decide("train.optimizer.lr", wish.optimizer.lr, optimizer["lr"], f"for {rule} at {wish.batch_size} images per step")
+    decide("train.optimizer.lr", wish.optimizer.lr, optimizer["lr"], f"for {rule} at {batch} images per step")
+    if batch < wish.batch_size:
+        decide("train.batch_size", None, batch, "there are no more training images than these")
     decide(
         "train.optimizer.backbone_lr_ratio",
         wish.optimizer.backbone_lr_ratio,

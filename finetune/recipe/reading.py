@@ -32,7 +32,7 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
         if path is None:
             wish = {"data": {"root": str(source)}}
         else:
-            text, where = path.read_text(encoding="utf-8"), str(path)
+            text, where = _read(path), str(path)
             wish = _parse(text, where)
     faults, lines = [], _lines(text, where)
     for override in overrides:
@@ -48,10 +48,17 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     return recipe
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as fault:
+        raise RecipeError(f"{path} is not UTF-8 (byte {fault.start}); save it as UTF-8.") from fault
+
+
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         wish = yaml.load(text, Loader=_LOADER)
-    except yaml.YAMLError as fault:
+    except (yaml.YAMLError, ValueError) as fault:  # a date that is none raises ValueError
         raise RecipeError(f"{where} is not YAML: {fault}") from fault
     if wish is None:
         return {}
@@ -64,7 +71,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
     key, _, value = override.partition("=")
     try:
         return key.strip(), yaml.load(value, Loader=_LOADER)
-    except yaml.YAMLError as fault:
+    except (yaml.YAMLError, ValueError) as fault:
         raise RecipeError(f"the value of {override!r} is not YAML: {fault}") from fault
 
 

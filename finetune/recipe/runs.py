@@ -42,14 +42,19 @@ class RunFolder:
     def create(cls, parent: Path, *, name: str, backbone: str) -> "RunFolder":
         """A new folder `parent/NAME-BACKBONE-STAMP`; a taken name gets a number."""
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        name, backbone = (part.encode()[:90].decode(errors="ignore") for part in (name, backbone))
         stem = "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") or "run" for part in (name, backbone)) + f"-{stamp}"
-        parent.mkdir(parents=True, exist_ok=True)
         for number in range(1000):
             path = parent / (stem if number == 0 else f"{stem}-{number}")
             try:
+                parent.mkdir(parents=True, exist_ok=True)
                 path.mkdir()
             except FileExistsError:
-                continue
+                if parent.is_dir():
+                    continue
+                raise RunError(f"{parent} is a file, so no run can be kept in it; name a folder.") from None
+            except OSError as fault:
+                raise RunError(f"no run folder can be made in {parent}: {fault.strerror}.") from fault
             return cls(path)
         raise RunError(f"{parent} holds a thousand runs named {stem}; move some away.")
 

@@ -6,8 +6,16 @@ editors is made from them (`finetune recipes check --schema`).
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+
+def _as_text(value: object) -> object:
+    """YAML reads `32` and `2024` as numbers; where a name is meant, they are names."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Text = Annotated[str, BeforeValidator(_as_text)]
+Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Preset = Literal["none", "light", "medium", "heavy"]
 Strategy = Literal["probe", "partial", "full"]
@@ -40,7 +48,7 @@ class SplitSpec(Section):
 class DataSpec(Section):
     """Where the images are, and how they become tensors."""
 
-    root: str | None = None
+    root: Text | None = None
     """A folder of class folders (or of train/val/test), a CSV/TSV table, or a folder of parquet shards."""
     split: SplitSpec = SplitSpec()
     """Applied only to the roles that the data itself does not name."""
@@ -56,7 +64,7 @@ class DataSpec(Section):
     """Whose mean and std: the weights' own (null, where there are any), this recipe's, or the training images'."""
     mean: tuple[float, float, float] | None = None
     """Per channel, in units of pixels / 255; null takes the weights' own."""
-    std: tuple[float, float, float] | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
     """Per channel, in units of pixels / 255; null takes the weights' own."""
     invariances: tuple[Invariance, ...] | None = None
     """Changes that leave every label true; flips in training and testing are used only if named here."""
@@ -136,7 +144,7 @@ class HardwareSpec(Section):
 
     devices: Literal["auto", "cpu", "cuda"] = "auto"
     """One device; auto takes a GPU if there is one."""
-    precision: Literal["auto", "32", "bf16", "fp16"] = "auto"
+    precision: Annotated[Literal["auto", "32", "bf16", "fp16"], BeforeValidator(_as_text)] = "auto"
     """Auto takes bf16 (or fp16) on a GPU that has it, 32 elsewhere."""
     workers: Annotated[int, Field(ge=0, le=64)] | None = None
     """Loader processes; on a CPU none is fastest, as decoded images are kept."""
@@ -158,7 +166,7 @@ class TrackingSpec(Section):
 class Recipe(Section):
     """What the user wishes, perhaps with things left open."""
 
-    name: Annotated[str, Field(min_length=1, max_length=80)] | None = None
+    name: Annotated[Text, Field(min_length=1, max_length=80)] | None = None
     """Begins the run folder's name; null takes the data folder's."""
     backbone: str | None = None
     """A timm name, `torchvision/NAME`, or a card in a zoo folder; null takes the bundled one."""

@@ -86,6 +86,8 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     is_probe = "probe" in scores and "paired" not in scores
     columns = {"probe": scores} if is_probe else {"final": scores, "probe": scores.get("probe")}
     lines = [f"Scores ({scores['views']} view; 95 % intervals)"]
+    if scores.get("views_note"):
+        lines.append(f"  {scores['views_note']}")
     for role in ("val", "test"):
         for name, part in columns.items():
             if part and role in part:

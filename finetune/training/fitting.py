@@ -77,10 +77,7 @@ def fit(
     keeper = _Keeper(plan, index, train, val, checkpoint, curves, say=say, notify=notify)
     if checkpoint.exists():
         keeper.load(torch.load(checkpoint, weights_only=True)["keeper"])
-        curves.forget_after(f"{index + 1}-{stage.name}", keeper.epoch)
         say(f"stage {index + 1} ({stage.name}) goes on after epoch {keeper.epoch + 1}")
-    else:
-        curves.forget_after(f"{index + 1}-{stage.name}", -2)
     if not keeper.is_finished:
         _run_trainer(plan, stage.epochs, module, train, keeper, checkpoint if checkpoint.exists() else None)
     classifier.load_state_dict(keeper.best_state)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from finetune.recipe.runs import write_whole
 
 COLUMNS = ("stage", "epoch", "step", "name", "value")
@@ -35,6 +37,15 @@ class Curves:
         kept = [row for row in self.rows() if row["stage"] != stage or int(row["epoch"]) <= epoch]
         text = "".join(",".join(row[column] for column in COLUMNS) + "\n" for row in kept)
         write_whole(self.path, lambda path: path.write_text(",".join(COLUMNS) + "\n" + text, encoding="utf-8"))
+
+
+def rewind(curves: Curves, stage: str, folder: Path) -> None:
+    """Drop from the curves what an unfinished stage wrote after its last whole epoch; before anybody reads them."""
+    if (folder / "weights.safetensors").exists():
+        return
+    checkpoint, before_all = folder / "last.ckpt", -2
+    done = torch.load(checkpoint, weights_only=True)["keeper"]["epoch"] if checkpoint.exists() else before_all
+    curves.forget_after(stage, done)
 
 
 @dataclass
