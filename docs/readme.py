@@ -49,8 +49,8 @@ def speed() -> str:
             f"| probe run on 3,670 photographs at 128 px, cold | {probe['cold']:.1f} s | "
             f"{min(probe['bare'], probe['bare_two_workers']):.1f} s to decode and pass forward once in plain PyTorch |",
             f"| the same, features cached | {probe['warm']:.1f} s | |",
-            f"| full fine-tuning, images per second | {train['finetune']:.0f} | {train['over_tuned']:.2f} x bare PyTorch "
-            f"loop with our process settings, {train['over_default']:.1f} x one with PyTorch's defaults |",
+            f"| full fine-tuning, images/s | {train['finetune']:.0f} | {train['over_tuned']:.2f} x a bare loop "
+            f"with our process settings, {train['over_default']:.1f} x one with PyTorch's defaults |",
         ]
     )
 

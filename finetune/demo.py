@@ -1,6 +1,9 @@
 """The demo: real handwritten digits, few labels, the bundled backbone, and random weights beside it."""
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +54,17 @@ def run_demo(runs: Path | None = None) -> dict[str, Any]:
     ):
         lines.append(f"  {name:<12} {percent(part['test']['top1'])}")
     where = "" if runs is None else f" --runs {runs}"
-    lines += ["", f"report     {found['report']}", f"MLflow UI  finetune ui{where}"]
+    lines += ["", f"report     {found['report']}", f"MLflow UI  {_command()} ui{where}"]
     say_on_stderr("\n".join(lines))
     return found
+
+
+def _command() -> str:
+    """How this tool is called from here: by its name, or by its path where it is not on PATH."""
+    if shutil.which("finetune"):
+        return "finetune"
+    path = Path(sys.executable).with_name("finetune")
+    return os.path.relpath(path) if path.exists() else f"{sys.executable} -m finetune"
 
 
 def draw_digits(folder: Path) -> Path:

@@ -337,3 +337,21 @@ def test_memory_stays_flat_as_epochs_go_by(shapes, tmp_path):
     ft.train(ft.load_recipe(str(shapes), wishes), runs=tmp_path, say=listen)
     assert len(kilobytes) >= 60
     assert kilobytes[-1] - kilobytes[15] < 20_000
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        ["hardware.precision=bf16"],
+        ["train.optimizer.name=sgd", "head.dropout=0.3", "train.batch_norm=train"],
+        ["head.init=small", "hardware.workers=2", "augment.preset=heavy", "data.invariances=[hflip, rot90]"],
+        ["head.init=model", "backbone=torchvision/resnet18", "pretrained=false", "train.batch_size=1000"],
+        ["head.init=zero", "train.schedule=constant", "hardware.image_cache_gb=0", "evaluate.views=five"],
+    ],
+    ids=lambda wishes: wishes[0],
+)
+def test_every_other_choice_runs_to_its_end(shapes, tmp_path, wishes):
+    run = start(shapes, tmp_path, "train.strategy=full", "train.epochs=2", *wishes)
+    scores = run.read_json("scores.json")
+    assert 0 <= scores["test"]["top1"]["low"] <= scores["test"]["top1"]["high"] <= 1
+    assert run.file("report.html").stat().st_size > 10_000
