@@ -47,10 +47,7 @@ def train(name: str, shared: Path, runs: Path) -> Path:
 
 def row(name: str, run: Path) -> str:
     scores, facts = (json.loads((run / f"{part}.json").read_text()) for part in ("scores", "facts"))
-    plan, environment = (
-        yaml.safe_load((run / "plan.yaml").read_text()),
-        json.loads((run / "environment.json").read_text()),
-    )
+    plan = yaml.safe_load((run / "plan.yaml").read_text())
     pair = scores.get("paired", {}).get("test")
 
     def share(part: dict) -> str:
@@ -70,7 +67,6 @@ def row(name: str, run: Path) -> str:
         share(scores["test"]["top1"]),
         gain,
         str(scores["test"]["top1"]["n"]),
-        f"{environment['seconds']['total']:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -81,8 +77,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=HERE / "runs")
     arguments = parser.parse_args()
     lines = [
-        "| set | training images | similarity | chosen | probe, % | final, % | final minus probe | test images | s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| set | training images | similarity | chosen | probe, % | final, % | final minus probe | test images |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in SETS:
         run = newest_run(arguments.runs, name) or train(name, arguments.shared.resolve(), arguments.runs.resolve())

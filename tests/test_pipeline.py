@@ -115,8 +115,14 @@ def test_a_partial_run_leaves_the_lower_stages_bit_identical(shapes, tmp_path):
 
 
 def run_in_process(words, env):
+    """The tool as a process of its own, in which Ctrl-C works even where our parent ignores it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "finetune", *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "finetune", *words],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - nothing else runs here
     )
 
 
