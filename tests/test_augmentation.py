@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from finetune.data.augmentation import COLOUR, CROP_AREA, PRESETS, Augmentation
-from finetune.data.loading import center_crop
+from finetune.data.decoding import center_crop
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (50, 64, 3), dtype=np.uint8)
 

@@ -7,7 +7,8 @@ import torchvision.transforms.v2.functional as F
 from PIL import Image
 
 from finetune.data.augmentation import Augmentation
-from finetune.data.loading import Batches, ImageStore, center_crop, normalize
+from finetune.data.decoding import center_crop
+from finetune.data.loading import Batches, ImageStore, normalize
 from finetune.data.sources import open_source
 from finetune.errors import DataError
 from finetune.recipe.cards import View

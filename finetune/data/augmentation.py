@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.data.loading import center_crop
+from finetune.data.decoding import center_crop
 
 PRESETS = ("none", "light", "medium", "heavy")
 INVARIANCES = ("hflip", "vflip", "rot90")

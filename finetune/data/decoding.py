@@ -229,3 +229,14 @@ def _silence() -> Iterator[None]:
             _silence_depth -= 1
             if _silence_depth == 0:
                 _silenced.__exit__(None, None, None)
+
+
+def center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
+    """The middle (size, size, 3) of (H, W, 3), to the pixel as torchvision's `CenterCrop`: black where too small."""
+    height, width = pixels.shape[:2]
+    if height < size or width < size:
+        tall, wide = max(size - height, 0), max(size - width, 0)
+        pixels = np.pad(pixels, ((tall // 2, (tall + 1) // 2), (wide // 2, (wide + 1) // 2), (0, 0)))
+        height, width = pixels.shape[:2]
+    top, left = round((height - size) / 2.0), round((width - size) / 2.0)
+    return pixels[top : top + size, left : left + size]

@@ -8,32 +8,19 @@ import hashlib
 import struct
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from finetune.data.decoding import BadImage, decode
+from finetune.data.augmentation import Augmentation
+from finetune.data.decoding import BadImage, center_crop, decode
 from finetune.data.sources import Item, read_bytes
 from finetune.errors import DataError
 from finetune.recipe.cards import View
 
-if TYPE_CHECKING:
-    from finetune.data.augmentation import Augmentation
-
 _ORDER, _VIEW = b"order", b"view"
-
-
-def center_crop(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The middle (size, size, 3) of (H, W, 3), to the pixel as torchvision's `CenterCrop`: black where too small."""
-    height, width = pixels.shape[:2]
-    if height < size or width < size:
-        tall, wide = max(size - height, 0), max(size - width, 0)
-        pixels = np.pad(pixels, ((tall // 2, (tall + 1) // 2), (wide // 2, (wide + 1) // 2), (0, 0)))
-        height, width = pixels.shape[:2]
-    top, left = round((height - size) / 2.0), round((width - size) / 2.0)
-    return pixels[top : top + size, left : left + size]
 
 
 def normalize(batch: torch.Tensor, view: View) -> torch.Tensor:
@@ -94,7 +81,7 @@ class Batches:
         labels: Sequence[int],
         *,
         batch_size: int,
-        augmentation: "Augmentation | None",
+        augmentation: Augmentation | None,
         shuffle: bool,
         seed: int,
         workers: int = 0,
@@ -173,7 +160,7 @@ class _Views(Dataset[torch.Tensor]):
     """Whole batches of uint8 views, asked for by positions."""
 
     def __init__(
-        self, store: ImageStore, indices: np.ndarray, augmentation: "Augmentation | None", seed: int, epoch: int
+        self, store: ImageStore, indices: np.ndarray, augmentation: Augmentation | None, seed: int, epoch: int
     ) -> None:
         self.store = store
         self.indices = indices

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.data.decoding import BadImage
-from finetune.data.loading import ImageStore, center_crop
+from finetune.data.decoding import BadImage, center_crop
+from finetune.data.loading import ImageStore
 
 ENOUGH_IMAGES = 10_000
 """A seeded sample of this many says the mean to well under a grey level."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from finetune.data.decoding import BadImage, ImageFacts, decode
-from finetune.data.loading import ImageStore, center_crop, normalize
+from finetune.data.decoding import BadImage, ImageFacts, center_crop, decode
+from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import Item, read_bytes
 from finetune.features.cache import FeatureCache
 from finetune.models.backbones import Backbone
