@@ -139,7 +139,10 @@ def _decode_ahead(
 @torch.inference_mode()
 def _forward(backbone: Backbone, crops: np.ndarray, view: View, device: str, precision: str) -> torch.Tensor:
     """(B, D) in float32 on the CPU, from crops (B, H, W, 3) in uint8."""
+    count = len(crops)
+    if count < BATCH:  # kernels for another batch size round differently; an image's features shall not depend on it
+        crops = np.concatenate([crops, np.zeros((BATCH - count, *crops.shape[1:]), dtype=crops.dtype)])
     images = normalize(torch.from_numpy(crops).to(device), view)
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     with torch.autocast(device, dtype=kinds.get(precision, torch.bfloat16), enabled=precision in kinds):
-        return backbone(images).float().cpu()
+        return backbone(images)[:count].float().cpu()
