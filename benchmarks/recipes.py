@@ -3,7 +3,7 @@
     FINETUNE_ZOO=../shared/zoo python benchmarks/recipes.py [--shared ../shared] [--only NAME ...]
 
 The lines between the first comment and the first key are rewritten; nothing is typed by hand. One seed:
-the interval is that of the test images alone. About fifteen minutes on two cores.
+the interval is that of the test images alone. About ten minutes on two cores.
 """
 
 import argparse
@@ -55,9 +55,7 @@ def header(name: str, found: dict) -> list[str]:
     wishes = " ".join([f"backbone={BACKBONE}", f"data.image_size={PIXELS}", *overrides])
     lines = [f"# Measured by benchmarks/recipes.py on {data}, {wishes}:"]
     beside = "" if not found["plan"]["stages"] else f"; the probe alone {share(probe)}"
-    lines.append(
-        f"# {share(test)} of {test['n']} test images right{beside}; {found['seconds']['total']:.0f} s on 2 cores."
-    )
+    lines.append(f"# {share(test)} of {test['n']} test images right{beside}.")
     return lines
 
 
