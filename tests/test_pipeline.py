@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -381,3 +382,41 @@ def test_every_other_choice_runs_to_its_end(shapes, tmp_path, wishes):
     scores = run.read_json("scores.json")
     assert 0 <= scores["test"]["top1"]["low"] <= scores["test"]["top1"]["high"] <= 1
     assert run.file("report.html").stat().st_size > 10_000
+
+
+def test_bf16_is_not_32_bits(shapes, tmp_path, full):
+    run = start(shapes, tmp_path, "train.strategy=full", "hardware.precision=bf16")
+    assert run.plan.hardware.precision == "bf16"
+    assert sha(run.final_weights()) != sha(full.final_weights())
+
+
+def test_a_run_is_tracked_in_the_store_beside_it(shapes, tmp_path):
+    env = {**os.environ, "FINETUNE_RUNS": str(tmp_path / "runs")}
+    words = ["train", "--json", f"data.root={shapes}", *SMALL, "train.strategy=full", "tracking.enabled=true"]
+    process = run_in_process(words, env)  # a process of its own: MLflow warns, and warnings are errors here
+    answer, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    state = RunFolder.open(json.loads(answer)["run"]).read_json("tracking.json")
+    assert state["finished"]
+    with sqlite3.connect(tmp_path / "runs" / "mlflow.db") as store:
+        (status,) = store.execute("select status from runs where run_uuid = ?", [state["mlflow_run_id"]]).fetchone()
+        names = {name for (name,) in store.execute("select distinct key from metrics")}
+        params = dict(store.execute("select key, value from params"))
+    store.close()
+    assert status == "FINISHED"
+    assert {"train/loss", "val/top1", "lr/head", "lr/backbone", "gradient_norm", "test/top1", "best/val_loss"} <= names
+    assert params["train.strategy"] == "full"
+    assert set(state["artifacts_sent"]) >= {"report.html", "plan.yaml", "scores.json"}
+
+
+def test_a_dead_tracking_server_costs_one_warning_and_no_score(shapes, tmp_path):
+    env = {**os.environ, "FINETUNE_RUNS": str(tmp_path / "runs")}
+    words = ["train", "--json", f"data.root={shapes}", *SMALL, "train.strategy=probe", "tracking.enabled=true"]
+    process = run_in_process([*words, "tracking.uri=http://127.0.0.1:9"], env)
+    answer, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    run = RunFolder.open(json.loads(answer)["run"])
+    assert run.read_json("scores.json")["test"]["top1"]["n"] > 0
+    assert said.count("MLflow did not get everything") == 1
+    assert f"finetune report {run.path}" in said
+    assert not run.read_json("tracking.json")["finished"]

@@ -69,7 +69,9 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         "head.init",
         None if is_probe else recipe.head.init,
         "probe" if facts.probe else "zero",
-        "fine-tuning from the probe keeps good features from being torn by a random head"
+        "the probe is the head, and the whole of what is learned"
+        if is_probe
+        else "fine-tuning from the probe keeps good features from being torn by a random head"
         if facts.probe
         else "without a probe: zero weights, so the first loss is exactly log K",
     )
