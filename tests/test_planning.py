@@ -21,14 +21,19 @@ from finetune.recipe.reading import load_recipe
 
 
 def make_facts(
-    *, per_class=500, similarity=0.9, probe=0.9, low=0.85, device="cpu", has_batch_norm=True, calibration=60
+    *, per_class=500, similarity=0.9, probe=0.9, low=0.85, device="cpu", has_batch_norm=True, calibration=60, val=70
 ):
     share = Proportion(value=probe, low=low, high=min(1.0, probe + 0.05), n=200)
     return Facts(
         root="/data/flowers",
         kind="folders",
         classes=("a", "b", "c"),
-        counts={"train": (per_class,) * 3, "val": (70,) * 3, "calibration": (calibration // 3,) * 3, "test": (70,) * 3},
+        counts={
+            "train": (per_class,) * 3,
+            "val": (val,) * 3,
+            "calibration": (calibration // 3,) * 3,
+            "test": (70,) * 3,
+        },
         num_images=3 * per_class + 480,
         split_digest="d" * 32,
         median_width=320,
@@ -138,9 +143,9 @@ def test_every_wish_is_kept_and_said_to_be_one():
 
 @pytest.mark.technique("T008")
 def test_pretrained_weights_move_slower_than_the_head():
-    for similarity, ratio in ((0.9, 0.1), (0.3, 0.3)):
-        stage = make_plan(load_recipe(None, ["train.strategy=full"]), make_facts(similarity=similarity)).stages[0]
-        assert stage.lr_backbone == pytest.approx(ratio * stage.lr_head)
+    for strategy in ("partial", "full"):
+        stage = make_plan(load_recipe(None, [f"train.strategy={strategy}"]), make_facts()).stages[0]
+        assert stage.lr_backbone == pytest.approx(0.3 * stage.lr_head)
 
 
 def test_epochs_follow_the_number_of_images():
@@ -206,10 +211,18 @@ def test_a_gpu_gets_bf16_and_loaders():
 
 
 def test_batch_statistics_are_learned_only_where_they_are_needed():
-    norm = lambda **facts: make_plan(load_recipe(None, ["train.strategy=full"]), make_facts(**facts)).train.batch_norm  # noqa: E731
-    assert norm(similarity=0.9) == "frozen"
-    assert norm(similarity=0.3) == "train"
-    assert norm(similarity=0.3, has_batch_norm=False) == "frozen"
+    def norm(*wishes, **facts):
+        return make_plan(load_recipe(None, ["train.strategy=full", *wishes]), make_facts(**facts)).train.batch_norm
+
+    assert norm() == "frozen"
+    assert norm("pretrained=false", similarity=None) == "train"
+    assert norm("pretrained=false", similarity=None, has_batch_norm=False) == "frozen"
+
+
+def test_few_val_images_do_not_choose_the_epoch():
+    for val, keep in ((33, "last"), (34, "best")):
+        plan = make_plan(load_recipe(None, ["train.strategy=full"]), make_facts(val=val))
+        assert plan.train.keep == keep
 
 
 def test_what_a_probe_does_not_use_is_said_to_be_inactive():

@@ -13,7 +13,7 @@ from finetune.recipe.schema import OptimizerSpec
 from finetune.training.module import Finetuning, is_out_of_memory
 from finetune.training.optimization import gradient_norm, group_parameters, make_optimizer, set_rates
 from finetune.training.schedules import rate_factor
-from finetune.training.watching import Curves, EarlyStop
+from finetune.training.watching import Curves, EarlyStop, is_clearly_worse
 
 
 class TinyBackbone(nn.Module):
@@ -119,6 +119,15 @@ def test_a_training_that_only_does_harm_keeps_its_start():
     rule.sees(1, float("nan"))
     assert rule.is_over(1)
     assert rule.best_epoch == -1
+
+
+def test_where_val_is_small_the_last_epoch_is_kept_unless_it_clearly_does_harm():
+    rule = EarlyStop(patience=1, keeps_last=True)
+    rule.sees(-1, 0.3)
+    for epoch, (loss, top1) in enumerate([(0.4, 0.85), (0.9, 0.3), (0.5, 0.7), (float("nan"), 0.8)]):
+        rule.sees(epoch, loss, is_harmed=is_clearly_worse(top1, 0.8, 15))
+        assert not rule.is_over(epoch)
+    assert rule.best_epoch == 2  # not 1: five right of 15 where 12 were; not 3: its loss is no number
 
 
 def test_curves_forget_what_an_interrupted_epoch_wrote(tmp_path):

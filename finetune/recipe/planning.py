@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from finetune.errors import RecipeError
-from finetune.recipe.advice import Advice, advise
+from finetune.recipe.advice import advise
 from finetune.recipe.facts import Facts
 from finetune.recipe.plan import Plan, Reason, Stage
 from finetune.recipe.schema import Recipe
@@ -19,13 +19,13 @@ LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
 """Peak rate of the head by optimizer, at 64 images per step."""
 LARGEST_RATE = 1.0
 """However large the batch."""
-BACKBONE_RATIO = {True: 0.1, False: 0.3}
-"""Rate of pretrained weights over that of the head, for similar and for different data."""
+BACKBONE_RATIO = 0.3
+"""Rate of pretrained weights over that of the head: see `benchmarks/LOG.md`."""
 WEIGHT_DECAY = 0.01
 LEAST_CALIBRATION = 100
 """With fewer images a single confident mistake decides the temperature."""
-SMALL_BATCH = 16
-"""Batch statistics of fewer images are too noisy to train on."""
+LEAST_VAL = 100
+"""With fewer val images the noise between epochs is larger than what training changes."""
 PRESETS = {"small": "medium", "large": "light"}
 """Augmentation by size: little data needs more variation."""
 
@@ -55,7 +55,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     name = recipe.name or facts.root.rstrip("/").rsplit("/", 1)[-1] or "data"
     data = _decide_data(recipe, facts, decide)
     hardware = _decide_hardware(recipe, facts, decide)
-    train = _decide_train(recipe, facts, advice, strategy, hardware["devices"], decide)
+    train = _decide_train(recipe, facts, strategy, hardware["devices"], decide)
     is_probe = strategy == "probe"
     preset = decide(
         "augment.preset",
@@ -192,16 +192,14 @@ def _decide_hardware(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any
     return {**wish.model_dump(), "devices": device, "precision": precision, "workers": workers}
 
 
-def _decide_train(
-    recipe: Recipe, facts: Facts, advice: Advice, strategy: str, device: str, decide: Any
-) -> dict[str, Any]:
+def _decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, decide: Any) -> dict[str, Any]:
     wish, num_train = recipe.train, sum(facts.counts["train"])
     stages = len(facts.backbone.stages)
     depth = max(1, math.ceil(stages / 3)) if strategy == "partial" else stages
     chosen = {"strategy": strategy, "depth": wish.depth or depth, "batch_size": min(wish.batch_size, num_train)}
-    defaults = {"epochs": 1, "schedule": "cosine", "patience": 1, "batch_norm": "frozen"}
+    defaults = {"epochs": 1, "schedule": "cosine", "patience": 1, "keep": "best", "batch_norm": "frozen"}
     rule = wish.optimizer.name or "adamw"
-    ratio = BACKBONE_RATIO[advice.is_similar] if recipe.pretrained else 1.0
+    ratio = BACKBONE_RATIO if recipe.pretrained else 1.0
     optimizer = {**wish.optimizer.model_dump(), "name": rule}
     batch = min(wish.batch_size, num_train)
     optimizer["lr"] = wish.optimizer.lr or min(LARGEST_RATE, LEARNING_RATES[rule] * batch / 64)
@@ -224,7 +222,7 @@ def _decide_train(
         ratio,
         "random weights have nothing to keep"
         if not recipe.pretrained
-        else f"pretrained weights move {'gently: they fit already' if advice.is_similar else 'further: they fit less'}",
+        else "pretrained weights move gently, or what they know is lost",
     )
     budget = GPU_IMAGES_BUDGET if device == "cuda" else IMAGES_BUDGET
     least, most = EPOCHS_RANGE
@@ -242,8 +240,15 @@ def _decide_train(
         max(3, epochs // 2),
         "half of the epochs without a lower val loss: the rate must have time to fall",
     )
-    trains_statistics = not recipe.pretrained or (not advice.is_similar and wish.batch_size >= 2 * SMALL_BATCH)
-    norm = "train" if trains_statistics and facts.backbone.has_batch_norm else "frozen"
+    num_val = sum(facts.counts["val"])
+    keep = decide(
+        "train.keep",
+        wish.keep,
+        "best" if num_val >= LEAST_VAL else "last",
+        f"{num_val} val images {'are enough' if num_val >= LEAST_VAL else f'(< {LEAST_VAL}) are too few'} "
+        "to tell epochs apart",
+    )
+    norm = "train" if not recipe.pretrained and facts.backbone.has_batch_norm else "frozen"
     norm = decide(
         "train.batch_norm",
         wish.batch_norm,
@@ -252,8 +257,6 @@ def _decide_train(
         if not facts.backbone.has_batch_norm
         else "random weights need their own statistics"
         if not recipe.pretrained
-        else "images unlike the source have statistics of their own"
-        if norm == "train"
         else "the statistics of pretraining fit, and do not depend on the batch",
     )
     return {
@@ -263,6 +266,7 @@ def _decide_train(
         "epochs": epochs,
         "schedule": schedule,
         "patience": patience,
+        "keep": keep,
         "batch_norm": norm,
     }
 

@@ -123,7 +123,9 @@ class TrainSpec(Section):
     warmup_fraction: Share = 0.05
     """Share of all steps over which the rate rises linearly."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Epochs without a lower val loss after which training stops; the best epoch is restored."""
+    """Epochs without a lower val loss after which training stops, where the best epoch is kept."""
+    keep: Literal["best", "last"] | None = None
+    """The epoch with the lowest val loss at the best temperature, or the last; null: last where val is small."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest global norm of the gradient."""
     batch_norm: Literal["frozen", "train"] | None = None

@@ -25,7 +25,7 @@ from finetune.recipe.runs import write_whole
 from finetune.training.module import Finetuning, measure_loss
 from finetune.training.optimization import make_optimizer
 from finetune.training.schedules import rate_factor
-from finetune.training.watching import Curves, EarlyStop
+from finetune.training.watching import Curves, EarlyStop, is_clearly_worse
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 """Ours to Lightning's."""
@@ -134,9 +134,9 @@ class _Keeper(pl.Callback):
     ) -> None:
         self.plan, self.index, self.train, self.val = plan, index, train, val
         self.checkpoint, self.curves, self.say, self.notify = checkpoint, curves, say, notify
-        self.stop = EarlyStop(patience=int(plan.train.patience or 1))
+        self.stop = EarlyStop(patience=int(plan.train.patience or 1), keeps_last=plan.train.keep == "last")
         self.best_state: dict[str, torch.Tensor] = {}
-        self.epoch, self.is_finished = -1, False
+        self.epoch, self.is_finished, self.start_top1 = -1, False, 0.0
         self._began, self._seen = 0.0, 0.0
         self._label = f"{index + 1}-{plan.stages[index].name}"
 
@@ -144,11 +144,12 @@ class _Keeper(pl.Callback):
         """Go on from a checkpoint's `keeper`."""
         self.best_state, self.epoch, self.is_finished = state["best_state"], state["epoch"], state["is_finished"]
         self.stop.best_epoch, self.stop.best_loss = state["best_epoch"], state["best_loss"]
+        self.start_top1 = state["start_top1"]
 
     def verdict(self) -> str:
         """Which epoch was kept, in words."""
         kept = "the start, for no epoch did better" if self.stop.best_epoch < 0 else f"epoch {self.stop.best_epoch + 1}"
-        return f"{self.epoch + 1} epochs, kept {kept} (val loss {self.stop.best_loss:.4f})"
+        return f"{self.epoch + 1} epochs, kept {kept} (val loss at the best temperature {self.stop.best_loss:.4f})"
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Measure the starting point, which is the first candidate for the best."""
@@ -204,17 +205,20 @@ class _Keeper(pl.Callback):
             "is_finished": self.is_finished,
             "best_epoch": self.stop.best_epoch,
             "best_loss": self.stop.best_loss,
+            "start_top1": self.start_top1,
         }
 
     def _measure(self, module: pl.LightningModule, values: dict[str, float]) -> None:
         assert isinstance(module, Finetuning)
         hardware = self.plan.hardware
-        loss, top1 = measure_loss(module.classifier, self.val, hardware.devices, hardware.precision)
-        if self.stop.sees(self.epoch, loss):
+        loss, tempered, top1 = measure_loss(module.classifier, self.val, hardware.devices, hardware.precision)
+        self.start_top1 = top1 if self.epoch < 0 else self.start_top1
+        is_harmed = is_clearly_worse(top1, self.start_top1, len(self.val.indices))
+        if self.stop.sees(self.epoch, tempered, is_harmed=is_harmed):
             self.best_state = {
                 name: copy.deepcopy(value.detach().cpu()) for name, value in module.classifier.state_dict().items()
             }
-        values = {**values, "val/loss": loss, "val/top1": top1}
+        values = {**values, "val/loss": loss, "val/tempered_loss": tempered, "val/top1": top1}
         self.curves.append(self._label, self.epoch, module.steps_done, values)
         self.notify()
         epochs = self.plan.stages[self.index].epochs

@@ -48,25 +48,33 @@ def rewind(curves: Curves, stage: str, folder: Path) -> None:
     curves.forget_after(stage, done)
 
 
+def is_clearly_worse(top1: float, start: float, n: int) -> bool:
+    """Whether accuracy on `n` images lies more than two standard errors below that at the start."""
+    return start - top1 > 2 * math.sqrt((start * (1 - start) + top1 * (1 - top1)) / n)
+
+
 @dataclass
 class EarlyStop:
     """Look-ahead: stop once `patience` epochs in a row have not lowered the val loss.
 
     The start of the stage counts as epoch -1, so a training that only does harm changes nothing. Ties
-    keep the earlier epoch, and a loss that is not a number is worse than any other.
+    keep the earlier epoch, and a loss that is not a number is worse than any other. Where val is too small
+    to tell epochs apart, `keeps_last` runs to the end and keeps the last epoch that val does not clearly speak
+    against.
     """
 
     patience: int
+    keeps_last: bool = False
     best_epoch: int = -1
     best_loss: float = math.inf
 
-    def sees(self, epoch: int, loss: float) -> bool:
-        """Whether `loss` is the best so far."""
-        if loss < self.best_loss:
+    def sees(self, epoch: int, loss: float, *, is_harmed: bool = False) -> bool:
+        """Whether the epoch is to be kept, as things stand; never one that is clearly worse than the start."""
+        if not is_harmed and loss < (math.inf if self.keeps_last else self.best_loss):
             self.best_epoch, self.best_loss = epoch, loss
             return True
         return False
 
     def is_over(self, epoch: int) -> bool:
         """Whether to stop after `epoch`."""
-        return epoch - self.best_epoch >= self.patience
+        return not self.keeps_last and epoch - self.best_epoch >= self.patience

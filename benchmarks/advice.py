@@ -1,0 +1,161 @@
+"""Regret of the advisor: every strategy run in every cell, and what the advisor would have chosen there.
+
+    python benchmarks/advice.py train [--shared ../shared] [--work benchmarks/advice]     # hours; resumable
+    python benchmarks/advice.py judge                                                     # minutes
+
+A cell is a data set cut to so many labelled images per class, a backbone, and a seed (of the cut, the split, the order
+and the augmentation). `train` runs each strategy in each cell with an equal budget of training images and appends a row
+to `zoo/results.csv`; rows that are there are not run again. `judge` measures the Facts of each cell anew, asks the
+advisor as it stands, and writes the table of regret to `results/advice.md`, beside the thresholds that leaving out one
+data set at a time would have chosen.
+
+Sized for one thread of a small machine: 64 px, at most 400 images per class, at most 10,000 training images per run.
+Cost is processor time, not time on the wall, so that other work on the machine does not count.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "zoo" / "results.csv"
+SETS = ("ants_bees", "flowers5", "sign_digits", "malaria", "cifar10_20k")
+BACKBONES = ("mobilenetv2_100.imagenet_keras", "mobilenetv2_100.inat_insect")
+PER_CLASS = (5, 20, 50, 400)
+SEEDS = (0, 1, 2)
+PIXELS, TEST_PER_CLASS, BUDGET, EPOCHS = 64, 250, 10_000, (3, 20)
+STRATEGIES = {
+    "partial": ["train.strategy=partial", "head.init=probe"],
+    "full": ["train.strategy=full", "head.init=zero"],
+    "probe_then_full": ["train.strategy=full", "head.init=probe"],
+}
+"""The probe itself is scored in every one of these runs."""
+FIELDS = ("set", "backbone", "per_class", "seed", "strategy", "num_train", "epochs", "top1", "num_test", "cpu_seconds",
+          "pixels", "commit")  # fmt: skip
+
+
+def export_cifar(source: Path, target: Path) -> None:
+    """The parquet set as PNG files, bytes as they are, so that a table can name them."""
+    from finetune.data.sources import open_source, read_bytes
+
+    found = open_source(source)
+    for item in found.items:
+        path = target / str(item.role) / found.classes[item.label] / f"{item.name.replace('#', '-')}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(read_bytes(item))
+    (target / "done").touch()
+
+
+def cell_table(name: str, per_class: int, seed: int, shared: Path, work: Path) -> Path:
+    """A table of `per_class` training images per class, nested in larger ones of the same seed, and the test images."""
+    root = shared / "data" / name
+    if next(root.glob("*.parquet"), None) or not (root / "train").is_dir():
+        if not (work / name / "done").exists():
+            export_cifar(root, work / name)
+        root = work / name
+    lines = ["image,label,split"]
+    for role, limit, key in (("train", per_class, f"{seed}"), ("test", TEST_PER_CLASS, "test")):
+        for folder in sorted(path for path in (root / role).iterdir() if path.is_dir()):
+            files = sorted(path for path in folder.iterdir() if path.is_file())
+            files.sort(key=lambda path: hashlib.blake2b(f"{key} {path.name}".encode()).digest())
+            lines += [f"{path.resolve()},{folder.name},{role}" for path in files[:limit]]
+    table = work / "cells" / f"{name}-{per_class}-{seed}.csv"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return table
+
+
+def cell_recipe(name: str, backbone: str, per_class: int, seed: int, shared: Path, work: Path, more: list[str]):
+    import finetune as ft
+
+    table = cell_table(name, per_class, seed, shared, work)
+    wishes = [f"data.root={table}", f"backbone={backbone}", f"data.image_size={PIXELS}", f"seed={seed}"]
+    wishes += ["data.split.calibration=0", "evaluate.calibrate=false", "tracking.enabled=false", *more]
+    return ft.load_recipe(None, wishes)
+
+
+def cells() -> list[tuple[str, str, int, int]]:
+    return [(name, backbone, per_class, seed) for backbone in BACKBONES for seed in SEEDS for per_class in PER_CLASS
+            for name in SETS]  # fmt: skip
+
+
+def read_rows() -> list[dict[str, str]]:
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(row: dict[str, object]) -> None:
+    is_new = not RESULTS.exists()
+    with RESULTS.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def train_cell(cell: tuple[str, str, int, int], strategy: str, shared: Path, work: Path, commit: str) -> None:
+    import finetune as ft
+
+    name, backbone, per_class, seed = cell
+    classes = sum(path.is_dir() for path in (shared / "data" / name / "train").iterdir()) if name != SETS[4] else 10
+    epochs = min(EPOCHS[1], max(EPOCHS[0], round(BUDGET / (0.85 * per_class * classes))))
+    more = [*STRATEGIES[strategy], f"train.epochs={epochs}", *SETTINGS]
+    recipe = cell_recipe(name, backbone, per_class, seed, shared, work, more)
+    began = time.process_time()
+    run = ft.train(recipe, runs=work / "runs", say=lambda text: None)
+    scores, facts = run.read_json("scores.json"), run.read_json("facts.json")
+    spent = time.process_time() - began
+    common = dict(zip(FIELDS[:4], cell, strict=True)) | {
+        "num_train": sum(facts["counts"]["train"]), "pixels": PIXELS, "commit": commit}  # fmt: skip
+    survey = sum(facts["seconds"].values())
+    done = {(row["set"], row["backbone"], int(row["per_class"]), int(row["seed"])) for row in read_rows()
+            if row["strategy"] == "probe"}  # fmt: skip
+    pairs = [(strategy, scores["test"], epochs, spent)]
+    if cell not in done:
+        pairs.append(("probe", scores["probe"]["test"], 0, survey))
+    for label, part, count, seconds in pairs:
+        top1 = part["top1"]
+        append(common | {"strategy": label, "epochs": count, "top1": f"{top1['value']:.4f}", "num_test": top1["n"],
+                         "cpu_seconds": f"{seconds:.1f}"})  # fmt: skip
+    found = {label: part["top1"]["value"] for label, part, _, _ in pairs}
+    print(json.dumps({"cell": cell, "top1": found, "cpu_seconds": round(spent, 1)}), flush=True)
+    shutil.rmtree(run.path)
+
+
+SETTINGS = ["augment.preset=light"]
+"""The same in every run, so that strategies differ in nothing else."""
+
+
+def train_all(shared: Path, work: Path) -> None:
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True
+    )
+    for cell in cells():
+        for strategy in STRATEGIES:
+            done = {(r["set"], r["backbone"], int(r["per_class"]), int(r["seed"]), r["strategy"]) for r in read_rows()}
+            if (*cell, strategy) not in done:
+                train_cell(cell, strategy, shared, work, commit.stdout.strip())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train", "judge"])
+    parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
+    parser.add_argument("--work", type=Path, default=HERE / "advice")
+    arguments = parser.parse_args()
+    shared, work = arguments.shared.resolve(), arguments.work.resolve()
+    os.environ |= {"FINETUNE_ZOO": str(shared / "zoo"), "FINETUNE_CACHE": str(work / "cache")}
+    if arguments.what == "train":
+        train_all(shared, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Small experiments behind two defaults, as told in LOG.md: which epoch to keep, and how fast the backbone moves.
+
+    python benchmarks/choices.py keep  [--shared ../shared]     # a row per cell and rule, some minutes
+    python benchmarks/choices.py ratio [--shared ../shared]
+
+Cells are those of `advice.py`, with seed 0.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import advice
+import torch
+
+HERE = Path(__file__).resolve().parent
+BACKBONE = advice.BACKBONES[0]
+CLASSES = {"ants_bees": 2, "flowers5": 5, "sign_digits": 10, "malaria": 2, "cifar10_20k": 10}
+RATIO_CELLS = (("flowers5", 20), ("ants_bees", 50), ("sign_digits", 20), ("malaria", 50))
+
+
+def train(name: str, per_class: int, wishes: list[str], shared: Path, work: Path) -> Any:
+    import finetune as ft
+
+    epochs = min(20, max(3, round(advice.BUDGET / (0.85 * per_class * CLASSES[name]))))
+    more = ["augment.preset=light", "train.batch_norm=frozen", f"train.epochs={epochs}", *wishes]
+    recipe = advice.cell_recipe(name, BACKBONE, per_class, 0, shared, work, more)
+    return ft.train(recipe, runs=work / "runs", say=lambda text: None)
+
+
+def percent(scores: dict) -> str:
+    return f"{100 * scores['test']['top1']['value']:.1f}"
+
+
+def compare_ratios(shared: Path, work: Path) -> None:
+    for name, per_class in RATIO_CELLS:
+        row, probe = [], ""
+        for strategy in ("partial", "full"):
+            for ratio in (0.1, 0.3, 1):
+                wishes = [f"train.strategy={strategy}", f"train.optimizer.backbone_lr_ratio={ratio}"]
+                scores = train(name, per_class, wishes, shared, work).read_json("scores.json")
+                probe = percent(scores["probe"])
+                row.append(percent(scores))
+        print(f"| `{name}`, {per_class} | {probe} | {' | '.join(row)} |", flush=True)
+
+
+def compare_epochs(shared: Path, work: Path) -> None:
+    """Run to the last epoch, and ask of each what val and test say of it."""
+    from finetune.data.loading import Batches
+    from finetune.training import fitting
+
+    held: dict[str, Any] = {}
+    measure, make_batches = fitting._Keeper._measure, __import__("finetune.pipeline").pipeline._batches
+
+    def batches(plan: Any, seen: Any) -> Any:
+        rows, labels = seen.indices("test"), seen.labels("test").tolist()
+        held["test"] = Batches(seen.store, rows, labels, batch_size=64, augmentation=None, shuffle=False, seed=0)
+        return make_batches(plan, seen)
+
+    def watch(keeper: Any, module: Any, values: Any) -> None:
+        measure(keeper, module, values)
+        loss, tempered, top1 = fitting.measure_loss(module.classifier, keeper.val, "cpu", "32")
+        held["rows"].append(
+            (loss, tempered, -top1, fitting.measure_loss(module.classifier, held["test"], "cpu", "32")[2])
+        )
+
+    fitting._Keeper._measure = watch  # type: ignore[method-assign]
+    __import__("finetune.pipeline").pipeline._batches = batches
+    for per_class in (20, 50):
+        for name in advice.SETS:
+            held["rows"] = []
+            train(name, per_class, ["train.strategy=full", "train.keep=last"], shared, work)
+            rows = held["rows"]
+            chosen = [min(rows, key=lambda row, k=k: row[k])[3] for k in range(3)]
+            cells = " | ".join(f"{100 * value:.1f}" for value in (rows[0][3], *chosen, rows[-1][3]))
+            print(f"| `{name}`, {per_class} | {cells} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["keep", "ratio"])
+    parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
+    parser.add_argument("--work", type=Path, default=HERE / "advice")
+    arguments = parser.parse_args()
+    shared, work = arguments.shared.resolve(), arguments.work.resolve()
+    os.environ |= {"FINETUNE_ZOO": str(shared / "zoo"), "FINETUNE_CACHE": str(work / "cache")}
+    torch.set_num_threads(1)
+    (compare_epochs if arguments.what == "keep" else compare_ratios)(shared, work)
+
+
+if __name__ == "__main__":
+    main()
