@@ -233,7 +233,7 @@ def _batches(plan: Plan, seen: Look) -> tuple[Batches, Batches]:
             str(plan.augment.preset),
             size_pixels=view.size_pixels,
             interpolation=view.interpolation,
-            invariances=data.invariances or (),
+            invariances=data.allowed_changes,
         )
     workers = plan.hardware.workers or 0
     rows, val_rows = seen.indices("train"), seen.indices("val")
@@ -248,6 +248,7 @@ def _batches(plan: Plan, seen: Look) -> tuple[Batches, Batches]:
         seed=plan.seed,
         workers=workers,
         drop_last=len(rows) > size,
+        mirror_labels=data.mirror_classes(plan.classes),
     )
     val = Batches(
         seen.store,

@@ -19,8 +19,6 @@ from safetensors.torch import load_file
 
 import finetune as ft
 from finetune.errors import BackboneError, DataError, RunError
-from finetune.features.extraction import extract
-from finetune.features.survey import look
 from finetune.pipeline import plan, summarize
 from finetune.recipe.runs import FILES, RunFolder
 
@@ -222,32 +220,6 @@ def test_broken_files_are_named_counted_and_left_out(shapes, tmp_path):
     assert facts.num_images == 72
     with pytest.raises(DataError, match=r"3 images cannot be read: .*set data\.on_bad_image to skip"):
         ft.survey(ft.load_recipe(str(images), [*SMALL, "data.on_bad_image=fail"]))
-
-
-def test_a_second_look_decodes_nothing(shapes):
-    recipe = ft.load_recipe(str(shapes), [*SMALL, "train.strategy=probe"])
-    first, second = ft.survey(recipe), ft.survey(recipe)
-    assert first.features == {"hits": 0, "misses": 72}
-    assert second.features == {"hits": 72, "misses": 0}
-    assert first.probe == second.probe
-
-
-def test_the_features_of_an_image_do_not_depend_on_what_else_is_looked_at(shapes):
-    seen = look(ft.load_recipe(str(shapes), SMALL))
-    indices = seen.indices("train")
-    alone = extract(
-        seen.items,
-        [""] * len(seen.items),
-        indices[:1],
-        seen.facts.view,
-        backbone=seen.backbone,
-        cache=None,
-        store=None,
-        device="cpu",
-        precision="32",
-        progress=lambda done, total: None,
-    )
-    assert torch.equal(alone.features[indices[0]], seen.features[indices[0]])  # else the cache's history would show
 
 
 @pytest.mark.technique("T018")

@@ -14,6 +14,7 @@ from finetune.recipe.facts import (
     PerClass,
     ProbeFacts,
     Proportion,
+    SimilarityFacts,
 )
 from finetune.recipe.plan import Plan, read_plan
 from finetune.recipe.planning import EPOCHS_RANGE, IMAGES_BUDGET, make_plan
@@ -58,7 +59,7 @@ def make_facts(
         majority=0.34,
         probe=ProbeFacts(val=share, train=share, log_loss=0.3, l2=1e-3, l2_at_edge=False),
         knn=NeighbourFacts(val=share, k=10),
-        similarity=similarity,
+        similarity=None if similarity is None else SimilarityFacts(value=similarity, low=similarity, high=similarity),
         machine=MachineFacts(device=device, cores=2, has_bf16=device == "cuda", has_fp16=device == "cuda"),
         features={"hits": 0, "misses": 10},
     )
@@ -91,8 +92,8 @@ def test_more_data_never_freezes_more():
 
 
 def test_the_thresholds_belong_to_the_larger_side():
-    assert not advise(make_facts(per_class=SMALL_PER_CLASS)).is_small
-    assert advise(make_facts(similarity=SIMILAR)).is_similar
+    assert not advise(make_facts(per_class=SMALL_PER_CLASS)).cell.startswith("small")
+    assert advise(make_facts(similarity=SIMILAR)).cell.endswith("similar")
 
 
 def test_a_solved_problem_needs_no_more_than_the_probe():
@@ -102,10 +103,10 @@ def test_a_solved_problem_needs_no_more_than_the_probe():
 @pytest.mark.technique("T016")
 def test_similarity_is_zero_at_chance_and_one_at_perfection():
     at = lambda value: Proportion(value=value, low=0, high=1, n=100)  # noqa: E731
-    assert measure_similarity(at(1 / 3), at(1 / 3), 1 / 3) == 0
-    assert measure_similarity(at(1.0), at(1.0), 1 / 3) == 1
-    assert measure_similarity(at(0.1), at(0.2), 1 / 3) == 0
-    assert measure_similarity(at(0.9), at(0.7), 0.5) == pytest.approx((0.8 + 0.4) / 2)
+    assert measure_similarity(at(1 / 3), at(1 / 3), 1 / 3) == (0, 0, 1)
+    assert measure_similarity(at(1.0), at(1.0), 1 / 3) == (1, 0, 1)
+    assert measure_similarity(at(0.1), at(0.2), 1 / 3) == (0, 0, 1)
+    assert measure_similarity(at(0.9), at(0.7), 0.5)[0] == pytest.approx((0.8 + 0.4) / 2)
 
 
 def test_a_plan_leaves_nothing_open_and_says_why():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.features.probing import EXCESS, L2_GRID, fit_probe, knn_predict, sweep_probe
+from finetune.features.probing import EXCESS, L2_GRID, fit_probe, knn_predict, scale_of, sweep_probe
 from finetune.models.heads import make_head
 
 
@@ -23,7 +23,7 @@ def _blobs(n, d, k, *, seed=0, spread=1.0):
 
 def _objective(probe, features, labels, l2):
     """J from the probe's raw weights alone, penalty on the standardised scale."""
-    inside = probe.weight * features.double().std(0, correction=0)
+    inside = probe.weight * scale_of(features)
     return float(F.cross_entropy(probe.logits(features), labels) + l2 / 2 * inside.square().sum())
 
 
@@ -37,7 +37,7 @@ def test_the_probe_reaches_the_optimum_of_scikit_learn(n, d, l2):
     features, labels = _blobs(n, d, 4)
     probe = fit_probe(features, labels, num_classes=4, l2=l2)
     x = features.double()
-    x = ((x - x.mean(0)) / x.std(0, correction=0)).numpy()
+    x = ((x - x.mean(0)) / scale_of(x)).numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         other = LogisticRegression(C=1 / (l2 * n), tol=1e-10, max_iter=20_000).fit(x, labels.numpy())
@@ -54,7 +54,7 @@ def test_the_probe_reaches_the_optimum_of_scikit_learn(n, d, l2):
 def test_the_gradient_vanishes_at_the_solution(n, d, l2):
     features, labels = _blobs(n, d, 3)
     probe = fit_probe(features, labels, num_classes=3, l2=l2)
-    mean, std = features.double().mean(0), features.double().std(0, correction=0)
+    mean, std = features.double().mean(0), scale_of(features)
     weight = (probe.weight * std).requires_grad_()
     bias = (probe.bias + probe.weight @ mean).requires_grad_()
     x = (features.double() - mean) / std
@@ -78,7 +78,7 @@ def test_the_order_of_images_does_not_matter(n, d):
 def test_a_head_made_of_the_probe_gives_the_logits_of_the_standardised_one():
     features, labels = _blobs(200, 16, 4)
     probe = fit_probe(features, labels, num_classes=4, l2=0.1)
-    mean, std = features.double().mean(0), features.double().std(0, correction=0)
+    mean, std = features.double().mean(0), scale_of(features)
     standardised = (features.double() - mean) / std
     plain = standardised @ (probe.weight * std).T + (probe.bias + probe.weight @ mean)
     torch.testing.assert_close(probe.logits(features), plain, rtol=0, atol=1e-5)
@@ -92,9 +92,9 @@ def test_a_head_made_of_the_probe_gives_the_logits_of_the_standardised_one():
 @pytest.mark.technique("T020")
 def test_standardisation_comes_from_training_images_alone():
     features, labels = _blobs(90, 8, 3)
-    scaled, moved = features * torch.logspace(3, -3, 8), features + 1000 * features.std(0)
+    scaled, moved = features * 1000, features + 1000 * features.std(0)
     one = fit_probe(features, labels, num_classes=3, l2=0.05)
-    for other in (scaled, moved):  # units and offsets of a column do not matter to standardised features
+    for other in (scaled, moved):  # the common unit and the offset of a column do not matter
         probe = fit_probe(other, labels, num_classes=3, l2=0.05)
         torch.testing.assert_close(probe.logits(other), one.logits(features), rtol=0, atol=5e-3)
     val_features, val_labels = _blobs(30, 8, 3, seed=1)
@@ -111,6 +111,21 @@ def test_a_constant_feature_is_neither_divided_by_zero_nor_used():
     assert probe.weight.isfinite().all()
     assert probe.objective == pytest.approx(without.objective, rel=1e-7)
     assert float(probe.weight[:, 2].abs().max()) < 1e-3
+
+
+def test_a_feature_that_rarely_fires_does_not_drown_the_others():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(20) % 2
+    told = torch.where(labels == 0, -1.0, 1.0)[:, None] + torch.randn(20, 4, generator=generator)
+    rare = torch.zeros(20, 30)
+    rare[torch.arange(30) % 20, torch.arange(30)] = 0.05  # each fires once, a little
+    known = torch.cat([told, rare], 1)
+    probe = fit_probe(known, labels, num_classes=2, l2=0.01)
+    fired = torch.cat([torch.ones(1, 4), torch.ones(1, 30)], 1)  # later, all fire at once
+    calm = torch.cat([torch.ones(1, 4), torch.zeros(1, 30)], 1)
+    lead, calm_lead = (float(logits[0, 1] - logits[0, 0]) for logits in (probe.logits(fired), probe.logits(calm)))
+    assert 0.5 * calm_lead < lead < 2 * calm_lead
+    assert float(scale_of(known)[4:].min()) > 5 * float(rare.std(0, correction=0).max())
 
 
 def test_an_endless_penalty_leaves_the_log_of_the_number_of_classes():
@@ -167,6 +182,7 @@ def test_the_sweep_finds_the_penalty_that_separate_exact_fits_find(n, d):
 def test_the_sweep_says_when_the_best_penalty_lies_at_an_edge():
     features, labels = _blobs(200, 20, 4)
     val = _blobs(100, 20, 4, seed=1)
+    features, val = features / torch.logspace(-2, 2, 20), (val[0] / torch.logspace(-2, 2, 20), val[1])
     _, inside = sweep_probe(features, labels, *val, num_classes=4, grid=[1e-5, 0.03, 100.0])
     _, edge = sweep_probe(features, labels, *val, num_classes=4, grid=[1.0, 100.0, 1000.0])
     _, alone = sweep_probe(features, labels, *val, num_classes=4, grid=[1.0])

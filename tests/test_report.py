@@ -515,17 +515,8 @@ def test_curves_survive_values_that_diverged_and_thin_long_runs(tmp_path):
     assert len(panel) < 10_000
 
 
-def test_the_dot_stands_where_the_data_are():
-    def dot(similarity, images):
-        drawing = figures.size_similarity_grid(similarity, images)
-        found = re.search(r'cx="([\d.]+)" cy="([\d.]+)"', drawing)
-        assert found
-        return float(found[1]), float(found[2])
-
-    assert dot(0.9, 10)[0] > dot(0.2, 10)[0]
-    assert dot(0.5, 1000)[1] < dot(0.5, 10)[1]
-    assert "linear probe" in re.findall('aria-label="([^"]*)"', figures.size_similarity_grid(0.9, 10))[0]
-    assert figures.size_similarity_grid(None, 10) == ""
+def test_an_older_run_without_advice_says_nothing_of_its_depth(page):
+    assert "Why this depth" not in page and "#depth" not in page
 
 
 def test_values_of_a_plan_read_like_prose():

@@ -3,11 +3,9 @@
 import os
 
 import pytest
-import torch
 
 from finetune.data.decoding import ImageFacts
 from finetune.errors import BackboneError
-from finetune.features.cache import FeatureCache, evict
 from finetune.recipe.cards import read_card
 from finetune.recipe.runs import RunFolder, write_whole
 from finetune.recipe.shelf import default_backbone, read_zoo, shipped
@@ -57,44 +55,6 @@ def test_the_first_folder_of_two_wins(monkeypatch, tmp_path):
         (tmp_path / name / "x" / "card.yaml").write_text("\n".join(lines))
     monkeypatch.setenv("FINETUNE_ZOO", os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b")]))
     assert read_zoo()[default_backbone()].pretrained_on == "first"
-
-
-def test_cached_features_come_back_to_the_last_bit():
-    cache, row = FeatureCache("w" * 64, "v", "32"), torch.randn(7)
-    cache.put("d1", row, FACTS)
-    cache.flush()
-    again = FeatureCache("w" * 64, "v", "32")
-    assert "d1" in again
-    assert torch.equal(again.features("d1"), row)
-    assert again.facts("d1") == FACTS
-
-
-def test_another_weight_view_or_precision_is_another_cache():
-    cache = FeatureCache("w" * 64, "v", "32")
-    cache.put("d1", torch.zeros(2), FACTS)
-    cache.flush()
-    for key in (("x" * 64, "v", "32"), ("w" * 64, "u", "32"), ("w" * 64, "v", "bf16")):
-        assert "d1" not in FeatureCache(*key)
-
-
-def test_two_writers_do_not_disturb_each_other():
-    one, two = FeatureCache("w" * 64, "v", "32"), FeatureCache("w" * 64, "v", "32")
-    one.put("d1", torch.ones(2), FACTS)
-    two.put("d2", torch.ones(2), FACTS)
-    one.flush()
-    two.flush()
-    both = FeatureCache("w" * 64, "v", "32")
-    assert "d1" in both
-    assert "d2" in both
-
-
-def test_the_folder_used_longest_ago_goes_first(tmp_path):
-    for age, name in enumerate(("new", "old", "mine")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "a.safetensors").write_bytes(b"x" * 100)
-        os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    evict(tmp_path, keep=tmp_path / "mine", limit_bytes=250)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "new"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

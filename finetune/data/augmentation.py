@@ -41,7 +41,7 @@ class Augmentation:
                 heavy (small crops, strong colour, cutout).
             size_pixels: height and width of the answer.
             interpolation: how crops are enlarged: nearest, bilinear or bicubic. Shrinking averages areas.
-            invariances: which of hflip, vflip and rot90 keep the label; no other is ever drawn.
+            invariances: which of hflip, vflip and rot90 are allowed; no other is ever drawn.
 
         Raises:
             ValueError: if a name is unknown.
@@ -54,16 +54,22 @@ class Augmentation:
         self.size_pixels = size_pixels
         self._lines: list[str] = [f"centre crop of {size_pixels} px"]
         self._chain: Any = None
+        self._mirror: Any = None
         if preset != "none":
             self._lines = []
             self._chain = self._compose(interpolation, set(invariances))
 
     def __call__(self, pixels: np.ndarray, seed: int) -> np.ndarray:
         """A view (size, size, 3) uint8 of `pixels` (H, W, 3) uint8, which stay as they are."""
+        return self.draw(pixels, seed)[0]
+
+    def draw(self, pixels: np.ndarray, seed: int) -> tuple[np.ndarray, bool]:
+        """The same view, and whether the horizontal flip is in it: labels may have to follow."""
         if self._chain is None:
-            return center_crop(pixels, self.size_pixels)
+            return center_crop(pixels, self.size_pixels), False
         self._chain.set_random_state(np.random.Generator(np.random.PCG64(seed)), random.Random(seed))
-        return self._chain(image=pixels)["image"]
+        view = self._chain(image=pixels)["image"]
+        return view, bool(self._mirror.get_applied_params())  # none if the chain skipped it, or does not hold it
 
     def describe(self) -> list[str]:
         """One line per transform, in the order they are applied."""
@@ -90,8 +96,9 @@ class Augmentation:
             )
         ]
         self._lines.append(f"random crop of {area[0]:.0%} to {area[1]:.0%} of the area, resized to {size} px")
+        self._mirror = A.HorizontalFlip(p=0.5)
         flips = {
-            "hflip": (A.HorizontalFlip(p=0.5), "horizontal flip, p = 0.5"),
+            "hflip": (self._mirror, "horizontal flip, p = 0.5"),
             "vflip": (A.VerticalFlip(p=0.5), "vertical flip, p = 0.5"),
             "rot90": (A.RandomRotate90(p=1.0), "rotation by 0, 90, 180 or 270 degrees"),
         }

@@ -59,6 +59,10 @@ _DAMAGE = (
 )
 
 
+KINDS = ("rgb", "grey", "palette", "alpha", "cmyk", "16-bit")
+"""How pixels may be stored."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageFacts:
     """What a file said of itself, before any resizing."""
@@ -67,7 +71,7 @@ class ImageFacts:
     """Pixels, upright (after EXIF rotation)."""
     height: int
     kind: str
-    """One of rgb, grey, palette, alpha, cmyk, 16-bit."""
+    """One of `KINDS`."""
     is_rotated: bool
     """The file carried an EXIF orientation other than 1."""
 

@@ -86,6 +86,7 @@ class Batches:
         seed: int,
         workers: int = 0,
         drop_last: bool = False,
+        mirror_labels: Sequence[int] | None = None,
     ) -> None:
         """Prepare the batches; nothing is read yet.
 
@@ -99,6 +100,7 @@ class Batches:
             seed: not negative; with the epoch it fixes the order and every augmentation.
             workers: processes that decode and augment; 0 does so here. The batches are the same.
             drop_last: leave out a last batch that is not full.
+            mirror_labels: by label, the one an image gets where the augmentation flips it horizontally; None: its own.
 
         Raises:
             ValueError: if lengths or sizes make no sense, or `drop_last` would leave no batch.
@@ -111,9 +113,16 @@ class Batches:
             raise ValueError(f"drop_last leaves no batch: {len(indices)} images, batch_size {batch_size}.")
         if augmentation is not None and augmentation.size_pixels != store.view.size_pixels:
             raise ValueError(f"augmentation gives {augmentation.size_pixels} px, the view {store.view.size_pixels}.")
+        if mirror_labels is not None and len(labels) and len(mirror_labels) <= max(labels):
+            raise ValueError(
+                f"mirror_labels says nothing of label {max(labels)}, only of the first {len(mirror_labels)}."
+            )
         self.store = store
         self.indices = np.asarray(indices, dtype=np.int64)
         self.labels = torch.as_tensor(np.asarray(labels, dtype=np.int64))
+        turned = self.labels if mirror_labels is None else torch.tensor(mirror_labels, dtype=torch.int64)[self.labels]
+        self.mirror_labels = turned
+        """The label of each image's mirror image."""
         self.batch_size = batch_size
         self.augmentation = augmentation
         self.shuffle = shuffle
@@ -135,7 +144,7 @@ class Batches:
         order = self._order()
         plan = [order[b * self.batch_size : (b + 1) * self.batch_size] for b in range(len(self))]
         # Without workers the same code runs here, and no generator of the caller is moved in either case.
-        loader: DataLoader[torch.Tensor] = DataLoader(
+        loader: DataLoader[_Drawn] = DataLoader(
             _Views(self.store, self.indices, self.augmentation, self.seed, self.epoch),
             batch_sampler=plan,  # type: ignore[arg-type]
             collate_fn=_as_is,
@@ -145,8 +154,9 @@ class Batches:
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
             generator=torch.Generator().manual_seed(self.seed),
         )
-        for positions, pixels in zip(plan, loader, strict=True):
-            yield normalize(pixels, self.store.view), self.labels[positions], torch.from_numpy(self.indices[positions])
+        for positions, (pixels, are_mirrored) in zip(plan, loader, strict=True):
+            labels = torch.where(are_mirrored, self.mirror_labels[positions], self.labels[positions])
+            yield normalize(pixels, self.store.view), labels, torch.from_numpy(self.indices[positions])
 
     def _order(self) -> np.ndarray:
         if not self.shuffle:
@@ -156,7 +166,11 @@ class Batches:
         )
 
 
-class _Views(Dataset[torch.Tensor]):
+_Drawn = tuple[torch.Tensor, torch.Tensor]
+"""Views (B, S, S, 3) uint8, and which of them are mirrored (B,)."""
+
+
+class _Views(Dataset[_Drawn]):
     """Whole batches of uint8 views, asked for by positions."""
 
     def __init__(
@@ -168,22 +182,23 @@ class _Views(Dataset[torch.Tensor]):
         self.seed = seed
         self.epoch = epoch
 
-    def __getitems__(self, positions: Sequence[int]) -> torch.Tensor:
+    def __getitems__(self, positions: Sequence[int]) -> _Drawn:
         size = self.store.view.size_pixels
         views = np.empty((len(positions), size, size, 3), dtype=np.uint8)
+        are_mirrored = torch.zeros(len(positions), dtype=torch.bool)
         for row, position in enumerate(positions):
-            views[row] = self._view(int(self.indices[position]))
-        return torch.from_numpy(views)
+            views[row], are_mirrored[row] = self._view(int(self.indices[position]))
+        return torch.from_numpy(views), are_mirrored
 
-    def _view(self, index: int) -> np.ndarray:
+    def _view(self, index: int) -> tuple[np.ndarray, bool]:
         try:
             pixels = self.store.get(index)
         except (BadImage, OSError) as fault:
             name = self.store.items[index].name
             raise DataError(f"{name} cannot be read ({fault}). Was it changed since the data were surveyed?") from fault
         if self.augmentation is None:
-            return center_crop(pixels, self.store.view.size_pixels)
-        return self.augmentation(pixels, _seed_of(_VIEW, self.seed, self.epoch, index))
+            return center_crop(pixels, self.store.view.size_pixels), False
+        return self.augmentation.draw(pixels, _seed_of(_VIEW, self.seed, self.epoch, index))
 
 
 def _seed_of(purpose: bytes, *numbers: int) -> int:

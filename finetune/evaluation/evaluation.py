@@ -28,7 +28,7 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
         views: other views than the plan's.
     """
     plan = run.plan
-    views, fallback = permitted_views(views or plan.evaluate.views, plan.data.invariances or ())
+    views, fallback = permitted_views(views or plan.evaluate.views, plan.data.allowed_changes)
     probe = _probe_probabilities(look)
     is_probe = probe is not None and not plan.stages and views == "center"
     final = probe if is_probe else _final_probabilities(run, look, plan, views)

@@ -13,7 +13,7 @@ from finetune.data.decoding import BadImage
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import IMAGE_SUFFIXES, Item
 from finetune.errors import BackboneError, DataError
-from finetune.evaluation.views import average_views, view_crops, view_names
+from finetune.evaluation.views import average_views, unmirror, view_crops, view_names
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
@@ -129,6 +129,7 @@ def predict_probabilities(
     classifier.to(device).eval()
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     precision, count = plan.hardware.precision, len(view_names(views))
+    mirror_classes = plan.data.mirror_classes(plan.classes)
     answers = [torch.empty(0, len(plan.classes))]
     with ThreadPoolExecutor(2) as pool:
         for start in range(0, len(indices), BATCH):
@@ -138,7 +139,7 @@ def predict_probabilities(
             with torch.autocast(device, dtype=kinds.get(precision, torch.bfloat16), enabled=precision in kinds):
                 logits = classifier(images)
             probabilities = logits.float().softmax(1).cpu().view(len(pixels), count, -1)  # (B, V, K)
-            answers.append(average_views(probabilities.transpose(0, 1)))
+            answers.append(average_views(unmirror(probabilities.transpose(0, 1), views, mirror_classes)))
     return torch.cat(answers)
 
 

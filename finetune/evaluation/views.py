@@ -2,10 +2,11 @@
 
 Training draws crops and flips at random; testing takes a fixed set of them and averages (Krizhevsky et
 al., NeurIPS 2012, section 4.1). Only what the data forgive may be used: without `hflip` among the
-declared invariances ten views become five, for a mirrored left hand is a right hand.
+allowed changes ten views become five, for a mirrored left hand is a right hand. Where the recipe says
+so of the classes, mirrored views are used, and what they say of left counts for right.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from finetune.scores.calibration import log_probabilities
 
 VIEWS = ("center", "five", "ten")
 AVERAGES = ("probability", "logit")
+_MIRRORED = "mirrored "
 _FIVE = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
 
 
@@ -25,7 +27,7 @@ def view_names(views: str) -> tuple[str, ...]:
     _check_views(views)
     if views == "center":
         return ("center",)
-    return _FIVE if views == "five" else _FIVE + tuple(f"mirrored {name}" for name in _FIVE)
+    return _FIVE if views == "five" else _FIVE + tuple(_MIRRORED + name for name in _FIVE)
 
 
 def view_crops(pixels: np.ndarray, size: int, views: str) -> list[np.ndarray]:
@@ -60,16 +62,39 @@ def view_crops(pixels: np.ndarray, size: int, views: str) -> list[np.ndarray]:
     ]
 
 
-def permitted_views(views: str, invariances: Collection[str]) -> tuple[str, str | None]:
-    """The views that the declared invariances allow, and the reason where they are not those asked for.
+def permitted_views(views: str, changes: Collection[str]) -> tuple[str, str | None]:
+    """The views that the allowed changes permit, and the reason where they are not those asked for.
 
     Raises:
         ValueError: if `views` is unknown.
     """
     _check_views(views)
-    if views == "ten" and "hflip" not in invariances:
+    if views == "ten" and "hflip" not in changes:
         return "five", "five views instead of ten: hflip is not declared in data.invariances, so no view is mirrored"
     return views, None
+
+
+def unmirror(probabilities: torch.Tensor, views: str, mirror_classes: Sequence[int]) -> torch.Tensor:
+    """What each view says of the image as it is: mirrored views swap the classes that mirroring swaps.
+
+    Args:
+        probabilities: (V, N, K), in the order of `view_names`.
+        views: one of `VIEWS`.
+        mirror_classes: K numbers; by class, the class of its mirror image.
+
+    Raises:
+        ValueError: if `views` is unknown, or V or K are not those of `views` and `mirror_classes`.
+    """
+    names = view_names(views)
+    if probabilities.shape[::2] != (len(names), len(mirror_classes)):
+        raise ValueError(
+            f"probabilities ({len(names)}, N, {len(mirror_classes)}) are needed, got {tuple(probabilities.shape)}."
+        )
+    columns, answer = list(mirror_classes), probabilities.clone()
+    for view, name in enumerate(names):
+        if name.startswith(_MIRRORED):
+            answer[view] = probabilities[view][:, columns]
+    return answer
 
 
 def average_views(probabilities: torch.Tensor, how: str = "probability") -> torch.Tensor:

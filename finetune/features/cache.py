@@ -1,90 +1,186 @@
-"""Features on disk, keyed by what they depend on: weights, view, precision, and the image's bytes.
+"""Features on disk, keyed by what they depend on: weights, view, precision, depth, and the image's bytes.
 
-Each extraction adds one safetensors shard, written whole and renamed into place, so two processes may
-write at once and a killed one leaves nothing half done. A renamed or copied image is a hit; a changed
-one is a miss. The folders used longest ago go first when the whole exceeds its bound.
+Rows lie in safetensors shards that are mapped, not read: a million images cost 24 bytes each in memory until their
+rows are asked for. Shards are written whole and renamed into place, so two processes may write at once and a killed
+one leaves nothing half done. A renamed or copied image is a hit; a changed one is a miss. The shards used longest ago
+go first when the whole exceeds its bound.
 """
 
 import json
 import os
-import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from finetune.data.decoding import ImageFacts
+from finetune.data.decoding import KINDS, ImageFacts
 from finetune.recipe.runs import write_whole
 from finetune.recipe.shelf import cache_folder
 
-FORMAT = "1"
-"""Part of the key; raised when what is stored changes."""
+FORMAT = "2"
+"""Part of the key; raised when what is stored, or how it is computed, changes."""
 LIMIT_BYTES = 20 * 10**9
+SHARD_ROWS = 4096
+"""Images per shard: what a killed extraction loses at most."""
+_TYPES: dict[str, Any] = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
 
 
 class FeatureCache:
-    """Pooled features (D,) and image facts by content digest, for one backbone and view."""
+    """Pooled features of every depth, and image facts, by content digest; for one backbone, view and precision."""
 
-    def __init__(self, weights_digest: str, view_digest: str, precision: str) -> None:
-        self.folder = cache_folder() / "features" / f"{weights_digest[:16]}-{view_digest}-{precision}-v{FORMAT}"
-        self._rows: dict[str, torch.Tensor] = {}
-        self._facts: dict[str, ImageFacts] = {}
-        self._fresh: list[str] = []
+    def __init__(
+        self, weights_digest: str, view_digest: str, precision: str, *, limit_bytes: int = LIMIT_BYTES
+    ) -> None:
+        parent = cache_folder() / "features"
+        self.folder = parent / f"{weights_digest[:16]}-{view_digest}-{precision}-v{FORMAT}"
+        self._limit_bytes = limit_bytes
+        self._shards: list[dict[str, np.ndarray]] = []
+        self._paths: list[Path] = []
+        self._fresh: list[tuple[str, Sequence[torch.Tensor], ImageFacts]] = []
+        self._waiting: dict[str, int] = {}
+        self._used: set[Path] = set()
         for path in sorted(self.folder.glob("*.safetensors")):
-            self._read(path)
-        if self.folder.is_dir():
-            os.utime(self.folder)
+            self._open(path)
+        self._index()
 
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._rows
+    def known(self, digests: Sequence[str]) -> list[bool]:
+        """Whether each image has its features here."""
+        stored = self._find(digests) >= 0
+        return [bool(here) or digest in self._waiting for here, digest in zip(stored, digests, strict=True)]
 
-    def features(self, digest: str) -> torch.Tensor:
-        """(D,) in float32."""
-        return self._rows[digest]
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on disk of everything this cache can answer."""
+        return sum(sum(part.nbytes for part in shard.values()) for shard in self._shards)
+
+    def features(self, digests: Sequence[str], depth: int = -1) -> torch.Tensor:
+        """(N, D) in float32 at `depth`: a stage counted from the stem, or -1 for the pooled features of the top.
+
+        Raises:
+            KeyError: if an image was never put.
+        """
+        self.flush()
+        places = self._places(digests)
+        if not len(places):
+            return torch.empty(0, 0)
+        name = f"depth.{depth}"
+        rows: np.ndarray | None = None
+        for shard in np.unique(places[:, 0]):
+            chosen = places[:, 0] == shard
+            part = self._shards[shard][name]
+            rows = np.empty((len(places), part.shape[1]), dtype=np.float32) if rows is None else rows
+            rows[chosen] = part[places[chosen, 1]]
+            self._touch(self._paths[shard])
+        return torch.from_numpy(rows)
 
     def facts(self, digest: str) -> ImageFacts:
         """What decoding found out about the image."""
-        return self._facts[digest]
+        if digest in self._waiting:
+            return self._fresh[self._waiting[digest]][2]
+        shard, row = self._places([digest])[0]
+        width, height, kind, is_rotated = (int(value) for value in self._shards[shard]["facts"][row])
+        return ImageFacts(width=width, height=height, kind=KINDS[kind], is_rotated=bool(is_rotated))
 
-    def put(self, digest: str, features: torch.Tensor, facts: ImageFacts) -> None:
-        """Remember one image; `flush` writes it."""
-        if digest not in self._rows:
-            self._fresh.append(digest)
-        self._rows[digest], self._facts[digest] = features, facts
+    def put(self, digest: str, depths: Sequence[torch.Tensor], facts: ImageFacts) -> None:
+        """Remember one image: its features (D,) at each stage from the stem, then the pooled top; `flush` writes it."""
+        if self.known([digest])[0]:
+            return
+        self._waiting[digest] = len(self._fresh)
+        self._fresh.append((digest, depths, facts))
+        if len(self._fresh) >= SHARD_ROWS:
+            self.flush()
 
     def flush(self) -> None:
         """Write what is new as one shard."""
         if not self._fresh:
             return
-        facts = json.dumps(
-            [[d, f.width, f.height, f.kind, f.is_rotated] for d in self._fresh for f in [self._facts[d]]]
-        )
-        stacked = torch.stack([self._rows[digest] for digest in self._fresh])
+        digests, rows, facts = zip(*self._fresh, strict=True)
+        tensors = {f"depth.{k}": torch.stack([row[k] for row in rows]) for k in range(len(rows[0]) - 1)}
+        tensors["depth.-1"] = torch.stack([row[-1] for row in rows])
+        tensors["digests"] = torch.from_numpy(_as_bytes(digests))
+        listed = [[f.width, f.height, KINDS.index(f.kind), f.is_rotated] for f in facts]
+        tensors["facts"] = torch.tensor(listed, dtype=torch.int32)
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
-        write_whole(path, lambda temporary: save_file({"features": stacked}, temporary, metadata={"images": facts}))
-        self._fresh = []
-        evict(self.folder.parent, keep=self.folder)
+        write_whole(path, lambda temporary: save_file(tensors, temporary))
+        self._fresh, self._waiting = [], {}
+        self._open(path)
+        self._index()
+        self._used.add(path)
+        evict(self.folder.parent, keep=self._used, limit_bytes=self._limit_bytes)
 
-    def _read(self, path: Path) -> None:
-        from safetensors import safe_open
+    def _touch(self, path: Path) -> None:
+        if path not in self._used and path.exists():
+            os.utime(path)
+        self._used.add(path)
 
-        rows = load_file(path)["features"]
-        with safe_open(path, framework="pt") as handle:
-            images = json.loads(handle.metadata()["images"])
-        for row, (digest, width, height, kind, is_rotated) in zip(rows, images, strict=True):
-            self._rows[digest] = row
-            self._facts[digest] = ImageFacts(width=width, height=height, kind=kind, is_rotated=is_rotated)
+    def _open(self, path: Path) -> None:
+        try:
+            self._shards.append(_map(path))
+            self._paths.append(path)
+        except (OSError, ValueError, KeyError):  # evicted by another process just now, or damaged: as if never written
+            path.unlink(missing_ok=True)
+
+    def _index(self) -> None:
+        """All digests in order, so that one is found by bisection."""
+        digests = [shard["digests"] for shard in self._shards]
+        keys = np.concatenate(digests) if digests else np.empty((0, 16), dtype=np.uint8)
+        places = [np.stack([np.full(len(part), k), np.arange(len(part))], axis=1) for k, part in enumerate(digests)]
+        self._where = np.concatenate(places).astype(np.int32) if places else np.empty((0, 2), dtype=np.int32)
+        keys = np.ascontiguousarray(keys).view("S16").ravel()
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
+
+    def _find(self, digests: Sequence[str]) -> np.ndarray:
+        """Positions in the order of keys, -1 where there is none."""
+        wanted = _as_bytes(digests).view("S16").ravel()
+        at = np.minimum(np.searchsorted(self._keys, wanted), max(0, len(self._keys) - 1))
+        return np.where(self._keys[at] == wanted, at, -1) if len(self._keys) else np.full(len(wanted), -1)
+
+    def _places(self, digests: Sequence[str]) -> np.ndarray:
+        """(N, 2): shard and row of each digest."""
+        found = self._find(digests)
+        if len(found) and found.min() < 0:
+            raise KeyError(f"no features of {digests[int(found.argmin())]}")
+        return self._where[self._order[found]]
 
 
-def evict(parent: Path, *, keep: Path, limit_bytes: int = LIMIT_BYTES) -> None:
-    """Remove the folders used longest ago until `parent` holds at most `limit_bytes`; never `keep`."""
-    folders = sorted((path for path in parent.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    sizes = {path: sum(part.stat().st_size for part in path.glob("*.safetensors")) for path in folders}
-    total = sum(sizes.values())
-    for folder in folders:
+def evict(parent: Path, *, keep: set[Path], limit_bytes: int) -> None:
+    """Remove the shards used longest ago until `parent` holds at most `limit_bytes`; never one of `keep`."""
+    shards = []
+    for path in parent.glob("*/*.safetensors"):
+        try:
+            shards.append((path.stat().st_mtime, path.stat().st_size, path))
+        except FileNotFoundError:  # another process was quicker
+            continue
+    total = sum(size for _, size, _ in shards)
+    for _, size, path in sorted(shards):
         if total <= limit_bytes:
             return
-        if folder != keep:
-            shutil.rmtree(folder, ignore_errors=True)
-            total -= sizes[folder]
+        if path not in keep:
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def _as_bytes(digests: Sequence[str]) -> np.ndarray:
+    """(N, 16) uint8 of digests in hexadecimal."""
+    joined = bytearray().join(bytes.fromhex(digest) for digest in digests)
+    return np.frombuffer(joined, dtype=np.uint8).reshape(-1, 16)
+
+
+def _map(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, mapped: pages are read when touched and given back when memory is short."""
+    data = np.memmap(path, mode="r")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
+    parts = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            low, high = (start + offset for offset in entry["data_offsets"])
+            parts[name] = data[low:high].view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
+    if parts["digests"].shape[1:] != (16,):
+        raise ValueError(f"{path} is no shard of features")
+    return parts

@@ -1,4 +1,7 @@
-"""Features of images by a frozen backbone: decoding in threads beside the forward pass, cached by content."""
+"""Features of images by a frozen backbone: decoding in threads beside the forward pass, cached by content.
+
+What was done is kept shard by shard, so a killed extraction of a million images goes on where it was.
+"""
 
 import hashlib
 import os
@@ -14,7 +17,7 @@ from finetune.data.decoding import BadImage, ImageFacts, center_crop, decode
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import Item, read_bytes
 from finetune.features.cache import FeatureCache
-from finetune.models.backbones import Backbone
+from finetune.models.frozen import FrozenBackbone
 from finetune.recipe.cards import View
 
 BATCH = 64
@@ -27,8 +30,6 @@ AHEAD = 4 * BATCH
 class Extraction:
     """What one pass over some images found."""
 
-    features: dict[int, torch.Tensor] = field(default_factory=dict)
-    """(D,) by item index."""
     facts: dict[int, ImageFacts] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)
     """Reason by item index."""
@@ -60,7 +61,7 @@ def extract(
     indices: Sequence[int],
     view: View,
     *,
-    backbone: Backbone | None,
+    backbone: Callable[[], FrozenBackbone] | None,
     cache: FeatureCache | None,
     store: ImageStore | None,
     device: str,
@@ -74,20 +75,20 @@ def extract(
         digests: of the bytes of each item.
         indices: which items to look at.
         view: how an image becomes a tensor.
-        backbone: None only decodes, to find broken files.
-        cache: what is known already; None with random weights.
+        backbone: makes the network, if any image is to be looked at; None only decodes, to find broken files.
+        cache: what is known already, and where features go; None exactly where `backbone` is.
         store: keeps decoded images for training, up to its bound.
         device: `cpu` or `cuda`.
         precision: `32`, `bf16` or `fp16`.
         progress: called with the number of images done and in all.
     """
-    found, todo = Extraction(), []
-    for index in indices:
-        if cache is not None and digests[index] in cache:
-            found.features[index], found.facts[index] = cache.features(digests[index]), cache.facts(digests[index])
-            found.hits += 1
-        else:
-            todo.append(index)
+    found, todo = Extraction(), list(indices)
+    if cache is not None:
+        known = cache.known([digests[index] for index in indices])
+        todo = [index for index, here in zip(indices, known, strict=True) if not here]
+        found.facts = {i: cache.facts(digests[i]) for i, here in zip(indices, known, strict=True) if here}
+        found.hits = len(found.facts)
+    network: FrozenBackbone | None = None
     batch: list[tuple[int, np.ndarray]] = []
     for done, (index, answer) in enumerate(_decode_ahead(items, todo, view), 1):
         if isinstance(answer, BadImage):
@@ -98,13 +99,12 @@ def extract(
             if store is not None:
                 store.put(index, pixels)
             batch.append((index, center_crop(pixels, view.size_pixels)))
-        if backbone is not None and (len(batch) == BATCH or (done == len(todo) and batch)):
-            rows = _forward(backbone, np.stack([crop for _, crop in batch]), view, device, precision)
-            for (position, _), row in zip(batch, rows, strict=True):
-                found.features[position] = row
-                if cache is not None:
-                    cache.put(digests[position], row, found.facts[position])
-        if len(batch) == BATCH:
+        if batch and (len(batch) == BATCH or done == len(todo)):
+            if backbone is not None and cache is not None:
+                network = network or backbone()
+                rows = look_at(network, np.stack([crop for _, crop in batch]), view, device, precision)
+                for row, (position, _) in enumerate(batch):
+                    cache.put(digests[position], [depth[row] for depth in rows], found.facts[position])
             batch = []
             progress(done, len(todo))
     if cache is not None:
@@ -136,13 +136,20 @@ def _decode_ahead(
             yield first, future.result()
 
 
-@torch.inference_mode()
-def _forward(backbone: Backbone, crops: np.ndarray, view: View, device: str, precision: str) -> torch.Tensor:
-    """(B, D) in float32 on the CPU, from crops (B, H, W, 3) in uint8."""
+def look_at_all(
+    backbone: FrozenBackbone, crops: np.ndarray, view: View, device: str, precision: str
+) -> list[torch.Tensor]:
+    """(N, D_k) at each depth k, from any number of crops (N, H, W, 3) in uint8."""
+    parts = [look_at(backbone, crops[at : at + BATCH], view, device, precision) for at in range(0, len(crops), BATCH)]
+    return [torch.cat(depth) for depth in zip(*parts, strict=True)]
+
+
+def look_at(backbone: FrozenBackbone, crops: np.ndarray, view: View, device: str, precision: str) -> list[torch.Tensor]:
+    """(B, D_k) at each depth k in float32 on the CPU, from at most 64 crops (B, H, W, 3) in uint8."""
     count = len(crops)
     if count < BATCH:  # kernels for another batch size round differently; an image's features shall not depend on it
         crops = np.concatenate([crops, np.zeros((BATCH - count, *crops.shape[1:]), dtype=crops.dtype)])
     images = normalize(torch.from_numpy(crops).to(device), view)
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     with torch.autocast(device, dtype=kinds.get(precision, torch.bfloat16), enabled=precision in kinds):
-        return backbone(images)[:count].float().cpu()
+        return [depth[:count].cpu() for depth in backbone(images)]

@@ -8,7 +8,7 @@ and float32 for all but the last steps. The answer is the same as without: float
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,8 @@ FLOAT32_GRADIENT_NORM = 5e-5
 """Below this the rounding of float32 products shows in the gradient; go on in float64."""
 SWEEP_PROGRESS, SWEEP_LOOK, SWEEP_STEPS = 1e-3, 5, 40
 """In a sweep, stop when the last 5 steps lowered the objective by less than this share, or after 40."""
+SHRUNK_IMAGES = 100.0
+"""Images that the common variance of all features counts for beside those at hand: see `benchmarks/LOG.md`."""
 MAX_STEPS = 3000
 MAX_TRIES, ROUNDING = 12, 1e-7
 """Lengths tried along one direction, and the share of the objective that float32 products get wrong."""
@@ -60,7 +62,7 @@ def fit_probe(
     """The minimiser of J(W, b) = mean cross-entropy + l2 / 2 |W|^2 over standardised features.
 
     The probe of Kornblith et al., CVPR 2019, https://arxiv.org/abs/1805.08974; `l2` is 1 / (C N) in
-    scikit-learn's terms. Columns are standardised by mean and standard deviation of `features`. A class
+    scikit-learn's terms. Columns are centred, and scaled by `scale_of`. A class
     without images has its optimum at minus infinity; it gets weight 0 and the logit -log(N + 1) instead.
 
     Args:
@@ -104,11 +106,8 @@ def sweep_probe(
     _check(val_features, val_labels, num_classes)
     problem = _Problem(train_features, train_labels, num_classes)
     rows: dict[float, dict[str, Any]] = {}
-    path: list[tuple[float, _Point]] = []
     best: tuple[float, _Point] | None = None
-    for l2 in sorted(set(grid), reverse=True):
-        point = problem.solve(problem.extrapolate(path, l2), l2, is_rough=True)
-        path.append((l2, point))
+    for l2, point in problem.path(grid):
         rows[l2] = _row(problem.leave(point, l2), point, val_features, val_labels)
         if best is None or rows[l2]["val_log_loss"] < rows[best[0]]["val_log_loss"]:
             best = (l2, point)
@@ -121,6 +120,18 @@ def sweep_probe(
     probe = problem.leave(point, chosen)
     rows[chosen] |= _row(probe, point, val_features, val_labels)
     return probe, [rows[l2] for l2 in grid]
+
+
+def probe_path(
+    features: torch.Tensor, labels: torch.Tensor, *, num_classes: int, grid: Sequence[float] = L2_GRID
+) -> dict[float, Probe]:
+    """A probe for each penalty, solved to about three digits: enough to rank penalties by.
+
+    Raises:
+        ValueError: as `fit_probe`.
+    """
+    problem = _Problem(features, labels, num_classes)
+    return {l2: problem.leave(point, l2) for l2, point in problem.path(grid)}
 
 
 def _row(probe: Probe, point: "_Point", features: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
@@ -164,6 +175,24 @@ def knn_predict(
     return torch.cat(answers)
 
 
+def scale_of(features: torch.Tensor) -> torch.Tensor:
+    """(D,) what each column of (N, D) is divided by: its deviation, drawn towards the common one where N is small.
+
+    A feature that rarely fires has almost no deviation in a few images, and divided by it would drown all others when
+    it fires later. So the common deviation (the mean of those that are not zero) counts as that of another
+    `SHRUNK_IMAGES` images. Columns are thus taken to share a unit, as features of one layer do.
+    """
+    exact = features.double()
+    std = exact.std(0, correction=0)
+    # A constant column has only rounding for a deviation; divided by it, noise would become a feature.
+    varies = std > 1e-6 * exact.mean(0).abs() + 1e-12
+    if not varies.any():
+        return torch.ones_like(std)
+    common, count = std[varies].mean().square(), len(exact)
+    shrunk = (count * std.square() + SHRUNK_IMAGES * common) / (count + SHRUNK_IMAGES)
+    return torch.where(varies, shrunk.sqrt(), common.sqrt())
+
+
 def _check(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
     if features.ndim != 2 or len(features) != len(labels) or not len(labels):
         raise ValueError(
@@ -199,9 +228,7 @@ class _Problem:
         self.present, self.labels = labels.unique(return_inverse=True)
         exact = features.double()
         self.mean = exact.mean(0)
-        std = exact.std(0, correction=0)
-        # A constant column has only rounding for a deviation; divided by it, noise would become a feature.
-        self.std = torch.where(std > 1e-6 * self.mean.abs() + 1e-12, std, 1.0)
+        self.std = scale_of(exact)
         exact = (exact - self.mean) / self.std
         self.span: torch.Tensor | None = None
         if len(exact) < exact.shape[1]:  # the optimum is a combination of images: D unknowns per class become N
@@ -232,6 +259,14 @@ class _Problem:
         bias[self.present] = point.weights[-1] - point.weights[-1].mean() - weight[self.present] @ self.mean
         norm = float(point.slope.norm())
         return Probe(weight=weight, bias=bias, l2=l2, objective=point.loss, gradient_norm=norm, iterations=point.steps)
+
+    def path(self, grid: Sequence[float]) -> Iterator[tuple[float, _Point]]:
+        """Rough solutions from the strongest penalty to the weakest, each begun where those before it point to."""
+        found: list[tuple[float, _Point]] = []
+        for l2 in sorted(set(grid), reverse=True):
+            point = self.solve(self.extrapolate(found, l2), l2, is_rough=True)
+            found.append((l2, point))
+            yield l2, point
 
     def extrapolate(self, path: list[tuple[float, _Point]], l2: float) -> torch.Tensor:
         """Where the solutions for stronger penalties point to: a straight line in log l2, if it is any good."""

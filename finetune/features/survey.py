@@ -13,7 +13,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from finetune.data.decoding import BadImage
 from finetune.data.loading import ImageStore
@@ -23,26 +22,22 @@ from finetune.data.splits import Split, cut_split
 from finetune.errors import BackboneError, DataError, RecipeError
 from finetune.features.cache import FeatureCache
 from finetune.features.extraction import Extraction, digest_images, extract, num_cores
-from finetune.features.probing import Probe, knn_predict, sweep_probe
+from finetune.features.measuring import Material, measure
+from finetune.features.probing import Probe
 from finetune.models.backbones import Backbone, load_backbone
-from finetune.recipe.advice import measure_similarity
+from finetune.models.frozen import FrozenBackbone
 from finetune.recipe.cards import Card, View
 from finetune.recipe.facts import (
     BackboneFacts,
     BadFile,
     Facts,
+    Findings,
     MachineFacts,
-    NeighbourFacts,
     PerClass,
-    ProbeFacts,
-    Proportion,
 )
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shelf import default_backbone, read_zoo
-from finetune.scores.intervals import wilson
 
-NEIGHBOURS = 10
-"""k of the nearest-neighbour classifier; fewer where training images are fewer."""
 _OVERRIDES = ("image_size", "crop_pct", "interpolation", "mean", "std")
 Progress = Callable[[str, int, int], None]
 
@@ -55,8 +50,10 @@ class Look:
     items: tuple[Item, ...]
     roles: tuple[str, ...]
     """Of each item: train, val, calibration, test, unused or bad."""
-    features: dict[int, torch.Tensor]
-    """(D,) by item index; empty with random weights."""
+    digests: tuple[str, ...]
+    """Of the bytes of each item."""
+    cache: FeatureCache | None
+    """Holds the features of all items but bad and unused ones; None with random weights."""
     backbone: Backbone
     store: ImageStore
     probe: Probe | None
@@ -71,8 +68,9 @@ class Look:
 
     def stacked(self, role: str) -> torch.Tensor:
         """Features (N, D) of the items that play `role`."""
-        rows = [self.features[index] for index in self.indices(role)]
-        return torch.stack(rows) if rows else torch.empty(0, self.backbone.num_features)
+        assert self.cache is not None
+        rows = self.cache.features([self.digests[index] for index in self.indices(role)])
+        return rows if len(rows) else torch.empty(0, self.backbone.num_features)
 
 
 def survey(recipe: Recipe) -> Facts:
@@ -96,13 +94,13 @@ def look(recipe: Recipe, progress: Progress = lambda what, done, total: None) ->
     for role in ("train", "val"):
         if role not in roles:
             raise DataError(f"no images play the role {role}; raise data.split.{role} or add images.")
-    backbone, source = work.backbone.to("cpu"), work.source
+    source = work.source
     seconds = {"images": round(time.perf_counter() - began, 3)}
-    began, probed = time.perf_counter(), _Probed()
     labels = torch.tensor([item.label for item in source.items])
+    probe, findings, began = None, Findings(), time.perf_counter()
     if recipe.pretrained:
-        probed = _probe(roles, labels, found, len(source.classes))
-        seconds["probe"] = round(time.perf_counter() - began, 3)
+        probe, findings = measure(work.material(roles, labels, split), is_whole=recipe.train.strategy is None)
+        seconds["findings"] = round(time.perf_counter() - began, 3)
     facts = Facts(
         root=str(source.root),
         kind=source.kind,
@@ -110,26 +108,28 @@ def look(recipe: Recipe, progress: Progress = lambda what, done, total: None) ->
         bad_images=tuple(BadFile(name=source.items[index].name, reason=why) for index, why in sorted(work.bad.items())),
         num_images=len(source.items) - len(work.bad),
         warnings=(*source.warnings, *split.warnings),
-        backbone=_backbone_facts(backbone),
+        backbone=_backbone_facts(work.backbone),
         view=work.view,
-        crop_pct=recipe.data.crop_pct or backbone.card.crop_pct,
+        crop_pct=recipe.data.crop_pct or work.backbone.card.crop_pct,
         normalize=work.normalize,
         normalized_images=work.normalized_images,
         overridden=work.overridden,
         machine=work.machine,
         seconds=seconds,
         **_split_facts(split, labels[[index for index, role in enumerate(roles) if role == "val"]]),
-        **_image_facts(found),
-        **probed.facts(1 / len(source.classes)),
+        **_image_facts(found, work.cache),
+        **{name: getattr(findings, name) for name in Findings.model_fields},
+        chance=1 / len(source.classes),
     )
     return Look(
         facts=facts,
         items=source.items,
         roles=roles,
-        features=found.features,
-        backbone=backbone,
+        digests=tuple(work.digests),
+        cache=work.cache,
+        backbone=work.backbone.to("cpu"),
         store=work.store,
-        probe=probed.probe,
+        probe=probe,
     )
 
 
@@ -146,6 +146,8 @@ class _Survey:
         self.backbone.to(self.machine.device).to(memory_format=torch.channels_last)
         self.view, self.overridden = choose_view(recipe, self.backbone.card)
         self._refuse_size()
+        self.cache: FeatureCache | None = None
+        self._frozen: FrozenBackbone | None = None
         self.normalize, self.normalized_images = whose_constants(recipe), 0
         self.store = ImageStore(self.source.items, self.view, int(recipe.hardware.image_cache_gb * 1e9))
         wish = recipe.hardware.precision
@@ -191,7 +193,6 @@ class _Survey:
             for index, role in zip(kept, split.roles, strict=True):
                 roles[index] = role
             more = self._extract([i for i in kept if roles[i] != "unused" and i not in found.facts], looks=looks)
-            found.features.update(more.features)
             found.facts.update(more.facts)
             found.hits, found.misses = found.hits + more.hits, found.misses + more.misses
             if not more.bad:
@@ -223,15 +224,41 @@ class _Survey:
             max_train_per_class=None if limit == "all" else limit,
         )
 
+    def _freeze(self) -> FrozenBackbone:
+        if self._frozen is None:
+            self._frozen = FrozenBackbone(self.backbone, size_pixels=self.view.size_pixels, device=self.machine.device)
+        return self._frozen
+
+    def material(self, roles: tuple[str, ...], labels: torch.Tensor, split: Split) -> Material:
+        """What there is to measure on, once the images are divided and looked at."""
+        assert self.cache is not None
+        return Material(
+            backbone=self.backbone,
+            freeze=self._freeze,
+            cache=self.cache,
+            store=self.store,
+            digests=self.digests,
+            labels=labels,
+            roles=roles,
+            classes=self.source.classes,
+            view=self.view,
+            device=self.machine.device,
+            precision=self.precision,
+            split_digest=split.digest,
+            seed=self.recipe.seed,
+        )
+
     def _extract(self, indices: list[int], *, looks: bool) -> Extraction:
         looks = looks and self.recipe.pretrained
+        if looks and self.cache is None:
+            self.cache = FeatureCache(self.backbone.digest, self.view.digest, self.precision)
         return extract(
             self.source.items,
             self.digests,
             indices,
             self.view,
-            backbone=self.backbone if looks else None,
-            cache=FeatureCache(self.backbone.digest, self.view.digest, self.precision) if looks else None,
+            backbone=self._freeze if looks else None,
+            cache=self.cache if looks else None,
             store=None if self.recipe.train.strategy == "probe" else self.store,
             device=self.machine.device,
             precision=self.precision,
@@ -298,53 +325,15 @@ def _split_facts(split: Split, val_labels: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _image_facts(found: Extraction) -> dict[str, Any]:
+def _image_facts(found: Extraction, cache: FeatureCache | None) -> dict[str, Any]:
     seen = list(found.facts.values())
     return {
         "image_kinds": dict(sorted(Counter(one.kind for one in seen).items())),
         "rotated": sum(one.is_rotated for one in seen),
         "median_width": median(one.width for one in seen),
         "median_height": median(one.height for one in seen),
-        "features": {"hits": found.hits, "misses": found.misses},
+        "features": {"hits": found.hits, "misses": found.misses, "bytes": cache.num_bytes if cache else 0},
     }
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Probed:
-    """The probe and the neighbours, or neither with random weights."""
-
-    probe: Probe | None = None
-    probe_facts: ProbeFacts | None = None
-    knn: NeighbourFacts | None = None
-
-    def facts(self, chance: float) -> dict[str, Any]:
-        known = self.probe_facts and self.knn
-        similarity = measure_similarity(self.probe_facts.val, self.knn.val, chance) if known else None  # type: ignore[union-attr]
-        return {"chance": chance, "probe": self.probe_facts, "knn": self.knn, "similarity": similarity}
-
-
-def _probe(roles: tuple[str, ...], labels: torch.Tensor, found: Extraction, num_classes: int) -> _Probed:
-    parts = {}
-    for role in ("train", "val"):
-        rows = [index for index, own in enumerate(roles) if own == role]
-        parts[role] = torch.stack([found.features[index] for index in rows]), labels[rows]
-    probe, sweep = sweep_probe(*parts["train"], *parts["val"], num_classes=num_classes)
-    k = min(NEIGHBOURS, len(parts["train"][1]))
-    votes = knn_predict(*parts["train"], parts["val"][0], num_classes=num_classes, k=k)
-    penalties = [row["l2"] for row in sweep]
-    facts = ProbeFacts(
-        train=_proportion(probe.logits(parts["train"][0]).argmax(1), parts["train"][1]),
-        val=_proportion(probe.logits(parts["val"][0]).argmax(1), parts["val"][1]),
-        log_loss=float(F.cross_entropy(probe.logits(parts["val"][0]).double(), parts["val"][1])),
-        l2=probe.l2,
-        l2_at_edge=probe.l2 in (min(penalties), max(penalties)),
-    )
-    return _Probed(probe=probe, probe_facts=facts, knn=NeighbourFacts(val=_proportion(votes, parts["val"][1]), k=k))
-
-
-def _proportion(predicted: torch.Tensor, labels: torch.Tensor) -> Proportion:
-    share = wilson(int((predicted == labels).sum()), len(labels))
-    return Proportion(value=share.value, low=share.low, high=share.high, n=share.n)
 
 
 def _backbone_facts(backbone: Backbone) -> BackboneFacts:

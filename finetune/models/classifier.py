@@ -20,7 +20,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self._stage_of_module = _stages_of_modules(backbone)
+        self._stage_of_module = stages_of_modules(backbone)
         self.num_trainable_stages = 0
         self._still: frozenset[str] = frozenset()
         self.freeze(0)
@@ -80,7 +80,7 @@ class Classifier(nn.Module):
         return parts
 
 
-def _stages_of_modules(backbone: Backbone) -> dict[str, int]:
+def stages_of_modules(backbone: Backbone) -> dict[str, int]:
     """The topmost stage that a module holds tensors of; without tensors, that of its surroundings.
 
     A dropout inside a block belongs to the block. One between stages (timm's `pos_drop`, `act1`) belongs

@@ -9,13 +9,17 @@ class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class Proportion(_Value):
-    """A share of `n` trials with its 95 % Wilson interval."""
+class Measure(_Value):
+    """A number measured on `n` images, with its 95 % interval."""
 
     value: float
     low: float
     high: float
     n: int
+
+
+class Proportion(Measure):
+    """A share of `n` trials with its Wilson interval."""
 
 
 class BadFile(_Value):
@@ -58,6 +62,108 @@ class ProbeFacts(_Value):
     """On val, in nats."""
     l2: float
     l2_at_edge: bool
+    chosen_by: str = "val"
+    """What chose the penalty: `val`, or `cross-validation` on the training images where val is small."""
+
+
+class DepthFacts(_Value):
+    """What the pooled features of one stage tell of the classes."""
+
+    stage: str
+    width: int
+    """Features."""
+    probe: Proportion
+    """Logistic regression, on val or by cross-validation."""
+    ridge: Proportion
+    """Ridge regression, one image left out at a time."""
+    neighbours: Proportion
+    """Nearest neighbours, one image left out at a time."""
+
+
+class ProfileFacts(_Value):
+    """Accuracy by depth, from the stem to the top, on a sample of the training images."""
+
+    depths: tuple[DepthFacts, ...]
+    num_images: int
+    judged: str
+    """How the logistic probes were judged: `val`, or `cross-validation` where val is small."""
+    best: int
+    """Depth of the most accurate probe; of equals the highest."""
+    lead: float
+    """Accuracy of the best depth minus that of the top, on the same images."""
+    lead_error: float
+    """Standard error of `lead`."""
+
+    @property
+    def earlier(self) -> int | None:
+        """The best depth where it leads the top by more than one standard error; None where the top serves as well."""
+        return self.best if self.best < len(self.depths) - 1 and self.lead > self.lead_error else None
+
+
+class ShiftFacts(_Value):
+    """How far the images move one stage's batch-norm inputs from the statistics of pretraining."""
+
+    stage: str
+    mean: Measure
+    """Mean over channels of (mean - running mean)^2 / running variance."""
+    spread: Measure
+    """Mean over channels of |log (variance / running variance)|."""
+
+
+class ResponseFacts(_Value):
+    """What the source classifier says of the images."""
+
+    num_classes: int
+    effective: Measure
+    """exp of the entropy of the mean prediction: source classes that the images are spread over."""
+    confidence: Measure
+    """Mean of the largest probability."""
+    energy: Measure
+    """Mean of -log sum exp of the logits: lower is more familiar (Liu et al., NeurIPS 2020)."""
+    named: tuple[tuple[str, float], ...] = ()
+    """The source classes predicted most, and the share of images each got."""
+
+
+class SimilarityFacts(_Value):
+    """How similar the images are to what the backbone knows, measured in several ways, and one number for the grid."""
+
+    value: float
+    """0: its features tell nothing of the classes; 1: everything. The rule is in `advice.measure_similarity`."""
+    low: float
+    high: float
+    control: Proportion | None = None
+    """The same probe on features of the same network with random weights, on a sample."""
+    shift: tuple[ShiftFacts, ...] = ()
+    """By stage; empty where there is no batch norm."""
+    response: ResponseFacts | None = None
+    """None where the weights have no source classifier."""
+    frechet: float | None = None
+    """Distance from the source's features in units of their spread, small-sample bias removed; None without source
+    statistics."""
+    emd: float | None = None
+    """Similarity by earth mover's distance between class means, in (0, 1]; None without source statistics."""
+
+
+class ChiralityFacts(_Value):
+    """Whether a mirrored image can be told from an original."""
+
+    share: Proportion | None
+    """Of pairs in which the original was named; 0.5 is guessing. None: too few images to ask."""
+    lost: Measure | None = None
+    """Accuracy on val images minus that on their mirror images, for the probe."""
+    is_safe: bool | None
+    """True: mirroring goes unnoticed; False: it shows; None: too few images to say."""
+    sided: tuple[tuple[str, str], ...] = ()
+    """Classes that are named as each other's mirror image."""
+
+
+class TimingFacts(_Value):
+    """One optimizer step of a training depth, timed on this machine."""
+
+    trainable_stages: int
+    images_per_second: float
+    memory_mb: float
+    """Most memory that a step took above what the process held before it."""
 
 
 class NeighbourFacts(_Value):
@@ -76,7 +182,19 @@ class MachineFacts(_Value):
     has_fp16: bool
 
 
-class Facts(_Value):
+class Findings(_Value):
+    """What frozen features say of the images."""
+
+    probe: ProbeFacts | None = None
+    """None where the backbone has random weights; so are all others."""
+    knn: NeighbourFacts | None = None
+    profile: ProfileFacts | None = None
+    """None where the recipe leaves the depth of fine-tuning no choice; so are chirality and timing."""
+    similarity: SimilarityFacts | None = None
+    chirality: ChiralityFacts | None = None
+
+
+class Facts(Findings):
     """What we measured: the images, the split, the backbone's view of them, the machine."""
 
     root: str
@@ -110,12 +228,10 @@ class Facts(_Value):
     """Accuracy of guessing evenly."""
     majority: float
     """Accuracy on val of always naming the commonest class of val."""
-    probe: ProbeFacts | None = None
-    """None where the backbone has random weights."""
-    knn: NeighbourFacts | None = None
-    similarity: float | None = None
-    """0: features tell nothing about the classes; 1: they tell all."""
+    timing: tuple[TimingFacts, ...] = ()
+    """From few trained stages to all."""
+    forward_images_per_second: float = 0.0
     machine: MachineFacts
     features: dict[str, int] = {}
-    """Cache hits and misses."""
+    """Cache hits, misses, and bytes."""
     seconds: dict[str, float] = {}

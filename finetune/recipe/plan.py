@@ -34,6 +34,42 @@ class Stage(Section):
     batch_norm: Literal["frozen", "train"]
 
 
+class Forecast(Section):
+    """What one strategy is expected to give and to cost."""
+
+    strategy: str
+    gain: float
+    """Accuracy above the probe's, as a share; from the cells of the regret benchmark most like this one."""
+    gain_low: float
+    gain_high: float
+    """95 % interval of the gain in a single run."""
+    seconds: float
+    """Of the whole training, on this machine."""
+    memory_mb: float
+    """Peak of a training step above the process's own."""
+    is_offered: bool = True
+    """False for what is timed but cannot be trained by this version."""
+
+
+class Advice(Section):
+    """Where the data stand on the grid, and what follows."""
+
+    cell: str
+    """Such as `small, similar`."""
+    images_per_class: float
+    similarity: float
+    similarity_low: float
+    similarity_high: float
+    small_below: float
+    """Images per class that divide small from large."""
+    similar_from: float
+    """Similarity that divides different from similar."""
+    strategy: str
+    runner_up: str
+    why: str
+    forecasts: tuple[Forecast, ...] = ()
+
+
 class Reason(Section):
     """Why a key holds its value."""
 
@@ -60,6 +96,7 @@ class Plan(Section):
     split_digest: str
     weights_digest: str
     stages: tuple[Stage, ...]
+    advice: Advice
     reasons: tuple[Reason, ...]
 
     @model_validator(mode="after")

@@ -60,10 +60,14 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     preset = decide(
         "augment.preset",
         None if is_probe else recipe.augment.preset,
-        "none" if strategy == "probe" else PRESETS["small" if advice.is_small else "large"],
+        "none" if strategy == "probe" else PRESETS["small" if advice.cell.startswith("small") else "large"],
         "a probe looks at plain images"
         if strategy == "probe"
-        else ("little data asks for more variation" if advice.is_small else "enough data asks for mild variation"),
+        else (
+            "little data asks for more variation"
+            if advice.cell.startswith("small")
+            else "enough data asks for mild variation"
+        ),
     )
     init = decide(
         "head.init",
@@ -97,6 +101,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
             "split_digest": facts.split_digest,
             "weights_digest": facts.backbone.weights_digest,
             "stages": _stages(strategy, train, facts),
+            "advice": advice,
             "reasons": reasons,
         }
     )
@@ -127,8 +132,31 @@ def _refuse_contradictions(recipe: Recipe, facts: Facts) -> None:
         )
     if not recipe.pretrained and recipe.head.init == "probe":
         faults.append("pretrained is false, so there is no probe to begin from; set head.init to zero.")
+    faults += _swap_faults(recipe, facts)
     if faults:
         raise RecipeError("\n".join(faults))
+
+
+def _swap_faults(recipe: Recipe, facts: Facts) -> list[str]:
+    pairs, known = recipe.data.label_swap, ", ".join(facts.classes)
+    named = [name for pair in pairs for name in pair]
+    once = list(dict.fromkeys(named))
+    faults = [
+        f"data.label_swap names {name!r}, which is no class; they are {known}."
+        for name in once
+        if name not in facts.classes
+    ]
+    faults += [
+        f"data.label_swap names {name!r} twice, but a mirror image has one class; leave out a class that keeps its own."
+        for name in once
+        if named.count(name) > 1
+    ]
+    if pairs and {"vflip", "rot90"} <= set(recipe.data.invariances or ()):
+        faults.append(
+            "data.invariances names vflip and rot90, which together mirror an image and keep its label, "
+            "but data.label_swap says that its label changes; remove one of the three."
+        )
+    return faults
 
 
 def _decide_data(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
@@ -155,6 +183,8 @@ def _decide_data(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
         (),
         "none is declared, and a mirror image may be of another class; declare [hflip] where it is not",
     )
+    if wish.label_swap:
+        decide("data.label_swap", wish.label_swap, None, "")
     return {
         **wish.model_dump(),
         "root": facts.root,
@@ -274,7 +304,7 @@ def _decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, deci
 def _decide_evaluate(recipe: Recipe, facts: Facts, invariances: Any, decide: Any) -> dict[str, Any]:
     wish = recipe.evaluate
     views, calibrate = wish.views, wish.calibrate
-    if views == "ten" and "hflip" not in invariances:
+    if views == "ten" and "hflip" not in invariances and not recipe.data.label_swap:
         views = "five"
         why = "ten crops mirror the image, and hflip is not among data.invariances"
         decide("evaluate.views", None, views, why)

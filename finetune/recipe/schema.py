@@ -4,6 +4,7 @@ The field names here are the recipe's keys, their docstrings are the reference, 
 editors is made from them (`finetune recipes check --schema`).
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -68,15 +69,28 @@ class DataSpec(Section):
     """Per channel, in units of pixels / 255; null takes the weights' own."""
     invariances: tuple[Invariance, ...] | None = None
     """Changes that leave every label true; flips in training and testing are used only if named here."""
+    label_swap: tuple[tuple[Text, Text], ...] = ()
+    """Pairs of classes that a horizontal flip turns into each other; the flip is then used, and swaps their labels."""
     on_bad_image: Literal["skip", "fail"] = "skip"
     """A broken file is named and left out, or stops the run."""
+
+    @property
+    def allowed_changes(self) -> tuple[Invariance, ...]:
+        """What may be done to an image: the invariances, and the horizontal flip where labels follow it."""
+        declared = self.invariances or ()
+        return (*declared, "hflip") if self.label_swap and "hflip" not in declared else declared
+
+    def mirror_classes(self, classes: Sequence[str]) -> tuple[int, ...]:
+        """By class, the class of its mirror image; its own where it is in no pair."""
+        twins = {**dict(self.label_swap), **{right: left for left, right in self.label_swap}}
+        return tuple(classes.index(twins.get(name, name)) for name in classes)
 
 
 class AugmentSpec(Section):
     """How training images are varied."""
 
     preset: Preset | None = None
-    """Strength of the random changes; flips follow `data.invariances`."""
+    """Strength of the random changes; flips follow `data.invariances` and `data.label_swap`."""
 
 
 class HeadSpec(Section):
@@ -136,7 +150,7 @@ class EvaluateSpec(Section):
     """How the model is judged."""
 
     views: Literal["center", "five", "ten"] = "center"
-    """Crops whose probabilities are averaged; ten needs `hflip` among `data.invariances`."""
+    """Crops whose probabilities are averaged; ten needs `data.label_swap`, or `hflip` among `data.invariances`."""
     calibrate: bool = True
     """Fit one temperature on the calibration images."""
 

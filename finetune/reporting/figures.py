@@ -2,7 +2,7 @@
 
 Our figures are simple, and importing a plotting library costs more than drawing all of them. Colours are
 CSS classes (`f0` fills and `s0` strokes with the first colour), so light, dark and print need one drawing.
-Text enters only through `_text` and `_svg`, which escape it.
+Text enters only through `draw_text` and `draw_svg`, which escape it.
 """
 
 import math
@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-
-from finetune.recipe.advice import SIMILAR, SMALL_PER_CLASS
 
 NUM_COLOURS = 6
 """Colours the style sheet knows; further series take them up again."""
@@ -68,7 +66,7 @@ def points(share: float, *, signed: bool = True) -> str:
 
 def shorten(text: str, columns: int) -> str:
     """`text` cut to a number of columns (wide characters take two), ending in an ellipsis where it was cut."""
-    widths = _columns(text)
+    widths = column_widths(text)
     if sum(widths) <= columns:
         return text
     used, end = 0, 0
@@ -127,25 +125,25 @@ def line_panel(
     def y(value: float) -> float:
         return bottom - (bottom - top) * (scale(value) - low) / (high - low)
 
-    body = [_text(0, 13, title, kind="title"), _legend([s.name for s in series], y=33, width=width)]
+    body = [draw_text(0, 13, title, kind="title"), draw_legend([s.name for s in series], y=33, width=width)]
     for tick in _log_ticks(low, high) if log else nice_ticks(low, high):
         label = percent(tick) if shares else f"{tick:.3g}".replace("e-0", "e−").replace("e-", "e−")
-        body.append(_line(left, y(tick), right, y(tick), "grid"))
-        body.append(_text(left - 6, y(tick) + 4, label.replace(".0 %", " %"), kind="small", anchor="end"))
+        body.append(draw_line(left, y(tick), right, y(tick), "grid"))
+        body.append(draw_text(left - 6, y(tick) + 4, label.replace(".0 %", " %"), kind="small", anchor="end"))
     for tick in nice_ticks(first, last):
-        body.append(_text(x(tick), bottom + 16, f"{tick:,.0f}", kind="small", anchor="middle"))
-    body.append(_text(right, bottom + 29, "step", kind="small", anchor="end"))
+        body.append(draw_text(x(tick), bottom + 16, f"{tick:,.0f}", kind="small", anchor="middle"))
+    body.append(draw_text(right, bottom + 29, "step", kind="small", anchor="end"))
     for (name, start, end), before in zip(stages, [None, *stages], strict=False):
         edge = x(start if before is None else (before[2] + start) / 2)
         if before is not None:
-            body.append(_line(edge, top - 14, edge, bottom, "stage"))
+            body.append(draw_line(edge, top - 14, edge, bottom, "stage"))
         room = int((x(end) - edge) / 6.5)
         if room >= 3:
-            body.append(_text(edge + (4 if before else 0), top - 5, shorten(name, room), kind="small"))
+            body.append(draw_text(edge + (4 if before else 0), top - 5, shorten(name, room), kind="small"))
     for number, one in enumerate(series):
         body.append(_paths(one, x, y, number % NUM_COLOURS))
     ends = "; ".join(f"{s.name} from {s.points[0][2]:.3g} to {s.points[-1][2]:.3g}" for s in series)
-    return _svg(width, height, f"{title} by step: {ends}", "".join(body), title=title)
+    return draw_svg(width, height, f"{title} by step: {ends}", "".join(body), title=title)
 
 
 def score_strip(rows: Sequence[tuple[str, Mapping[str, Any]]], *, reference: tuple[str, float] | None) -> Markup:
@@ -162,20 +160,20 @@ def score_strip(rows: Sequence[tuple[str, Mapping[str, Any]]], *, reference: tup
 
     body = []
     for tick in nice_ticks(low, 1.0):
-        body.append(_line(x(tick), 8, x(tick), bottom, "grid"))
-        body.append(_text(x(tick), bottom + 16, f"{100 * tick:g} %", kind="small", anchor="middle"))
+        body.append(draw_line(x(tick), 8, x(tick), bottom, "grid"))
+        body.append(draw_text(x(tick), bottom + 16, f"{100 * tick:g} %", kind="small", anchor="middle"))
     if reference and reference[1] > low:
-        body.append(_line(x(reference[1]), 4, x(reference[1]), bottom, "stage"))
-        body.append(_text(x(reference[1]), bottom + 30, reference[0], kind="small", anchor="middle"))
+        body.append(draw_line(x(reference[1]), 4, x(reference[1]), bottom, "stage"))
+        body.append(draw_text(x(reference[1]), bottom + 30, reference[0], kind="small", anchor="middle"))
     for number, (name, score) in enumerate(rows):
         y = 30 * number + 24
-        body.append(_text(0, y + 4, name))
+        body.append(draw_text(0, y + 4, name))
         if is_number(score.get("low")) and is_number(score.get("high")):
-            body.append(_line(x(score["low"]), y, x(score["high"]), y, f"whisker s{number}"))
+            body.append(draw_line(x(score["low"]), y, x(score["high"]), y, f"whisker s{number}"))
         body.append(f'<circle cx="{x(score["value"]):.1f}" cy="{y}" r="5.5" class="f{number}"/>')
-        body.append(_text(right + 10, y + 4, percent(score["value"]), kind="number"))
-    spoken = "; ".join(f"{n} {percent(s['value'])} ({_interval(s)})" for n, s in rows)
-    return _svg(width, bottom + 36, f"Share right with 95 % interval: {spoken}", "".join(body), kind="strip")
+        body.append(draw_text(right + 10, y + 4, percent(score["value"]), kind="number"))
+    spoken = "; ".join(f"{n} {percent(s['value'])} ({interval_text(s)})" for n, s in rows)
+    return draw_svg(width, bottom + 36, f"Share right with 95 % interval: {spoken}", "".join(body), kind="strip")
 
 
 def interval_bar(score: Mapping[str, Any]) -> Markup:
@@ -186,24 +184,24 @@ def interval_bar(score: Mapping[str, Any]) -> Markup:
     body += f'<rect y="3" width="{120 * score["value"]:.1f}" height="6" rx="3" class="bar"/>'
     if is_number(score.get("low")) and is_number(score.get("high")):
         low, high = 120 * score["low"], 120 * score["high"]
-        ends = "".join(_line(end, 2.5, end, 9.5, "tip") for end in (low, high))
-        body += _line(low, 6, high, 6, "tip") + ends
-    return _svg(120, 12, f"{percent(score['value'])} ({_interval(score)})", body, kind="interval")
+        ends = "".join(draw_line(end, 2.5, end, 9.5, "tip") for end in (low, high))
+        body += draw_line(low, 6, high, 6, "tip") + ends
+    return draw_svg(120, 12, f"{percent(score['value'])} ({interval_text(score)})", body, kind="interval")
 
 
 def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Markup:
     """A heat map of counts, rows the truth; shade is the share of the row, hits and mistakes in two colours."""
     size = 46 if len(classes) <= 10 else 33
-    longest = max((min(19, sum(_columns(name))) for name in classes), default=0)
+    longest = max((min(19, sum(column_widths(name))) for name in classes), default=0)
     left, top = max(72, 8.0 * longest + 14), 4.6 * longest + 34
-    body = [_text(left - 10, top - 8, "truth ↓", kind="small", anchor="end")]
-    body.append(_text(left, 10, "predicted →", kind="small"))
+    body = [draw_text(left - 10, top - 8, "truth ↓", kind="small", anchor="end")]
+    body.append(draw_text(left, 10, "predicted →", kind="small"))
     for row, (name, line) in enumerate(zip(classes, counts, strict=True)):
         total, y = max(1, sum(line)), top + row * size
-        body.append(_text(left - 10, y + size / 2 + 4, shorten(name, 19), anchor="end", hover=name))
+        body.append(draw_text(left - 10, y + size / 2 + 4, shorten(name, 19), anchor="end", hover=name))
         turn = f' transform="rotate(-40 {left + row * size + size / 2 - 2:.1f} {top - 10:.1f})"'
         x = left + row * size + size / 2
-        body.append(_text(x - 2, top - 10, shorten(name, 18), extra=turn, hover=name))
+        body.append(draw_text(x - 2, top - 10, shorten(name, 18), extra=turn, hover=name))
         for column, count in enumerate(line):
             x, share, hit = left + column * size, count / total, row == column
             # a small share of mistakes must be seen: the root lifts it above the paper
@@ -216,11 +214,11 @@ def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) ->
             )
             if count:
                 kind = "number on" if shade > 0.55 else "number"
-                body.append(_text(x + size / 2, y + size / 2 + 4, str(count), kind=kind, anchor="middle"))
+                body.append(draw_text(x + size / 2, y + size / 2 + 4, str(count), kind=kind, anchor="middle"))
             body.append("</g>")
     right = sum(line[i] for i, line in enumerate(counts))
     label = f"Confusion matrix of {len(classes)} classes: {right} of {sum(map(sum, counts))} on the diagonal"
-    return _svg(
+    return draw_svg(
         left + len(classes) * size + 4.5 * longest, top + len(classes) * size + 4, label, "".join(body), kind="matrix"
     )
 
@@ -270,92 +268,60 @@ def reliability_diagram(bins: Sequence[Bin]) -> Markup:
     def y(share: float) -> float:
         return bottom - (bottom - top) * share
 
-    body = [_text(0, 10, "share right", kind="small"), _text(0, bottom + 30, "images", kind="small")]
+    body = [draw_text(0, 10, "share right", kind="small"), draw_text(0, bottom + 30, "images", kind="small")]
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-        body.append(_line(left, y(tick), right, y(tick), "grid"))
-        body.append(_text(left - 6, y(tick) + 4, f"{100 * tick:g} %", kind="small", anchor="end"))
-        body.append(_text(x(tick), base + 16, f"{100 * tick:g} %", kind="small", anchor="middle"))
-    body.append(_line(x(0), y(0), x(1), y(1), "stage"))
-    body.append(_text(x(0.5), base + 31, "confidence", kind="small", anchor="middle"))
+        body.append(draw_line(left, y(tick), right, y(tick), "grid"))
+        body.append(draw_text(left - 6, y(tick) + 4, f"{100 * tick:g} %", kind="small", anchor="end"))
+        body.append(draw_text(x(tick), base + 16, f"{100 * tick:g} %", kind="small", anchor="middle"))
+    body.append(draw_line(x(0), y(0), x(1), y(1), "stage"))
+    body.append(draw_text(x(0.5), base + 31, "confidence", kind="small", anchor="middle"))
     most = max(b.count for b in bins)
     for b in bins:
         start, end, tall = x(b.edges[0]) + 1, x(b.edges[1]) - 1, max(1.0, 48 * b.count / most)
         body.append(f'<rect x="{start:.1f}" y="{base - tall:.1f}" width="{end - start:.1f}" height="{tall:.1f}"')
         body.append(' class="bar"/>')
-        body.append(_text((start + end) / 2, base - tall - 4, _compact(b.count), kind="tiny", anchor="middle"))
-        body.append(_line(x(b.confidence), y(b.right), x(b.confidence), y(b.confidence), "gap"))
-        body.append(_line(x(b.confidence), y(b.low), x(b.confidence), y(b.high), "thin s0"))
+        body.append(draw_text((start + end) / 2, base - tall - 4, _compact(b.count), kind="tiny", anchor="middle"))
+        body.append(draw_line(x(b.confidence), y(b.right), x(b.confidence), y(b.confidence), "gap"))
+        body.append(draw_line(x(b.confidence), y(b.low), x(b.confidence), y(b.high), "thin s0"))
     for b in bins:
         hover = f"confidence {percent(b.confidence)}, right {percent(b.right)}, {b.count} images"
         body.append(f'<circle cx="{x(b.confidence):.1f}" cy="{y(b.right):.1f}" r="4.5" class="f0">')
         body.append(f"<title>{hover}</title></circle>")
     spoken = "; ".join(f"at {percent(b.confidence)} right {percent(b.right)} of {b.count}" for b in bins)
-    return _svg(width, 380, f"Reliability diagram: {spoken}", "".join(body), kind="reliability")
+    return draw_svg(width, 380, f"Reliability diagram: {spoken}", "".join(body), kind="reliability")
 
 
-def size_similarity_grid(similarity: object, images_per_class: object) -> Markup:
-    """Where the data stand between different and similar, little and more; nothing unless both are known."""
-    if not (is_number(similarity) and is_number(images_per_class)):
-        return Markup("")
-    share = min(1.0, max(0.0, float(similarity)))  # type: ignore[arg-type]
-    images = max(0.0, float(images_per_class))  # type: ignore[arg-type]
-    left, top, size, tall = 0, 8, 172, 96
-    # the thresholds of the advisor lie in the middle, two decades of images to either side
-    level = min(1.0, max(0.0, 0.5 + math.log10(max(images, 1e-3) / SMALL_PER_CLASS) / 4))
-    is_similar, is_more = share >= SIMILAR, images >= SMALL_PER_CLASS
-    advice = {
-        (False, True): ("fine-tune deeply:", "a large part, or all of it"),
-        (True, True): ("fine-tune:", "the head first, then more"),
-        (False, False): ("hard: try several depths,", "probe earlier stages"),
-        (True, False): ("keep the backbone frozen:", "a linear probe"),
-    }
-    body = []
-    for (similar, more), lines in advice.items():
-        x, y = left + (size + 4) * similar, top + (tall + 4) * (not more)
-        here = similar == is_similar and more == is_more
-        body.append(
-            f'<rect x="{x}" y="{y}" width="{size}" height="{tall}" rx="6" class="{"here" if here else "cell"}"/>'
-        )
-        anchor, edge = ("end", x + size - 12) if similar else ("start", x + 12)
-        text_y = y + 24 if more else y + tall - 26
-        body += [_text(edge, text_y + 15 * i, line, kind="small", anchor=anchor) for i, line in enumerate(lines)]
-    place = share / SIMILAR / 2 if share < SIMILAR else 0.5 + (share - SIMILAR) / (1 - SIMILAR) / 2
-    dot_x, dot_y = left + (2 * size + 4) * place, top + (2 * tall + 4) * (1 - level)
-    body.append(f'<circle cx="{dot_x:.1f}" cy="{dot_y:.1f}" r="7" class="f1 dot"/>')
-    below = top + 2 * tall + 22
-    body.append(_text(left, below, "← different from pretraining", kind="small"))
-    body.append(_text(left + 2 * size + 4, below, "similar →", kind="small", anchor="end"))
-    label = f"Similarity {share:.2f}, {images:g} images per class: {' '.join(advice[is_similar, is_more])}"
-    return _svg(2 * size + 4, below + 8, label, "".join(body), kind="quadrants")
-
-
-def _svg(width: float, height: float, label: str, body: str, *, kind: str = "panel", title: str = "") -> Markup:
+def draw_svg(width: float, height: float, label: str, body: str, *, kind: str = "panel", title: str = "") -> Markup:
+    """A drawing from its marks; `label` is read aloud, and is its title unless one is given."""
     name = f"<title>{escape(title or label)}</title>"
     box = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
     return Markup(f'<svg class="{kind}" {box} role="img" aria-label="{escape(label)}">{name}{body}</svg>')
 
 
-def _text(
+def draw_text(
     x: float, y: float, text: str, *, kind: str = "", anchor: str = "start", extra: str = "", hover: str = ""
 ) -> str:
+    """Escaped text with its foot at `y`, and more of it on hovering."""
     name = f"<title>{escape(hover)}</title>" if hover else ""
     start = f'<text x="{x:.1f}" y="{y:.1f}"' + (f' class="{kind}"' if kind else "")
     return f'{start} text-anchor="{anchor}"{extra}>{escape(text)}{name}</text>'
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+def draw_line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    """A straight line of a CSS class."""
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 
 
-def _legend(names: Sequence[str], *, y: float, width: float) -> str:
+def draw_legend(names: Sequence[str], *, y: float, width: float) -> str:
+    """Names in a row, each behind a stroke of its colour, as many as fit."""
     parts, x = [], 0.0
     for number, name in enumerate(names):
         shown = shorten(name, 18)
         if x + 30 + 6.4 * len(shown) > width - 40:
-            parts.append(_text(x, y, f"+ {len(names) - number} more", kind="small"))
+            parts.append(draw_text(x, y, f"+ {len(names) - number} more", kind="small"))
             break
-        parts.append(_line(x, y - 4, x + 14, y - 4, f"curve s{number % NUM_COLOURS}"))
-        parts.append(_text(x + 19, y, shown, kind="small"))
+        parts.append(draw_line(x, y - 4, x + 14, y - 4, f"curve s{number % NUM_COLOURS}"))
+        parts.append(draw_text(x + 19, y, shown, kind="small"))
         x += 34 + 6.4 * len(shown)
     return "".join(parts)
 
@@ -377,11 +343,13 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [m * 10.0**power for power in powers for m in factors if low <= math.log10(m) + power <= high]
 
 
-def _interval(score: Mapping[str, Any]) -> str:
+def interval_text(score: Mapping[str, Any]) -> str:
+    """The ends of a share's interval, such as `91.4–97.4`."""
     return f"{percent(score.get('low'), unit=False)}–{percent(score.get('high'), unit=False)}"
 
 
-def _columns(text: str) -> list[int]:
+def column_widths(text: str) -> list[int]:
+    """Columns that each character takes: two if wide, none if it combines with the one before."""
     return [0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text]
 
 

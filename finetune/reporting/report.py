@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 
 from finetune.errors import FinetuneError, RunError
 from finetune.reporting import figures
+from finetune.reporting.decision import decision_context
 from finetune.reporting.figures import Series, is_number, percent, points
 
 ReadImage = Callable[[str], bytes]
@@ -135,7 +136,7 @@ def render_report(run_folder: Path, *, read_image: ReadImage | None = None) -> s
         confused=confused_pairs(confusion, classes),
         reliability=figures.reliability_diagram(bins),
         mistakes=[{**mistake, "image": _thumbnail(mistake["name"], read_image)} for mistake in mistakes],
-        grid=figures.size_similarity_grid(facts.get("similarity"), (facts.get("images_per_class") or {}).get("median")),
+        decision=decision_context(facts, plan),
         counts=count_rows(facts),
         max_rows=MAX_ROWS,
     )

@@ -1,15 +1,24 @@
 """Facts, plans and scores as plain text for a terminal, 100 columns wide."""
 
+import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from finetune.recipe.facts import Facts, Proportion
-from finetune.recipe.plan import Plan
+from finetune.recipe.facts import Facts, ProfileFacts, Proportion
+from finetune.recipe.plan import Advice, Plan
+from finetune.reporting.decision import CELLS, forecast_rows
+from finetune.reporting.sentences import chirality_sentence, depth_sentence, measure_rows, memory
 
 WIDTH = 100
 _NAMED = 12
 """Classes listed by name; of more, only the number is told."""
+_BAR = 30
+"""Columns of a bar of accuracy 1."""
+_WIDE, _TALL = 30, 4
+"""Columns and rows of one cell of the grid."""
+Place = tuple[int, int]
+"""Row and column in the grid."""
 
 
 def percent(part: Mapping[str, Any] | Proportion | None, *, signed: bool = False) -> str:
@@ -53,19 +62,14 @@ def facts_text(facts: Facts) -> str:
         rows.append(("constants", f"mean {mean}, std {std}, measured on {facts.normalized_images:,} training images"))
     if facts.overridden:
         rows.append(("overridden", f"{', '.join(facts.overridden)}: not as the weights were trained"))
-    if facts.probe and facts.knn and facts.similarity is not None:
-        rows += [
-            ("probe", f"{percent(facts.probe.val)} val images right; chance {100 * facts.chance:.1f} %"),
-            ("neighbours", f"{percent(facts.knn.val)} val images right (k = {facts.knn.k})"),
-            ("similarity", f"{facts.similarity:.2f} (0: features tell nothing of the classes, 1: everything)"),
-            ("features", f"{facts.features['hits']:,} from the cache, {facts.features['misses']:,} computed"),
-        ]
+    rows += _measures(facts)
     for bad in facts.bad_images[:5]:
         rows.append(("bad image", f"{bad.name}: {bad.reason}; left out"))
     if len(facts.bad_images) > 5:
         rows.append(("bad images", f"{len(facts.bad_images) - 5} more; all are named in facts.json"))
     rows += [("warning", warning) for warning in facts.warnings]
-    return "Facts\n" + _table(rows)
+    profile = [profile_text(facts.profile)] if facts.profile else []
+    return "\n".join(["Facts", _table(rows), *profile])
 
 
 def plan_text(plan: Plan) -> str:
@@ -78,7 +82,85 @@ def plan_text(plan: Plan) -> str:
         )
     if not plan.stages:
         lines.append("  no stage: the probe is the model")
+    grid = grid_text(plan.advice) if plan.pretrained else ""  # random weights are similar to nothing
+    lines += [text for text in (grid, forecasts_text(plan.advice, chosen=plan.train.strategy or "")) if text]
     return "\n".join(lines)
+
+
+def profile_text(profile: ProfileFacts) -> str:
+    """A line per depth with a bar of its accuracy, the best one marked, and what follows."""
+    lines = ["  Depths, from the stem to the top: logistic probe [95 %]; ridge; nearest neighbours, in %"]
+    narrow = max((len(_cut(depth.stage)) for depth in profile.depths), default=0)
+    for place, depth in enumerate(profile.depths):
+        bar = "#" * round(_BAR * min(1.0, max(0.0, depth.probe.value)))
+        probe, low, high = (100 * part for part in (depth.probe.value, depth.probe.low, depth.probe.high))
+        lines.append(
+            f"  {'*' if place == profile.best else ' '} {_cut(depth.stage):<{narrow}}  {bar:<{_BAR}} {probe:5.1f} "
+            f"[{low:.1f}, {high:.1f}]; {100 * depth.ridge.value:.1f}; {100 * depth.neighbours.value:.1f}"
+        )
+    said = _ascii(depth_sentence(profile.model_dump()))
+    return "\n".join([*lines, *textwrap.wrap(said, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")])
+
+
+def grid_text(advice: Advice) -> str:
+    """Four cells with what is usually done in each, `o` where the data stand, `|` over their similarity's interval.
+
+    Each cell has a scale of its own, so that its name has room; nothing where a number is not known.
+    """
+    images, small, share, similar = advice.images_per_class, advice.small_below, advice.similarity, advice.similar_from
+    low, high = advice.similarity_low, advice.similarity_high
+    if not all(math.isfinite(value) for value in (images, small, share, similar, low, high)):
+        return ""
+
+    def row(value: float) -> int:
+        is_upper = value >= similar
+        way = (value - similar) / max(1e-9, 1 - similar) if is_upper else value / max(1e-9, similar)
+        return (_TALL if is_upper else 2 * _TALL + 1) - 1 - min(_TALL - 1, max(0, int(way * _TALL)))
+
+    is_large, border = images >= small, math.log10(max(small, 1.0))
+    place = math.log10(max(images, 1.0))
+    way = (place - border) / 2 if is_large else place / max(1e-9, border)  # a cell of large sets spans two decades
+    column = (_WIDE + 1 if is_large else 0) + min(_WIDE - 1, max(0, int(way * _WIDE)))
+    marks = {(row(high) + step, column): "|" for step in range(row(low) - row(high) + 1)}
+    marks[row(share), column] = "o"
+    lines = [[*" " * _WIDE, ":", *" " * _WIDE] for _ in range(2 * _TALL + 1)]
+    lines[_TALL] = [*"-" * _WIDE, "+", *"-" * _WIDE]
+    for (is_similar, is_right), name in CELLS.items():
+        first, outer = _free_place(name, marks, is_similar=is_similar, is_right=is_right)
+        lines[first][outer : outer + len(name)] = name
+    for (mark_row, mark_column), mark in marks.items():
+        lines[mark_row][mark_column] = mark
+    labels = {0: "1.00", _TALL: f"{similar:.2f}", 2 * _TALL: "0.00"}
+    frame = " " * 7 + "+" + "-" * _WIDE + "+" + "-" * _WIDE + "+"
+    body = [f"  {labels.get(i, ''):>4} :{''.join(line)}:" for i, line in enumerate(lines)]
+    title = "  Similarity, over training images per class"
+    foot = f"{'1':>9}{f'{small:g}':>{_WIDE}}{f'{max(small, 1) * 100:g}':>{_WIDE + 1}}"
+    return "\n".join([title, frame, *body, frame, foot])
+
+
+def _free_place(name: str, marks: Collection[Place], *, is_similar: bool, is_right: bool) -> Place:
+    """Row and column for the name of a cell: its outer corner, or the next place inwards that no mark crosses."""
+    rows = list(range(_TALL)) if is_similar else list(range(2 * _TALL, _TALL, -1))
+    left, right = (_WIDE + 2, 2 * _WIDE - len(name)) if is_right else (1, _WIDE - 1 - len(name))
+    places = [(line, column) for column in ((right, left) if is_right else (left, right)) for line in rows]
+    free = [
+        (line, start)
+        for line, start in places
+        if not any(row == line and start - 1 <= column <= start + len(name) for row, column in marks)
+    ]
+    return (free or places)[0]
+
+
+def forecasts_text(advice: Advice, *, chosen: str = "") -> str:
+    """What each strategy would give and cost; nothing where nothing was forecast."""
+    rows = forecast_rows(advice.model_dump(), chosen=chosen)
+    if not rows:
+        return ""
+    cells = [("strategy", "gain in points [95 %]", "time", "memory", "")]
+    cells += [(_cut(row["strategy"]), _with_interval(row), row["seconds"], row["memory"], row["mark"]) for row in rows]
+    a, b, c, d = (max(len(cell[i]) for cell in cells) for i in range(4))
+    lines = (f"  {s:<{a}}  {gain:<{b}}  {time:>{c}}  {size:>{d}}  {mark}" for s, gain, time, size, mark in cells)
+    return "\n".join(_ascii(line).rstrip() for line in lines)
 
 
 def scores_text(scores: Mapping[str, Any]) -> str:
@@ -101,6 +183,41 @@ def scores_text(scores: Mapping[str, Any]) -> str:
             f"  final minus probe on test: {percent({**pair, 'value': pair['difference']}, signed=True)}{_judge(pair)}"
         )
     return "\n".join(lines)
+
+
+def _measures(facts: Facts) -> list[tuple[str, str]]:
+    rows = []
+    if facts.probe:
+        rows.append(("probe", f"{percent(facts.probe.val)} val images right; chance {100 * facts.chance:.1f} %"))
+    if facts.knn:
+        rows.append(("neighbours", f"{percent(facts.knn.val)} val images right (k = {facts.knn.k})"))
+    if facts.similarity:
+        found = facts.similarity
+        value = f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+        rows.append(("similarity", f"{value} (0: features tell nothing of the classes, 1: everything)"))
+        told = dict(measure_rows({"similarity": found.model_dump()}))
+        shown = {"Random weights": "control", "Batch norm": "batch norm", "Source classes": "source"}
+        shown |= {"Distance": "distance", "Earth mover": "earth mover"}
+        rows += [(short, _ascii(told[name])) for name, short in shown.items() if name in told]
+    if facts.chirality:
+        rows.append(("mirroring", _ascii(chirality_sentence(facts.chirality.model_dump()))))
+    if facts.features:
+        hits, misses, size = (facts.features.get(key, 0) for key in ("hits", "misses", "bytes"))
+        rows.append(("features", f"{hits:,} from the cache, {misses:,} computed; {memory(size / 1e6)}"))
+    return rows
+
+
+def _with_interval(row: Mapping[str, str]) -> str:
+    return f"{row['gain']} [{row['interval']}]" if row["interval"] else row["gain"]
+
+
+def _ascii(text: str) -> str:
+    """Our own dashes and letters as a plain terminal shows them."""
+    return text.translate({ord("–"): "-", ord("−"): "-", ord("é"): "e", ord("…"): "..."})
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 20 else text[:17] + "..."
 
 
 def _judge(pair: Mapping[str, Any]) -> str:

@@ -1,0 +1,223 @@
+"""What frozen features say of the images: probe, neighbours, depths, similarity, handedness; measured once, remembered.
+
+The same images, roles, weights and view give the same answers, so these are kept beside the features and a second look
+costs no arithmetic. Samples are drawn by content, so neither names nor order of files matter.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from finetune.data.decoding import center_crop
+from finetune.data.loading import ImageStore
+from finetune.features.cache import FeatureCache
+from finetune.features.chirality import measure_chirality, sided_classes
+from finetune.features.depths import NEIGHBOURS, cross_validate, measure_profile, proportion
+from finetune.features.extraction import look_at_all
+from finetune.features.probing import L2_GRID, Probe, fit_probe, knn_predict, sweep_probe
+from finetune.features.similarity import measure_control, measure_response, measure_shift, source_logits
+from finetune.models.backbones import Backbone
+from finetune.models.frozen import FrozenBackbone
+from finetune.recipe.advice import measure_similarity
+from finetune.recipe.cards import View
+from finetune.recipe.facts import (
+    ChiralityFacts,
+    Findings,
+    Measure,
+    NeighbourFacts,
+    ProbeFacts,
+    ProfileFacts,
+    Proportion,
+    ShiftFacts,
+    SimilarityFacts,
+)
+from finetune.recipe.runs import write_whole
+from finetune.recipe.shelf import cache_folder
+from finetune.scores.intervals import paired_difference
+
+FORMAT = "1"
+"""Part of the key; raised when what is measured, or how, changes."""
+LEAST_VAL = 100
+"""With fewer val images, penalties are chosen by cross-validation on the training images."""
+PROFILE_IMAGES, CONTROL_IMAGES, SHIFT_IMAGES, MIRROR_IMAGES, RESPONSE_IMAGES = 1500, 400, 256, 400, 2000
+"""Most training images (or of another role) that each measure looks at."""
+LOST_BY_MIRROR = 0.1
+"""Share of val images that a probe may at most lose on their mirror images for a flip to be safe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What there is to measure on."""
+
+    backbone: Backbone
+    freeze: Callable[[], FrozenBackbone]
+    cache: FeatureCache
+    store: ImageStore
+    digests: Sequence[str]
+    labels: torch.Tensor
+    """(N,) of every item."""
+    roles: Sequence[str]
+    classes: Sequence[str]
+    view: View
+    device: str
+    precision: str
+    split_digest: str
+    seed: int
+
+    def rows(self, role: str, *, most: int | None = None) -> list[int]:
+        """Items that play `role`, or a sample of them that depends on their bytes and the seed alone."""
+        found = [index for index, own in enumerate(self.roles) if own == role]
+        if most is None or len(found) <= most:
+            return found
+        return sorted(found, key=lambda index: _rank(self.seed, self.digests[index]))[:most]
+
+    def features(self, rows: Sequence[int], depth: int = -1) -> torch.Tensor:
+        """(N, D) of items at a depth."""
+        return self.cache.features([self.digests[index] for index in rows], depth)
+
+    def crops(self, rows: Sequence[int]) -> np.ndarray:
+        """(N, S, S, 3) uint8."""
+        return np.stack([center_crop(self.store.get(index), self.view.size_pixels) for index in rows])
+
+
+def measure(material: Material, *, is_whole: bool) -> tuple[Probe, Findings]:
+    """The probe and what was found; with `is_whole` also depths, control and handedness, which only advice needs."""
+    named = [FORMAT, material.backbone.digest, material.view.digest, material.precision, material.split_digest]
+    key = hashlib.sha256(json.dumps([*named, material.seed, is_whole]).encode()).hexdigest()[:32]
+    path = cache_folder() / "findings" / f"{key}.safetensors"
+    if (known := _recall(path)) is not None:
+        return known
+    probe, findings = _probe(material)
+    findings = findings.model_copy(update={"similarity": _similarity(material, findings, is_whole=is_whole)})
+    if is_whole:
+        findings = findings.model_copy(update={"profile": _profile(material), "chirality": _chirality(material, probe)})
+    tensors = {"weight": probe.weight, "bias": probe.bias}
+    tensors["solution"] = torch.tensor([probe.l2, probe.objective, probe.gradient_norm, probe.iterations]).double()
+    note = {"findings": findings.model_dump_json()}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=note))
+    return probe, findings
+
+
+def _recall(path: Path) -> tuple[Probe, Findings] | None:
+    from safetensors import safe_open
+
+    if not path.exists():
+        return None
+    try:
+        tensors = load_file(path)
+        with safe_open(path, framework="pt") as handle:
+            findings = Findings.model_validate_json(handle.metadata()["findings"])
+    except (SafetensorError, ValidationError, KeyError):  # of another version, or damaged: measure again
+        return None
+    l2, objective, norm, steps = tensors["solution"].tolist()
+    probe = Probe(weight=tensors["weight"], bias=tensors["bias"], l2=l2, objective=objective, gradient_norm=norm,
+                  iterations=int(steps))  # fmt: skip
+    return probe, findings
+
+
+def _probe(material: Material) -> tuple[Probe, Findings]:
+    num_classes = len(material.classes)
+    parts = {role: (rows := material.rows(role), material.labels[rows]) for role in ("train", "val")}
+    train, val = ((material.features(rows), labels) for rows, labels in parts.values())
+    if len(val[1]) >= LEAST_VAL:
+        probe, sweep = sweep_probe(*train, *val, num_classes=num_classes)
+        chosen_by, at_edge = "val", any(row["at_edge"] for row in sweep)
+    else:
+        found = cross_validate(*train, num_classes=num_classes, seed=material.seed)
+        probe = fit_probe(*train, num_classes=num_classes, l2=found.l2)
+        chosen_by, at_edge = "cross-validation", found.at_edge
+    k = min(NEIGHBOURS, len(train[1]))
+    votes = knn_predict(*train, val[0], num_classes=num_classes, k=k)
+    logits = probe.logits(val[0])
+    return probe, Findings(
+        probe=ProbeFacts(
+            train=proportion(probe.logits(train[0]).argmax(1) == train[1]),
+            val=proportion(logits.argmax(1) == val[1]),
+            log_loss=float(F.cross_entropy(logits, val[1])),
+            l2=probe.l2,
+            l2_at_edge=at_edge and probe.l2 in (min(L2_GRID), max(L2_GRID)),
+            chosen_by=chosen_by,
+        ),
+        knn=NeighbourFacts(val=proportion(votes == val[1]), k=k),
+    )
+
+
+def _profile(material: Material) -> ProfileFacts:
+    rows = material.rows("train", most=PROFILE_IMAGES)
+    judges = material.rows("val", most=PROFILE_IMAGES)
+    depths = [*range(len(material.backbone.stages) - 1), -1]
+    return measure_profile(
+        [material.features(rows, depth) for depth in depths],
+        material.labels[rows],
+        material.backbone.stages,
+        val=([material.features(judges, depth) for depth in depths], material.labels[judges])
+        if len(judges) >= LEAST_VAL
+        else None,
+        num_classes=len(material.classes),
+        seed=material.seed,
+    )
+
+
+def _similarity(material: Material, findings: Findings, *, is_whole: bool) -> SimilarityFacts:
+    assert findings.probe is not None and findings.knn is not None
+    chance, backbone = 1 / len(material.classes), material.backbone
+    value, low, high = measure_similarity(findings.probe.val, findings.knn.val, chance)
+    seen = material.features(material.rows("train", most=RESPONSE_IMAGES))
+    response = None
+    if backbone.source_head is not None:
+        logits = source_logits(backbone, seen)
+        response = measure_response(logits, backbone.card.classes, seed=material.seed)
+    control: Proportion | None = None
+    shift: tuple[ShiftFacts, ...] = ()
+    if is_whole:
+        rows = material.rows("train", most=CONTROL_IMAGES)
+        crops = material.crops(rows)
+        control = measure_control(
+            backbone, crops, material.labels[rows], material.view, num_classes=len(material.classes),
+            device=material.device, precision=material.precision, seed=material.seed)  # fmt: skip
+        shift = measure_shift(
+            backbone, crops[:SHIFT_IMAGES], material.view, device=material.device, seed=material.seed)  # fmt: skip
+    return SimilarityFacts(value=value, low=low, high=high, control=control, shift=shift, response=response)
+
+
+def _chirality(material: Material, probe: Probe) -> ChiralityFacts:
+    """Whether mirroring shows, and whether it costs the probe: twins such as b and d hide from the first question."""
+    frozen = material.freeze()
+
+    def mirrored(rows: Sequence[int]) -> torch.Tensor:
+        crops = np.ascontiguousarray(material.crops(rows)[:, :, ::-1])
+        return look_at_all(frozen, crops, material.view, material.device, material.precision)[-1]
+
+    unique = {material.digests[index]: index for index in material.rows("train", most=MIRROR_IMAGES)}
+    rows = list(unique.values())
+    found = measure_chirality(material.features(rows), mirrored(rows), seed=material.seed)
+    judges = material.rows("val", most=MIRROR_IMAGES)
+    labels = material.labels[judges]
+    plain = probe.logits(material.features(judges)).argmax(1) == labels
+    turned = probe.logits(mirrored(judges)).argmax(1) == labels
+    lost = paired_difference(int((plain & ~turned).sum()), int((turned & ~plain).sum()), len(labels))
+    is_safe = found.is_safe
+    if is_safe and lost.high > LOST_BY_MIRROR:
+        is_safe = None
+    if lost.low > 0 and lost.value > LOST_BY_MIRROR:
+        is_safe = False
+    sided = sided_classes(material.classes)
+    return ChiralityFacts(
+        share=None if found.share is None else Proportion.model_validate(found.share.as_dict()),
+        lost=Measure.model_validate(lost.as_dict()),
+        is_safe=False if sided else is_safe,
+        sided=sided,
+    )
+
+
+def _rank(seed: int, digest: str) -> bytes:
+    return hashlib.blake2b(f"{seed}:{digest}".encode(), digest_size=16).digest()

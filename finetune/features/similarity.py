@@ -1,0 +1,168 @@
+"""How similar images are to what a backbone knows, measured without its source images.
+
+Batch-norm layers remember the mean and variance of everything they were trained on, and the source classifier says
+what it takes new images for: both are compared with what the new images do. A network of random weights is the control.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from finetune.data.loading import normalize
+from finetune.features.depths import DEPTH_GRID, cross_validate, proportion
+from finetune.features.extraction import look_at_all
+from finetune.models.backbones import Backbone
+from finetune.models.frozen import FrozenBackbone
+from finetune.recipe.cards import View
+from finetune.recipe.facts import Measure, Proportion, ResponseFacts, ShiftFacts
+from finetune.scores.intervals import percentiles
+
+BATCH = 32
+RESAMPLES = 200
+"""Samples of the images, for the intervals."""
+NAMED = 3
+"""Source classes named."""
+
+
+@torch.inference_mode()
+def measure_shift(
+    backbone: Backbone, crops: np.ndarray, view: View, *, device: str, seed: int
+) -> tuple[ShiftFacts, ...]:
+    """How far images move the inputs of each stage's batch norms from their running statistics.
+
+    Per channel, (mean - running mean)^2 / running variance and |log (variance / running variance)|, averaged over the
+    channels of a stage. Both are 0 for the images of pretraining, up to their sampling.
+
+    Args:
+        backbone: in evaluation mode, unfused.
+        crops: (N, H, W, 3) uint8.
+        view: how they are normalised.
+        device: `cpu` or `cuda`.
+        seed: of the intervals' resampling.
+
+    Returns:
+        One row per stage that has batch norm, from the stem; none without batch norm.
+    """
+    norms = [(name, module) for name, module in backbone.named_modules() if _has_statistics(module)]
+    sums: dict[str, list[torch.Tensor]] = {name: [] for name, _ in norms}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x = inputs[0].float().flatten(2) if inputs[0].ndim > 2 else inputs[0].float()[..., None]  # (B, C, P)
+            sums[name].append(torch.stack([x.mean(2), x.square().mean(2)], dim=1).cpu())  # (B, 2, C)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in norms]
+    try:
+        for first in range(0, len(crops), BATCH):
+            backbone(normalize(torch.from_numpy(crops[first : first + BATCH]).to(device), view))
+    finally:
+        for handle in handles:
+            handle.remove()
+    by_stage: dict[int, list[torch.Tensor]] = {}
+    for name, module in norms:
+        moments = torch.cat(sums[name]).double()  # (N, 2, C)
+        known = torch.stack([module.running_mean, module.running_var + module.eps]).double().cpu()  # type: ignore[arg-type, operator]
+        stage = backbone.stage_of[f"{name}.running_mean"]
+        by_stage.setdefault(stage, []).append(torch.cat([moments, known[None]]))  # the last row is the source
+    return tuple(_stage_shift(backbone.stages[stage], by_stage[stage], seed) for stage in sorted(by_stage))
+
+
+def _stage_shift(stage: str, layers: Sequence[torch.Tensor], seed: int) -> ShiftFacts:
+    every = torch.cat(list(layers), dim=2)  # (N + 1, 2, C): channels of all layers side by side
+    moments, (mean, variance) = every[:-1], every[-1]
+    first, second = moments[:, 0], moments[:, 1]  # (N, C)
+
+    def moved(weights: torch.Tensor) -> torch.Tensor:
+        return ((weights @ first - mean).square() / variance).mean(1)
+
+    def stretched(weights: torch.Tensor) -> torch.Tensor:
+        spread = (weights @ second - (weights @ first).square()).clamp(min=1e-12)
+        return (spread / variance).log().abs().mean(1)
+
+    n = len(moments)
+    return ShiftFacts(stage=stage, mean=_measure(moved, n, seed), spread=_measure(stretched, n, seed))
+
+
+def measure_control(
+    backbone: Backbone,
+    crops: np.ndarray,
+    labels: torch.Tensor,
+    view: View,
+    *,
+    num_classes: int,
+    device: str,
+    precision: str,
+    seed: int,
+) -> Proportion:
+    """Accuracy of a cross-validated probe on the same network with random weights: what pretraining has to beat.
+
+    Its batch norms take their statistics from the images themselves, or activations would die out on the way up.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        control = backbone.random_twin().to(device).to(memory_format=torch.channels_last)
+    norms = [module for module in control.modules() if _has_statistics(module)]
+    for norm in norms:
+        norm.momentum = 1.0  # type: ignore[assignment]
+        norm.train()
+    if norms:
+        with torch.no_grad():
+            control(normalize(torch.from_numpy(crops[: 2 * BATCH]).to(device), view))
+    frozen = FrozenBackbone(control.eval(), size_pixels=view.size_pixels, device=device)
+    features = look_at_all(frozen, crops, view, device, precision)[-1]
+    found = cross_validate(features, labels, num_classes=num_classes, seed=seed, grid=DEPTH_GRID)
+    return proportion(found.predictions == labels)
+
+
+def measure_response(logits: torch.Tensor, classes: Sequence[str], *, seed: int) -> ResponseFacts:
+    """What the source classifier takes the images for, from its logits (N, C)."""
+    logs = logits.double().log_softmax(1)
+    probabilities, energy = logs.exp(), -logits.double().logsumexp(1)
+
+    def effective(weights: torch.Tensor) -> torch.Tensor:
+        return torch.special.entr(weights @ probabilities).sum(1).exp()
+
+    counts = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
+    top = counts.topk(min(NAMED, len(counts)))
+    names = list(classes) or [f"class {k}" for k in range(logits.shape[1])]
+    return ResponseFacts(
+        num_classes=logits.shape[1],
+        effective=_measure(effective, len(logits), seed),
+        confidence=_measure(lambda weights: weights @ probabilities.amax(1), len(logits), seed),
+        energy=_measure(lambda weights: weights @ energy, len(logits), seed),
+        named=tuple((names[int(k)], int(n) / len(logits)) for n, k in zip(top.values, top.indices, strict=True) if n),
+    )
+
+
+@torch.inference_mode()
+def source_logits(backbone: Backbone, features: torch.Tensor) -> torch.Tensor:
+    """What the source classifier makes of pooled features (N, D): (N, C)."""
+    head = backbone.source_head
+    assert head is not None
+    return torch.cat([head(rows) for rows in features.split(1024)])
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
+def _measure(statistic: Callable[[torch.Tensor], torch.Tensor], n: int, seed: int) -> Measure:
+    """A statistic of weights of images (R, N) that sum to 1, with its reflected bootstrap interval.
+
+    Reflected, because these statistics are biased in small samples, and resampling adds the same bias again: Davison &
+    Hinkley, Bootstrap Methods and their Application, 1997, section 5.2.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(n, (RESAMPLES, n), generator=generator)
+    weights = torch.zeros(RESAMPLES, n, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.full((RESAMPLES, n), 1 / n, dtype=torch.float64)
+    )
+    value = float(statistic(torch.full((1, n), 1 / n, dtype=torch.float64))[0])
+    low, high = percentiles(statistic(weights))
+    return Measure(value=value, low=2 * value - high, high=2 * value - low, n=n)

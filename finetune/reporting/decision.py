@@ -1,0 +1,284 @@
+"""Why this depth: pictures and sentences of a decision, from `facts.json` and `plan.yaml` as they were read.
+
+Every part is drawn where its numbers are there and left out where they are not: random weights have no probe,
+and older runs measured less. The sentences claim a lead only where it exceeds its standard error.
+"""
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from itertools import product
+from typing import Any
+
+from markupsafe import Markup
+
+from finetune.reporting.figures import (
+    column_widths,
+    draw_legend,
+    draw_line,
+    draw_svg,
+    draw_text,
+    is_number,
+    nice_ticks,
+    percent,
+    points,
+    shorten,
+)
+from finetune.reporting.sentences import (
+    Part,
+    chirality_sentence,
+    depth_sentence,
+    duration,
+    measure_rows,
+    memory,
+    number,
+)
+
+Scale = Callable[[float], float]
+Box = tuple[float, float, float, float]
+"""Left, upper, right and lower edge."""
+ENDS = ("value", "low", "high")
+
+CELLS = {
+    (True, False): "probe",
+    (False, False): "train the top part",
+    (True, True): "train all, gently",
+    (False, True): "train all",
+}
+"""What is usually done, by (is similar, is large)."""
+PROBES = {"probe": "logistic probe", "ridge": "ridge", "neighbours": "nearest neighbours"}
+"""Curves of the depth figure, in the order of their colours."""
+MAX_NAMES = 32
+"""Stages whose names stand side by side; of more, every second or third is named."""
+MAX_BARS = 24
+"""Bars of the shift figure; of more stages we show those that moved most."""
+
+
+def decision_context(facts: Part, plan: Part) -> dict[str, Any]:
+    """What the section on the decision shows; empty where nothing of it is known."""
+    advice, profile, similarity, chirality = (
+        part if isinstance(part, Mapping) else {}
+        for part in (plan.get("advice"), *(facts.get(key) for key in ("profile", "similarity", "chirality")))
+    )
+    advised = str(advice.get("strategy") or "")
+    chosen = str((plan.get("train") or {}).get("strategy") or advised)
+    shift, why = similarity.get("shift") or (), str(advice.get("why") or "").rstrip(".")
+    if why:
+        why += "." if chosen == advised else f". The advice is {advised}; the recipe says {chosen}."
+    context = {
+        "why": why[:1].upper() + why[1:],
+        "grid": grid_figure(advice) if similarity else Markup(""),
+        "forecasts": forecast_rows(advice, chosen=chosen),
+        "profile": depth_figure(profile, chance=facts.get("chance")),
+        "depth": depth_sentence(profile),
+        "measures": measure_rows(facts) if similarity else [],
+        "shift": shift_figure(shift),
+        "chirality": chirality_sentence(chirality),
+    }
+    return {**context, "advice": advice} if any(context.values()) else {}
+
+
+def depth_figure(profile: Part, *, chance: object = None) -> Markup:
+    """Accuracy by depth, from the stem to the top: three probes, the interval of the logistic one as a band."""
+    depths = profile.get("depths") or ()
+    if not any(is_number((depth.get("probe") or {}).get("value")) for depth in depths):
+        return Markup("")
+    parts = [part for depth in depths for probe in PROBES if (part := depth.get(probe))]
+    shares = [float(v) for v in (*(part.get(end) for part in parts for end in ENDS), chance) if is_number(v)]  # type: ignore[arg-type]
+    low = max(0.0, min(0.8, math.floor(min(shares) * 10 - 0.2) / 10))
+    high = min(1.0, max(low + 0.2, math.ceil(max(shares) * 10) / 10))
+    every = math.ceil(len(depths) / MAX_NAMES)
+    names = [_cut_front(str(depth.get("stage", "")), 14) for depth in depths]
+    width, left, right, top, bottom = 620, 68, 560 if is_number(chance) else 606, 58, 246
+    gap = (right - left) / len(depths)
+    columns = max(sum(column_widths(name)) for name in names)
+    is_turned = 6.6 * columns > gap - 6
+
+    def x(depth: float) -> float:
+        return left + gap * (depth + 0.5)
+
+    def y(share: float) -> float:
+        return bottom - (bottom - top) * (min(high, max(low, share)) - low) / (high - low)
+
+    body = [draw_legend(list(PROBES.values()), y=14, width=width)]
+    for tick in nice_ticks(low, high):
+        body.append(draw_line(left, y(tick), right, y(tick), "grid"))
+        body.append(draw_text(left - 8, y(tick) + 4, f"{100 * tick:.0f} %", kind="small", anchor="end"))
+    if is_number(chance):
+        body.append(draw_line(left, y(chance), right, y(chance), "stage"))  # type: ignore[arg-type]
+        body.append(draw_text(right + 6, y(chance) + 4, "chance", kind="small"))  # type: ignore[arg-type]
+    for depth in range(0, len(depths), every):
+        turn = f' transform="rotate(-40 {x(depth):.1f} {bottom + 16})"' if is_turned else ""
+        whole, anchor = str(depths[depth].get("stage", "")), "end" if is_turned else "middle"
+        body.append(
+            draw_text(x(depth), bottom + 16, names[depth], kind="small", anchor=anchor, extra=turn, hover=whole)
+        )
+    best = profile.get("best")
+    if isinstance(best, int) and 0 <= best < len(depths):
+        said = f"best: {names[best]}, {percent(depths[best]['probe']['value'])}"
+        half = 3.1 * sum(column_widths(said))
+        body.append(draw_line(x(best), top - 8, x(best), bottom, "stage"))
+        place = min(right - half, max(left + half, x(best)))
+        body.append(draw_text(place, top - 14, said, kind="small strong", anchor="middle"))
+    body.append(_band(depths, x, y))
+    for colour, key in reversed(list(enumerate(PROBES))):
+        body.append(_curve(depths, key, x, y, colour))
+    spoken = "; ".join(f"{depth.get('stage')} {percent(depth['probe']['value'])}" for depth in depths)
+    height = bottom + (26 + 4.2 * columns if is_turned else 26)
+    return draw_svg(width, height, f"Accuracy of a logistic probe by depth: {spoken}", "".join(body), kind="wide")
+
+
+def grid_figure(advice: Part) -> Markup:
+    """How much, how similar: four cells with what is usually done in each, and a dot where these data stand."""
+    keys = ("images_per_class", "similarity", "small_below", "similar_from")
+    if not all(is_number(advice.get(key)) for key in keys):
+        return Markup("")
+    images, share, small_below, similar_from = (float(advice[key]) for key in keys)
+    low, high = (float(v) if is_number(v) else share for v in map(advice.get, ("similarity_low", "similarity_high")))  # type: ignore[arg-type]
+    left, right, top, bottom, pad = 42, 384, 34, 290, 10
+    decades = max(4, math.ceil(math.log10(max(images, small_below, 1)) + 0.3))
+
+    def x(count: float) -> float:
+        return left + pad + (right - left - 2 * pad) * math.log10(max(count, 1)) / decades
+
+    def y(value: float) -> float:
+        return bottom - pad - (bottom - top - 2 * pad) * min(1.0, max(0.0, value))
+
+    dot, middle, level = (x(images), y(share)), x(small_below), y(similar_from)
+    marks = [(dot[0] - 10, dot[1] - 10, dot[0] + 10, dot[1] + 10), (dot[0] - 5, y(high), dot[0] + 5, y(low))]
+    body = []
+    for (is_similar, is_large), name in CELLS.items():
+        start, end = (middle + 2, right) if is_large else (left, middle - 2)
+        upper, lower = (top, level - 2) if is_similar else (level + 2, bottom)
+        is_here = (is_similar, is_large) == (share >= similar_from, images >= small_below)
+        body.append(
+            f'<rect x="{start:.1f}" y="{upper:.1f}" width="{max(0.0, end - start):.1f}" '
+            f'height="{max(0.0, lower - upper):.1f}" rx="6" class="{"here" if is_here else "cell"}"/>'
+        )
+        body.append(_cell_name(name, (start, upper, end, lower), marks, is_large=is_large, is_similar=is_similar))
+    body.append(draw_line(middle, top - 4, middle, bottom, "stage"))
+    body.append(draw_line(left, level, right + 4, level, "stage"))
+    body.append(draw_text(middle, top - 9, f"{small_below:,g}", kind="small strong", anchor="middle"))
+    body.append(draw_text(right + 8, level + 4, f"{similar_from:.2f}", kind="small strong"))
+    for power in range(decades + 1):
+        label = f"{10**power:,}" if power < 5 else f"{10 ** (power - 3)}k" if power < 6 else f"{10 ** (power - 6):,}M"
+        body.append(draw_text(x(10**power), bottom + 17, label, kind="small", anchor="middle"))
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        body.append(draw_text(left - 8, y(tick) + 4, f"{tick:g}", kind="small", anchor="end"))
+    body.append(draw_text(0, 12, "similarity", kind="small"))
+    body.append(draw_text((left + right) / 2, bottom + 34, "training images per class", kind="small", anchor="middle"))
+    body.append(draw_line(dot[0], y(high), dot[0], y(low), "whisker s1"))
+    body.append(f'<circle cx="{dot[0]:.1f}" cy="{dot[1]:.1f}" r="7" class="f1 dot"/>')
+    usual = CELLS[share >= similar_from, images >= small_below]
+    label = f"{images:g} images per class, similarity {share:.2f} ({low:.2f} to {high:.2f}): usually {usual}"
+    return draw_svg(420, bottom + 40, label, "".join(body), kind="quadrants")
+
+
+def shift_figure(shift: Sequence[Part]) -> Markup:
+    """How far the images move each stage's batch-norm inputs, a bar with its interval per stage."""
+    known = [part for part in shift if is_number((part.get("mean") or {}).get("value"))]
+    most = sorted(known, key=lambda part: -part["mean"]["value"])[:MAX_BARS]
+    rows = [part for part in known if part in most]
+    if not rows:
+        return Markup("")
+    ends = [float(v) for part in rows for end in ENDS if is_number(v := part["mean"].get(end))]
+    names, largest, left, full = [_cut_front(str(part.get("stage", "")), 18) for part in rows], max(ends), 0.0, 360.0
+    left = 6.8 * max(sum(column_widths(name)) for name in names) + 14
+
+    def x(value: float) -> float:
+        return left + (full - left) * (max(0.0, value) / largest if largest > 0 else 0.0)
+
+    body = []
+    for place, (name, part) in enumerate(zip(names, rows, strict=True)):
+        mean, y = part["mean"], 20 * place + 10
+        body.append(draw_text(0, y + 4, name, kind="small", hover=str(part.get("stage", ""))))
+        for end, kind in ((full, "track"), (x(mean["value"]), "bar")):
+            body.append(f'<rect x="{left:.1f}" y="{y - 4}" width="{end - left:.1f}" height="8" rx="4" class="{kind}"/>')
+        if is_number(mean.get("low")) and is_number(mean.get("high")):
+            low, high = x(mean["low"]), x(mean["high"])
+            body += [
+                draw_line(low, y, high, y, "tip"),
+                *(draw_line(end, y - 4, end, y + 4, "tip") for end in (low, high)),
+            ]
+        body.append(draw_text(full + 10, y + 4, number(mean["value"]), kind="small"))
+    spoken = "; ".join(f"{part.get('stage')} {number(part['mean']['value'])}" for part in rows)
+    return draw_svg(420, 20 * len(rows), f"Shift of batch-norm inputs: {spoken}", "".join(body), kind="bars")
+
+
+def forecast_rows(advice: Part, *, chosen: str = "") -> list[dict[str, str]]:
+    """Gain and cost of each strategy in words, and whether it is `chosen` (the advised one unless said)."""
+    advised = advice.get("strategy")
+    rows = []
+    for forecast in advice.get("forecasts") or ():
+        name = str(forecast.get("strategy", ""))
+        gain, low, high = (forecast.get(key) for key in ("gain", "gain_low", "gain_high"))
+        is_base = gain == low == high == 0
+        marks = {"chosen": name == (chosen or advised), "advised": name == advised}
+        marks |= {"runner-up": name == advice.get("runner_up"), "not offered": not forecast.get("is_offered", True)}
+        rows.append(
+            {
+                "strategy": name.replace("_", " "),
+                "gain": "0" if is_base else points(gain) if is_number(gain) else "–",
+                "interval": f"{points(low)} to {points(high)}" if _are_numbers(low, high) and not is_base else "",
+                "seconds": duration(forecast.get("seconds")),
+                "memory": memory(forecast.get("memory_mb")),
+                "mark": next((mark for mark, holds in marks.items() if holds), ""),
+            }
+        )
+    return rows
+
+
+def _cell_name(name: str, cell: Box, marks: Sequence[Box], *, is_large: bool, is_similar: bool) -> str:
+    """The cell's name in its outer corner, or in the first other corner that the marks leave free."""
+    start, upper, end, lower = cell
+    lines = textwrap.wrap(name, max(9, int((end - start - 16) / 6.2)))
+    wide, tall = 6.2 * max(map(len, lines)), 15 * len(lines)
+    corners = []
+    for is_inner, is_flipped in product((False, True), (False, True)):
+        is_right, is_upper = is_large != is_inner, is_similar != is_flipped
+        x0 = end - 10 - wide if is_right else start + 10
+        y0 = upper + 8 if is_upper else lower - 8 - tall
+        corners.append((is_right, (x0, y0, x0 + wide, y0 + tall)))
+    free = [corner for corner in corners if not any(_overlap(corner[1], mark) for mark in marks)]
+    is_right, (x0, y0, x1, _) = (free or corners)[0]
+    edge, anchor = (x1, "end") if is_right else (x0, "start")
+    return "".join(draw_text(edge, y0 + 11 + 15 * i, line, kind="small", anchor=anchor) for i, line in enumerate(lines))
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _curve(depths: Sequence[Part], key: str, x: Scale, y: Scale, colour: int) -> str:
+    known = [(i, d[key]) for i, d in enumerate(depths) if is_number((d.get(key) or {}).get("value"))]
+    line = " ".join(f"{x(i):.1f},{y(part['value']):.1f}" for i, part in known)
+    kind = f"curve s{colour}" if colour == 0 else f"curve light s{colour}"
+    dots = [f'<polyline points="{line}" class="{kind}"/>'] if len(known) > 1 else []
+    for i, part in known:
+        hover = f"{depths[i].get('stage')}, {PROBES[key]}: {percent(part['value'])}"
+        size = 3.4 if colour == 0 else 2.1
+        dots.append(f'<circle cx="{x(i):.1f}" cy="{y(part["value"]):.1f}" r="{size}" class="f{colour}">')
+        dots.append(f"<title>{escape(hover)}</title></circle>")
+    return "".join(dots)
+
+
+def _band(depths: Sequence[Part], x: Scale, y: Scale) -> str:
+    """The probe's interval as a band over the depths; over a single one, as a whisker."""
+    ends = [
+        (x(i), d["probe"]) for i, d in enumerate(depths) if _are_numbers(d["probe"].get("low"), d["probe"].get("high"))
+    ]
+    if len(ends) == 1:
+        ((place, part),) = ends
+        return draw_line(place, y(part["low"]), place, y(part["high"]), "whisker s0")
+    around = [(place, y(p["high"])) for place, p in ends] + [(place, y(p["low"])) for place, p in reversed(ends)]
+    return f'<polygon points="{" ".join(f"{a:.1f},{b:.1f}" for a, b in around)}" class="band"/>' if ends else ""
+
+
+def _cut_front(name: str, columns: int) -> str:
+    shown = shorten(name[::-1], columns)[::-1]  # stages differ at their ends
+    return shown if shown == name else "…" + shown.lstrip("…._")
+
+
+def _are_numbers(*values: object) -> bool:
+    return all(is_number(value) for value in values)

@@ -1,0 +1,598 @@
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
+
+import pytest
+import yaml
+
+from finetune.recipe.facts import ChiralityFacts, Facts, ProfileFacts
+from finetune.recipe.plan import Advice, Plan
+from finetune.recipe.schema import TrainSpec
+from finetune.reporting.decision import decision_context, depth_figure, forecast_rows, grid_figure, shift_figure
+from finetune.reporting.report import render_report
+from finetune.reporting.sentences import chirality_sentence, depth_sentence, duration, measure_rows, memory
+from finetune.reporting.terminal import facts_text, forecasts_text, grid_text, plan_text, profile_text
+
+NASTY = '<b>&"'
+
+
+def share(value, half=0.03, n=400):
+    return {"value": value, "low": max(0.0, value - half), "high": min(1.0, value + half), "n": n}
+
+
+def make_profile(values=(0.42, 0.61, 0.83, 0.91, 0.88), *, stages=None, lead=0.03, lead_error=0.01):
+    names = stages or ["stem", *(f"blocks.{i}" for i in range(1, len(values)))]
+    depths = [
+        {"stage": name, "width": 64, "probe": share(v), "ridge": share(max(0.0, v - 0.05))}
+        | {"neighbours": share(max(0.0, v - 0.12))}
+        for name, v in zip(names, values, strict=True)
+    ]
+    best = max(range(len(values)), key=lambda i: values[i])
+    return {"depths": depths, "num_images": 1900, "judged": "cross-validation", "best": best} | {
+        "lead": lead,
+        "lead_error": lead_error,
+    }
+
+
+def make_advice(images=38.0, similarity=0.62, *, half=0.09, small_below=100.0, similar_from=0.75):
+    low, high = max(0.0, similarity - half), min(1.0, similarity + half)
+    forecast = {"memory_mb": 310.0, "is_offered": True}
+    return {
+        "cell": "small, different",
+        "images_per_class": images,
+        "similarity": similarity,
+        "similarity_low": low,
+        "similarity_high": high,
+        "small_below": small_below,
+        "similar_from": similar_from,
+        "strategy": "partial",
+        "runner_up": "full",
+        "why": "38 training images per class (< 100), similarity 0.62 (< 0.75): little data, different from the source",
+        "forecasts": [
+            {"strategy": "probe", "gain": 0.0, "gain_low": 0.0, "gain_high": 0.0, "seconds": 0.4} | forecast,
+            {"strategy": "partial", "gain": 0.021, "gain_low": -0.004, "gain_high": 0.046, "seconds": 41} | forecast,
+            {"strategy": "full", "gain": 0.018, "gain_low": -0.012, "gain_high": 0.049, "seconds": 192} | forecast,
+            {"strategy": "adapter", "gain": 0.011, "gain_low": -0.02, "gain_high": 0.04, "seconds": 7200}
+            | {"memory_mb": 2400.0, "is_offered": False},
+        ],
+    }
+
+
+def make_shift(values=(0.9, 0.31, 0.22, 0.44, 1.2), *, stages=None):
+    names = stages or ["stem", *(f"blocks.{i}" for i in range(1, len(values)))]
+    spread = {"value": 0.4, "low": 0.3, "high": 0.5, "n": 300}
+    return [
+        {"stage": name, "spread": spread, "mean": {"value": v, "low": 0.8 * v, "high": 1.25 * v, "n": 300}}
+        for name, v in zip(names, values, strict=True)
+    ]
+
+
+def make_facts():
+    response = {"num_classes": 1000, "named": [["daisy", 0.31], ["bee", 0.12], ["pot", 0.08]]}
+    response["effective"] = {"value": 38.2, "low": 31.0, "high": 45.0, "n": 300}
+    response["confidence"] = {"value": 0.41, "low": 0.38, "high": 0.44, "n": 300}
+    response["energy"] = {"value": -9.1, "low": -9.4, "high": -8.8, "n": 300}
+    similarity = {"value": 0.62, "low": 0.53, "high": 0.71, "control": share(0.38), "shift": make_shift()}
+    similarity |= {"response": response, "frechet": 4.21, "emd": 0.61}
+    chirality = {"share": share(0.51, 0.05, n=350), "is_safe": True, "sided": []}
+    return {
+        "classes": ["daisy", "rose"],
+        "chance": 0.2,
+        "probe": {"val": share(0.88)},
+        "profile": make_profile(),
+        "similarity": similarity,
+        "chirality": chirality,
+    }
+
+
+def make_plan(**changes):
+    return {"name": "flowers", "pretrained": True, "train": {"strategy": "partial"}, "advice": make_advice()} | changes
+
+
+def make_real_facts(**changes):
+    """Facts as the survey writes them, with a decision in them or without."""
+    machine = {"device": "cpu", "cores": 2, "has_bf16": False, "has_fp16": False}
+    backbone = {"name": "tiny", "params_m": 0.4, "num_features": 64, "stages": ["stem", "top"], "input_size": 64}
+    backbone |= {"pretrained_on": "x", "licence": "mit", "has_batch_norm": True, "weights_digest": "a"}
+    view = {"size_pixels": 64, "shorter_pixels": 64, "interpolation": "bicubic", "mean": [0.5], "std": [0.5]}
+    return Facts.model_validate(
+        {"root": "flowers", "kind": "folders", "classes": ["daisy", "rose"], "counts": {"train": [30, 30]}}
+        | {"num_images": 60, "split_digest": "b", "median_width": 64, "median_height": 64, "backbone": backbone}
+        | {"images_per_class": {"min": 30, "median": 30, "max": 30}, "view": view, "crop_pct": 1.0}
+        | {"normalize": "weights", "chance": 0.5, "majority": 0.5, "machine": machine}
+        | changes
+    )
+
+
+def write_run(folder, facts, plan):
+    folder.mkdir()
+    scores = {"test": {"n": 50, "top1": share(0.9, n=50), "per_class": []}}
+    for name, content in (("facts.json", facts), ("scores.json", scores)):
+        (folder / name).write_text(json.dumps(content))
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+    return folder
+
+
+def elements(drawing, tag):
+    root = ElementTree.fromstring(str(drawing))
+    return [part for part in root.iter() if part.tag == tag]
+
+
+def reach(text):
+    """Corners of a text, its letters taken for 6 units wide, turned as it says."""
+    x, y, columns = float(text.get("x")), float(text.get("y")), len(text.text or "")
+    width = 6.0 * columns
+    start = {"start": 0.0, "middle": -width / 2, "end": -width}[text.get("text-anchor")]
+    turned = re.match(r"rotate\((-?\d+) ([\d.]+) ([\d.]+)\)", text.get("transform") or "")
+    angle = math.radians(float(turned[1])) if turned else 0.0
+    for along in (start, start + width):
+        for up in (-9.0, 0.0):
+            yield x + along * math.cos(angle) - up * math.sin(angle), y + along * math.sin(angle) + up * math.cos(angle)
+
+
+def places(drawing):
+    """Every point that the marks of a drawing reach."""
+    for part in ElementTree.fromstring(str(drawing)).iter():
+        number = {key: float(value) for key, value in part.attrib.items() if re.fullmatch(r"-?[\d.]+", value)}
+        if part.tag == "text":
+            yield from reach(part)
+        elif part.tag == "line":
+            yield from ((number["x1"], number["y1"]), (number["x2"], number["y2"]))
+        elif part.tag == "rect":
+            assert number["width"] >= 0 and number["height"] >= 0
+            yield from ((number["x"], number["y"]), (number["x"] + number["width"], number["y"] + number["height"]))
+        elif part.tag == "circle":
+            yield from ((number["cx"] + sign * number["r"], number["cy"] + sign * number["r"]) for sign in (-1, 1))
+        elif part.tag in ("polyline", "polygon"):
+            yield from (tuple(map(float, place.split(","))) for place in part.get("points").split())
+
+
+def assert_inside(drawing):
+    assert "nan" not in drawing and "inf" not in drawing
+    _, _, width, height = map(float, ElementTree.fromstring(str(drawing)).get("viewBox").split())
+    found = list(places(drawing))
+    assert found
+    for x, y in found:
+        assert -1 <= x <= width + 1 and -1 <= y <= height + 1, (x, y, width, height)
+
+
+def dot(drawing):
+    (circle,) = elements(drawing, "circle")
+    return float(circle.get("cx")), float(circle.get("cy"))
+
+
+def test_the_dot_moves_by_the_logarithm_of_images_and_by_similarity():
+    one, ten, hundred = (dot(grid_figure(make_advice(images, 0.5)))[0] for images in (1, 10, 100))
+    assert ten - one == pytest.approx(hundred - ten, abs=0.2) and ten > one + 20
+    low, middle, high = (dot(grid_figure(make_advice(30, value)))[1] for value in (0.0, 0.5, 1.0))
+    assert low - middle == pytest.approx(middle - high, abs=0.2) and low > middle + 20
+
+
+def test_the_bar_ends_where_the_interval_ends():
+    drawing = grid_figure(make_advice(30, 0.5, half=0.2))
+    (bar,) = [line for line in elements(drawing, "line") if line.get("class") == "whisker s1"]
+    ends = [dot(grid_figure(make_advice(30, value)))[1] for value in (0.7, 0.3)]
+    assert [float(bar.get("y1")), float(bar.get("y2"))] == pytest.approx(ends, abs=0.11)
+    assert float(bar.get("x1")) == pytest.approx(dot(drawing)[0])
+
+
+@pytest.mark.parametrize(
+    ("images", "similarity", "usual"),
+    [(38, 0.9, "probe"), (38, 0.2, "train the top part"), (900, 0.9, "train all, gently"), (900, 0.2, "train all")],
+)
+def test_the_cell_of_the_data_is_lit_and_holds_the_dot(images, similarity, usual):
+    drawing = grid_figure(make_advice(images, similarity))
+    (cell,) = [rect for rect in elements(drawing, "rect") if rect.get("class") == "here"]
+    (left, top), (x, y) = (float(cell.get("x")), float(cell.get("y"))), dot(drawing)
+    assert left < x < left + float(cell.get("width")) and top < y < top + float(cell.get("height"))
+    assert drawing.split('aria-label="')[1].split('"')[0].endswith(f"usually {usual}")
+
+
+def test_data_on_a_border_belong_to_the_larger_cell():
+    assert "usually train all, gently" in grid_figure(make_advice(100, 0.75))
+
+
+@pytest.mark.parametrize("images", [0, 1, 5, 99, 2e3, 1e5, 3e6])
+@pytest.mark.parametrize("similarity", [0.0, 0.03, 0.74, 0.97, 1.0])
+def test_no_name_of_a_cell_lies_under_the_dot(images, similarity):
+    drawing = grid_figure(make_advice(images, similarity))
+    assert_inside(drawing)
+    x, y = dot(drawing)
+    for text in elements(drawing, "text"):
+        if text.text.startswith(("probe", "train the", "train all")):
+            across, down = zip(*reach(text), strict=True)
+            is_covered = min(across) < x + 7 and max(across) > x - 7 and min(down) < y + 7 and max(down) > y - 7
+            assert not is_covered, text.text
+
+
+@pytest.mark.parametrize(("small_below", "similar_from"), [(5, 0.9), (12, 0.2), (2000, 0.5), (1, 0.0), (100, 1.0)])
+def test_the_borders_stand_where_the_advice_has_them(small_below, similar_from):
+    at = dot(grid_figure(make_advice(small_below, similar_from, small_below=small_below, similar_from=similar_from)))
+    drawing = grid_figure(make_advice(30, 0.5, small_below=small_below, similar_from=similar_from))
+    upright, level = [line for line in elements(drawing, "line") if line.get("class") == "stage"]
+    assert float(upright.get("x1")) == float(upright.get("x2")) == pytest.approx(at[0], abs=0.11)
+    assert float(level.get("y1")) == float(level.get("y2")) == pytest.approx(at[1], abs=0.11)
+
+
+@pytest.mark.parametrize("key", ["images_per_class", "similarity", "small_below", "similar_from"])
+def test_an_unknown_place_draws_no_grid(key):
+    assert grid_figure({**make_advice(), key: float("nan")}) == ""
+    assert grid_figure({k: v for k, v in make_advice().items() if k != key}) == ""
+
+
+def curve(drawing, number):
+    lines = elements(drawing, "polyline")
+    (line,) = [part for part in lines if part.get("class").endswith(f"s{number}")]
+    return [tuple(map(float, place.split(","))) for place in line.get("points").split()]
+
+
+def test_points_rise_with_accuracy_from_the_stem_to_the_top():
+    values = (0.42, 0.61, 0.83, 0.91, 0.88)
+    probe = curve(depth_figure(make_profile(values), chance=0.2), 0)
+    assert [x for x, _ in probe] == sorted(x for x, _ in probe)
+    assert sorted(range(5), key=lambda i: -probe[i][1]) == sorted(range(5), key=lambda i: values[i])
+    slope = [(probe[i][1] - probe[0][1]) / (values[i] - values[0]) for i in range(1, 5)]
+    assert max(slope) - min(slope) < 1.5 and max(slope) < 0
+
+
+def test_the_three_probes_and_chance_are_drawn_on_one_scale():
+    drawing = depth_figure(make_profile((0.5, 0.8)), chance=0.3)
+    heights = [curve(drawing, number)[1][1] for number in range(3)]
+    assert heights == sorted(heights)
+    share_height = (heights[2] - heights[0]) / 0.12
+    assert heights[1] - heights[0] == pytest.approx(0.05 * share_height, abs=0.2)
+    chance = next(line for line in elements(drawing, "line") if line.get("class") == "stage")
+    assert float(chance.get("y1")) - heights[0] == pytest.approx(0.5 * share_height, abs=0.9)
+    assert "chance" not in depth_figure(make_profile((0.5, 0.8)))
+
+
+def test_the_band_holds_the_probe():
+    drawing = depth_figure(make_profile())
+    (band,) = elements(drawing, "polygon")
+    edge = [tuple(map(float, place.split(","))) for place in band.get("points").split()]
+    probe = curve(drawing, 0)
+    for (_, high), (_, middle), (_, low) in zip(edge[:5], probe, reversed(edge[5:]), strict=True):
+        assert high < middle < low
+
+
+def test_the_best_depth_is_named():
+    drawing = depth_figure(make_profile())
+    assert "best: blocks.3, 91.0 %" in [text.text for text in elements(drawing, "text")]
+    mark = next(line for line in elements(drawing, "line") if line.get("class") == "stage")
+    assert float(mark.get("x1")) == pytest.approx(curve(drawing, 0)[3][0], abs=0.1)
+
+
+LONG = [f"features.a_rather_long_name.{i}.conv" for i in range(48)]
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 5, 16, 48])
+@pytest.mark.parametrize("value", [0.0, 0.004, 0.5, 0.996, 1.0])
+@pytest.mark.parametrize("chance", [None, 0.0, 0.001, 1.0])
+def test_any_number_of_stages_stays_inside_its_frame(num_stages, value, chance):
+    drawing = depth_figure(make_profile([value] * num_stages, stages=LONG[:num_stages]), chance=chance)
+    assert_inside(drawing)
+    assert len(elements(drawing, "polyline")) == (3 if num_stages > 1 else 0)
+    assert len(elements(drawing, "circle")) == 3 * num_stages
+
+
+def test_turned_names_keep_apart_and_keep_their_ends():
+    drawing = depth_figure(make_profile([0.5] * 16, stages=LONG[:16]))
+    shown = [text for text in elements(drawing, "text") if text.get("transform")]
+    assert len({text.text for text in shown}) == 16
+    assert all(re.match(r"…[^…._]", text.text) for text in shown)
+    across = [float(text.get("x")) for text in shown]
+    assert min(b - a for a, b in pairwise(across)) * 0.64 > 12  # sine of the angle
+
+
+def test_a_share_that_was_not_measured_leaves_a_gap_only():
+    profile = make_profile()
+    profile["depths"][1]["probe"] = {"value": None, "low": None, "high": None, "n": 0}
+    profile["depths"][2]["neighbours"] = None
+    drawing = depth_figure(profile)
+    assert_inside(drawing)
+    assert [len(curve(drawing, number)) for number in range(3)] == [4, 5, 4]
+    assert depth_figure({"depths": [{"stage": "stem"}]}) == depth_figure({}) == ""
+
+
+def test_bars_grow_with_the_shift_and_whiskers_hold_their_ends():
+    drawing = shift_figure(make_shift((0.4, 0.8, 0.0)))
+    wide = [float(rect.get("width")) for rect in elements(drawing, "rect") if rect.get("class") == "bar"]
+    assert wide[1] == pytest.approx(2 * wide[0], abs=0.2) and wide[2] == 0
+    starts = {float(rect.get("x")) for rect in elements(drawing, "rect")}
+    (start,) = starts
+    tips = [line for line in elements(drawing, "line") if line.get("y1") == line.get("y2")]
+    assert float(tips[0].get("x1")) == pytest.approx(start + 0.8 * wide[0], abs=0.2)
+    assert float(tips[0].get("x2")) == pytest.approx(start + 1.25 * wide[0], abs=0.2)
+
+
+@pytest.mark.parametrize("values", [(0.0,), (1e6,), (1e-9, 3.0), (0.0, 0.0), tuple(range(48))])
+def test_any_shift_stays_inside_its_frame(values):
+    drawing = shift_figure(make_shift(values, stages=LONG[: len(values)]))
+    assert_inside(drawing)
+    assert len(elements(drawing, "rect")) == 2 * min(24, len(values))
+
+
+def test_without_batch_norm_there_are_no_bars():
+    assert shift_figure([]) == shift_figure([{"stage": "stem", "mean": {"value": None}}]) == ""
+
+
+def test_forecasts_read_like_prose():
+    rows = {row["strategy"]: row for row in forecast_rows(make_advice())}
+    assert rows["probe"] == {"strategy": "probe", "gain": "0", "interval": "", "seconds": "0.4 s"} | {
+        "memory": "310 MB",
+        "mark": "",
+    }
+    assert (rows["partial"]["gain"], rows["partial"]["interval"]) == ("+2.1", "−0.4 to +4.6")
+    assert [row["seconds"] for row in rows.values()] == ["0.4 s", "41 s", "3.2 min", "2.0 h"]
+    assert [row["mark"] for row in rows.values()] == ["", "chosen", "runner-up", "not offered"]
+    assert rows["adapter"]["memory"] == "2.4 GB"
+
+
+def test_a_strategy_that_the_recipe_chose_is_not_called_advised():
+    assert [row["mark"] for row in forecast_rows(make_advice(), chosen="probe")] == [
+        "chosen",
+        "advised",
+        "runner-up",
+        "not offered",
+    ]
+    why = decision_context(make_facts(), make_plan(train={"strategy": "probe"}))["why"]
+    assert why.endswith("different from the source. The advice is partial; the recipe says probe.")
+
+
+def test_a_forecast_without_numbers_shows_dashes():
+    nothing = {"strategy": "full", "gain": float("nan"), "gain_low": None, "seconds": float("inf")}
+    (row,) = forecast_rows({"forecasts": [nothing]})
+    assert [row[key] for key in ("gain", "interval", "seconds", "memory", "mark")] == ["–", "", "–", "–", ""]
+    assert forecast_rows({}) == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "0 s"),
+        (0.01, "0.1 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1.0 min"),
+        (3596, "59.9 min"),
+        (3599, "1.0 h"),
+        (172_000, "47.8 h"),
+        (173_000, "2.0 days"),
+        (None, "–"),
+    ],
+)
+def test_times_change_unit_before_they_grow_long(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_memory_is_told_in_megabytes_or_gigabytes():
+    assert [memory(v) for v in (0, 310.2, 999.4, 999.6, 12_345.0, None)] == [
+        "0 MB",
+        "310 MB",
+        "999 MB",
+        "1.0 GB",
+        "12.3 GB",
+        "–",
+    ]
+
+
+@pytest.mark.parametrize(("lead", "error"), [(0.03, 0.01), (0.01, 0.01), (0.01, 0.03), (0.0, 0.0)])
+@pytest.mark.parametrize("values", [(0.4, 0.9, 0.8), (0.4, 0.8, 0.9), (0.9,)])
+def test_an_earlier_depth_leads_where_the_facts_say_so(values, lead, error):
+    profile = make_profile(values, lead=lead, lead_error=error)
+    is_earlier = ProfileFacts.model_validate(profile).earlier is not None
+    assert ("told better by earlier features" in depth_sentence(profile)) == is_earlier
+
+
+def test_a_lead_within_its_error_is_not_claimed():
+    said = depth_sentence(make_profile(lead=0.01, lead_error=0.02))
+    assert "1.0 points (standard error 2.0), too little to tell from chance: the top serves as well." in said
+    assert said.endswith("Measured on 1,900 training images, the logistic probe judged by cross-validation.")
+    assert depth_sentence({}) == ""
+
+
+def test_every_measure_of_similarity_is_told():
+    rows = dict(measure_rows(make_facts()))
+    assert list(rows) == [
+        "Similarity",
+        "Separability",
+        "Random weights",
+        "Batch norm",
+        "Source classes",
+        "Distance",
+        "Earth mover",
+    ]
+    assert rows["Similarity"].startswith("0.62 (0.53 to 0.71);")
+    assert "gets 88.0 % (85.0–91.0) of the val images right; chance is 20.0 %" in rows["Separability"]
+    assert "in blocks.4: squared, by 1.20 (0.96 to 1.50)" in rows["Batch norm"]
+    assert "over 38.2 (31.0 to 45.0) of 1,000; most often daisy (31.0 %), bee (12.0 %)" in rows["Source classes"]
+
+
+def test_measures_that_are_not_there_give_no_row():
+    assert [name for name, _ in measure_rows({"similarity": {"value": 0.5, "low": 0.4, "high": 0.6}})] == ["Similarity"]
+    assert measure_rows({"similarity": None}) == measure_rows({}) == []
+
+
+@pytest.mark.parametrize(
+    ("is_safe", "value", "words"),
+    [
+        (True, 0.51, "Mirroring goes unnoticed: the original was named in 51.0 %"),
+        (False, 0.87, "Mirroring shows: the original was named in 87.0 %"),
+        (None, 0.6, "Whether mirroring shows cannot be said yet"),
+        (False, 0.5, "The images show no side"),
+    ],
+)
+def test_mirroring_is_judged_in_a_sentence(is_safe, value, words):
+    sided = [["left", "right"]] if value == 0.5 else []
+    said = chirality_sentence({"share": share(value), "is_safe": is_safe, "sided": sided})
+    assert said.startswith(words)
+    assert ("By their names, left and right are each other's mirror image." in said) == bool(sided)
+    assert chirality_sentence({}) == ""
+
+
+def test_the_page_tells_the_whole_decision(tmp_path):
+    page = render_report(write_run(tmp_path / "run", make_facts(), make_plan()))
+    section = page.split('<section id="depth">')[1].split("</section>")[0]
+    assert re.findall(r"<h[23]>(.*?)</h", section) == [
+        "Why this depth",
+        "What each strategy would give",
+        "What each depth knows",
+        "How far batch norm is moved",
+        "Left and right",
+    ]
+    assert re.findall('<svg class="([^"]*)"', section) == ["quadrants", "wide", "bars"]
+    assert '<a href="#depth">' in page and "Undefined" not in section and "None" not in section
+
+
+@pytest.mark.parametrize(
+    ("missing", "heading"),
+    [
+        ("profile", "What each depth knows"),
+        ("chirality", "Left and right"),
+        ("similarity", "How far batch norm is moved"),
+    ],
+)
+def test_a_missing_part_leaves_no_heading(tmp_path, missing, heading):
+    page = render_report(write_run(tmp_path / "run", make_facts() | {missing: None}, make_plan()))
+    section = page.split('<section id="depth">')[1].split("</section>")[0]
+    assert "Why this depth" in section and heading not in section
+    assert not re.search(r"<(div|dl|p|figure|tbody)\b[^>]*>\s*</\1>", section)
+
+
+def test_advice_without_forecasts_has_no_table(tmp_path):
+    advice = make_advice() | {"forecasts": []}
+    page = render_report(write_run(tmp_path / "run", make_facts(), make_plan(advice=advice)))
+    assert "What each strategy would give" not in page and 'class="quadrants"' in page
+
+
+def test_random_weights_have_no_place_on_the_grid(tmp_path):
+    facts = {"classes": ["a"], "similarity": None, "profile": None, "chirality": None}
+    advice = make_advice() | {"why": "the weights are random, so there is nothing to keep", "forecasts": []}
+    page = render_report(write_run(tmp_path / "run", facts, make_plan(pretrained=False, advice=advice)))
+    assert "The weights are random, so there is nothing to keep." in page and 'class="quadrants"' not in page
+
+
+@pytest.mark.parametrize("facts", [{}, {"similarity": 0.78, "chance": 0.2}], ids=["bare", "older"])
+def test_a_run_without_advice_has_no_section(tmp_path, facts):
+    page = render_report(write_run(tmp_path / "run", facts, {"name": "old", "train": {"strategy": "full"}}))
+    assert "Why this depth" not in page and 'href="#depth"' not in page
+
+
+def test_names_are_text_and_never_markup(tmp_path):
+    facts, plan = make_facts(), make_plan()
+    facts["profile"] = make_profile((0.4, 0.6), stages=[NASTY, f"{NASTY}2"])
+    facts["similarity"]["shift"] = make_shift((0.4, 0.6), stages=[NASTY, f"{NASTY}2"])
+    facts["similarity"]["response"]["named"] = [[NASTY, 0.5]]
+    facts["chirality"]["sided"] = [[NASTY, NASTY]]
+    plan["advice"]["forecasts"][0]["strategy"] = plan["advice"]["why"] = NASTY
+    for drawing in (depth_figure(facts["profile"]), shift_figure(facts["similarity"]["shift"])):
+        assert NASTY in [text.text for text in elements(drawing, "text")]
+    section = render_report(write_run(tmp_path / "run", facts, plan)).split('<section id="depth">')[1]
+    assert "<b>&" not in section and "&lt;b&gt;&amp;" in section
+
+
+def test_the_context_is_a_function_of_its_arguments():
+    facts, plan = make_facts(), make_plan()
+    before = json.dumps([facts, plan])
+    assert decision_context(facts, plan) == decision_context(facts, plan)
+    assert json.dumps([facts, plan]) == before
+
+
+def grid_lines(**place):
+    text = grid_text(Advice.model_validate(make_advice(**place)))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 72 and len(lines) <= 13 and text.isascii()
+    return lines[2:-2]
+
+
+@pytest.mark.parametrize(("images", "is_right"), [(3, False), (99.5, False), (100, True), (1e5, True)])
+@pytest.mark.parametrize(("similarity", "is_upper"), [(0.0, False), (0.749, False), (0.75, True), (1.0, True)])
+def test_the_o_stands_in_its_quarter_of_the_terminal(images, is_right, similarity, is_upper):
+    lines = grid_lines(images=images, similarity=similarity, half=0.01)
+    border = next(i for i, line in enumerate(lines) if line.startswith("  0.75 :"))
+    middle = lines[border].index("+")
+    ((row, column),) = [
+        (i, match.start()) for i, line in enumerate(lines) for match in re.finditer(r"\bo\b", line) if i != border
+    ]
+    assert (row < border, column > middle) == (is_upper, is_right)
+
+
+def test_the_terminal_draws_the_interval_as_a_bar():
+    lines = grid_lines(images=30, similarity=0.6, half=0.3)
+    column = next(line.index(" o ") + 1 for line in lines if " o " in line)
+    marked = [line[column] for line in lines]
+    start, end = marked.index("|"), len(marked) - marked[::-1].index("|")
+    assert set(marked[start:end]) == {"|", "o"} and end - start > 4
+
+
+@pytest.mark.parametrize("images", [1, 4, 12, 60, 99, 150, 3000, 1e6])
+@pytest.mark.parametrize("similarity", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_every_cell_of_the_terminal_keeps_its_name(images, similarity):
+    text = "\n".join(grid_lines(images=images, similarity=similarity, half=0.05))
+    assert all(name in text for name in ("probe", "train the top part", "train all, gently"))
+    assert len(re.findall("train all(?!,)", text)) == 1
+
+
+@pytest.mark.parametrize(("small_below", "similar_from"), [(1, 0.0), (1, 1.0), (0.5, 0.5), (1e6, 0.999)])
+@pytest.mark.parametrize("similarity", [0.0, 1.0])
+def test_the_terminal_survives_any_border(small_below, similar_from, similarity):
+    assert grid_lines(images=1, similarity=similarity, small_below=small_below, similar_from=similar_from)
+
+
+def test_the_terminal_leaves_out_what_is_not_known():
+    unknown = Advice.model_validate(make_advice() | {"similarity": float("nan"), "forecasts": []})
+    assert grid_text(unknown) == forecasts_text(unknown) == ""
+
+
+def test_forecasts_stand_in_columns():
+    lines = forecasts_text(Advice.model_validate(make_advice())).splitlines()
+    assert len(lines) == 5 and "\n".join(lines).isascii() and max(map(len, lines)) <= 100
+    assert re.split(r"\s{2,}", lines[2].strip()) == ["partial", "+2.1 [-0.4 to +4.6]", "41 s", "310 MB", "chosen"]
+    ends = [line.index(time) + len(time) for line, time in zip(lines, ["time", "0.4 s", "41 s"], strict=False)]
+    assert len(set(ends)) == 1
+
+
+@pytest.mark.parametrize("values", [(0.42, 0.61, 0.83, 0.91, 0.88), (0.5,), (0.0, 1.0)])
+def test_a_line_per_depth_has_a_bar_of_its_accuracy(values):
+    lines = profile_text(ProfileFacts.model_validate(make_profile(values))).splitlines()
+    bars = [line.count("#") for line in lines if re.search(r"\]; [\d.]+; [\d.]+$", line)]
+    assert bars == [round(30 * value) for value in values]
+    (best,) = [line for line in lines if line.startswith("  *")]
+    assert f"{100 * max(values):.1f} [" in best
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_terminal_tells_all_facts_of_a_decision():
+    facts = make_facts()
+    known = {key: facts[key] for key in ("similarity", "profile", "chirality")}
+    found = make_real_facts(**known, features={"hits": 1200, "misses": 3, "bytes": 12_300_000})
+    text = facts_text(found)
+    assert "similarity    0.62 [0.53, 0.71] (0: features" in text
+    assert "control       On features of the same network, untrained, a probe gets 38.0 %" in text
+    assert "mirroring     Mirroring goes unnoticed" in text
+    assert "features      1,200 from the cache, 3 computed; 12 MB" in text
+    assert "Depths, from the stem to the top" in text and text.isascii()
+
+
+def test_the_terminal_tells_nothing_of_facts_that_are_not_there():
+    text = facts_text(make_real_facts())
+    assert not re.search("similarity|control|mirroring|features  |Depths|None", text)
+
+
+def test_mirrored_classes_reach_the_terminal():
+    chirality = ChiralityFacts.model_validate(
+        {"share": share(0.5), "is_safe": False, "sided": [["left hand", "right hand"]]}
+    )
+    assert "left hand and right hand are each" in facts_text(make_real_facts(chirality=chirality))
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_a_plan_ends_with_its_grid_and_forecasts(pretrained):
+    known = {"reasons": (), "stages": (), "advice": Advice.model_validate(make_advice()), "pretrained": pretrained}
+    text = plan_text(Plan.model_construct(**known, train=TrainSpec(strategy="full")))
+    assert ("Similarity, over training images per class" in text) == pretrained
+    chosen, advised = (next(line for line in text.splitlines() if word in line) for word in ("chosen", "advised"))
+    assert chosen.startswith("  full") and advised.startswith("  partial")
