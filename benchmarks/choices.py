@@ -1,7 +1,10 @@
-"""Small experiments behind two defaults, as told in LOG.md: which epoch to keep, and how fast the backbone moves.
+"""Small experiments behind some defaults, as told in LOG.md: which epoch to keep, how fast the backbone moves,
+how sure the head begins, and how the probe scales its features.
 
     python benchmarks/choices.py keep  [--shared ../shared]     # a row per cell and rule, some minutes
     python benchmarks/choices.py ratio [--shared ../shared]
+    python benchmarks/choices.py soften [--shared ../shared]
+    python benchmarks/choices.py scale [--shared ../shared]
 
 Cells are those of `advice.py`, with seed 0.
 """
@@ -77,16 +80,52 @@ def compare_epochs(shared: Path, work: Path) -> None:
             print(f"| `{name}`, {per_class} | {cells} |", flush=True)
 
 
+def compare_softening(shared: Path, work: Path) -> None:
+    pipeline = __import__("finetune.pipeline").pipeline
+    for name in ("sign_digits", "cifar10_20k", "flowers5"):
+        row = []
+        for strategy in ("full", "partial"):
+            for pipeline.PROBE_SOFTENING in (0.0, 0.1, 0.3, 1.0):
+                wishes = [f"train.strategy={strategy}", "head.init=probe"]
+                row.append(percent(train(name, 20, wishes, shared, work).read_json("scores.json")))
+        print(f"| `{name}`, 20 | {' | '.join(row)} |", flush=True)
+
+
+def compare_scales(shared: Path, work: Path) -> None:
+    from finetune.features import probing, survey
+
+    for name, per_class in (("flowers5", 5), ("flowers5", 20), ("sign_digits", 5), ("sign_digits", 20),
+                            ("sign_digits", 50), ("malaria", 50), ("ants_bees", 20), ("cifar10_20k", 5)):  # fmt: skip
+        recipe = advice.cell_recipe(name, BACKBONE, per_class, 0, shared, work, ["train.strategy=probe"])
+        seen, row = survey.look(recipe), []
+        parts = [(seen.stacked(role), seen.labels(role)) for role in ("train", "val", "test")]
+        features, labels = (torch.cat([parts[0][k], parts[1][k]]) for k in (0, 1))
+        for probing.SHRUNK_IMAGES in (0.0, 30.0, 100.0, 1000.0, 1e12):
+            right = [
+                (probing.fit_probe(features, labels, num_classes=CLASSES[name], l2=l2).logits(parts[2][0]).argmax(1)
+                 == parts[2][1]).double().mean()
+                for l2 in (1e-3, 1e-2, 0.1, 1.0, 10.0)
+            ]  # fmt: skip
+            row.append(f"{100 * float(max(right)):.1f}")
+        print(f"| `{name}`, {per_class} | {' | '.join(row)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["keep", "ratio"])
+    parser.add_argument("what", choices=["keep", "ratio", "soften", "scale"])
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
     parser.add_argument("--work", type=Path, default=HERE / "advice")
     arguments = parser.parse_args()
     shared, work = arguments.shared.resolve(), arguments.work.resolve()
     os.environ |= {"FINETUNE_ZOO": str(shared / "zoo"), "FINETUNE_CACHE": str(work / "cache")}
     torch.set_num_threads(1)
-    (compare_epochs if arguments.what == "keep" else compare_ratios)(shared, work)
+    experiments = {
+        "keep": compare_epochs,
+        "ratio": compare_ratios,
+        "soften": compare_softening,
+        "scale": compare_scales,
+    }
+    experiments[arguments.what](shared, work)
 
 
 if __name__ == "__main__":

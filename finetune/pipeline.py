@@ -27,7 +27,7 @@ from finetune.evaluation.evaluation import evaluate_run
 from finetune.features.survey import Look, look
 from finetune.machine import describe_environment, tune_process
 from finetune.models.classifier import Classifier
-from finetune.models.heads import make_head
+from finetune.models.heads import PROBE_SOFTENING, make_head
 from finetune.recipe.facts import Facts
 from finetune.recipe.plan import Plan
 from finetune.recipe.planning import make_plan
@@ -211,8 +211,8 @@ def _train_stages(run: RunFolder, plan: Plan, seen: Look, tracker: Tracker | Non
         len(plan.classes),
         init=init,
         dropout=plan.head.dropout,
-        weight=start.get("weight"),
-        bias=start.get("bias"),
+        weight=start["weight"] * PROBE_SOFTENING if start else None,
+        bias=start["bias"] * PROBE_SOFTENING if start else None,
         arch_rule=seen.backbone.new_classifier,
     )
     classifier = Classifier(seen.backbone, head).to(memory_format=torch.channels_last)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import finetune as ft
 from finetune.errors import BackboneError, DataError, RunError
+from finetune.models.heads import PROBE_SOFTENING
 from finetune.pipeline import plan, summarize
 from finetune.recipe.runs import FILES, RunFolder
 
@@ -75,8 +76,14 @@ def test_scores_say_what_the_stored_predictions_say(full):
 @pytest.mark.technique("T005")
 def test_fine_tuning_starts_where_the_probe_ended(full):
     rows = [line.split(",") for line in full.file("curves.csv").read_text().splitlines()[1:]]
-    start_loss = next(float(row[4]) for row in rows if row[1] == "-1" and row[3] == "val/loss")
-    assert start_loss == pytest.approx(full.read_json("facts.json")["probe"]["log_loss"], abs=1e-4)
+    start = {row[3]: float(row[4]) for row in rows if row[1] == "-1"}
+    found = full.read_json("facts.json")["probe"]
+    assert start["val/top1"] == found["val"]["value"]
+    probe, stored = load_file(full.file("probe.safetensors")), np.load(full.file("predictions.npz"))
+    assert probe["weight"].shape[0] == stored["probe_val_probabilities"].shape[1]
+    logits, labels = torch.from_numpy(stored["probe_val_probabilities"]).log(), torch.from_numpy(stored["val_labels"])
+    softened = torch.nn.functional.cross_entropy(PROBE_SOFTENING * logits, labels)
+    assert start["val/loss"] == pytest.approx(float(softened), abs=1e-4)
 
 
 @pytest.mark.technique("T180")

@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 INITS = ("zero", "small", "model", "probe")
+PROBE_SOFTENING = 0.3
+"""What a probe's logits are multiplied by before training goes on from it: a probe that is sure of every training image
+leaves the backbone no gradient. Decisions stay the same, and a temperature would undo it. See `benchmarks/LOG.md`."""
 SMALL_STD = 0.01
 """Standard deviation of `small` weights."""
 
