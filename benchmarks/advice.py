@@ -1,13 +1,13 @@
 """Regret of the advisor: every strategy run in every cell, and what the advisor would have chosen there.
 
     python benchmarks/advice.py train [--shared ../shared] [--work benchmarks/advice]     # hours; resumable
-    python benchmarks/advice.py judge                                                     # minutes
+    python benchmarks/advice.py measure                                                   # minutes
+    python benchmarks/regret.py                                                           # seconds
 
 A cell is a data set cut to so many labelled images per class, a backbone, and a seed (of the cut, the split, the order
 and the augmentation). `train` runs each strategy in each cell with an equal budget of training images and appends a row
-to `zoo/results.csv`; rows that are there are not run again. `judge` measures the Facts of each cell anew, asks the
-advisor as it stands, and writes the table of regret to `results/advice.md`, beside the thresholds that leaving out one
-data set at a time would have chosen.
+to `zoo/results.csv`; rows that are there are not run again. `measure` writes the facts of each cell to
+`zoo/measures.csv`; `regret.py` fits the advisor's rules to both and says what following them costs.
 
 Sized for one thread of a small machine: 64 px, at most 400 images per class, at most 10,000 training images per run.
 Cost is processor time, not time on the wall, so that other work on the machine does not count.
@@ -130,6 +130,39 @@ def train_cell(cell: tuple[str, str, int, int], strategy: str, shared: Path, wor
     shutil.rmtree(run.path)
 
 
+MEASURES = ("num_classes", "num_train", "train_per_class", "probe", "probe_low", "knn", "top_ridge", "lead",
+            "lead_error", "best_share", "control", "shift", "early_shift", "effective", "confidence")  # fmt: skip
+
+
+def measure_all(shared: Path, work: Path) -> None:
+    """The Facts of every cell that was trained, flat, into `zoo/measures.csv`; rows that are there are kept."""
+    import finetune as ft
+    from finetune.recipe.advice import early_shift
+
+    table = RESULTS.with_name("measures.csv")
+    known = list(csv.DictReader(table.open(encoding="utf-8"))) if table.exists() else []
+    done = {tuple(row[key] for key in FIELDS[:4]) for row in known}
+    for cell in sorted({tuple(row[key] for key in FIELDS[:4]) for row in read_rows()} - done):
+        name, backbone, per_class, seed = cell
+        facts = ft.survey(cell_recipe(name, backbone, int(per_class), int(seed), shared, work, []))
+        profile, similar = facts.profile, facts.similarity
+        assert profile and similar and facts.probe and facts.knn
+        shift = [part.mean.value for part in similar.shift]
+        probe, knn = facts.probe.left_out or facts.probe.val, facts.knn.left_out or facts.knn.val
+        response = similar.response
+        values = (len(facts.classes), sum(facts.counts["train"]), facts.images_per_class.median, probe.value, probe.low,
+                  knn.value, profile.depths[-1].ridge.value, profile.lead, profile.lead_error,
+                  profile.best / (len(profile.depths) - 1), similar.control and similar.control.value,
+                  sum(shift) / len(shift), early_shift([part.mean for part in similar.shift]),
+                  response and response.effective.value, response and response.confidence.value)  # fmt: skip
+        is_new = not table.exists()
+        with table.open("a", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if is_new:
+                writer.writerow([*FIELDS[:4], *MEASURES])
+            writer.writerow([*cell, *(f"{value:.5g}" for value in values)])
+
+
 SETTINGS = ["augment.preset=light"]
 """The same in every run, so that strategies differ in nothing else."""
 
@@ -147,14 +180,13 @@ def train_all(shared: Path, work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "judge"])
+    parser.add_argument("what", choices=["train", "measure"])
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
     parser.add_argument("--work", type=Path, default=HERE / "advice")
     arguments = parser.parse_args()
     shared, work = arguments.shared.resolve(), arguments.work.resolve()
     os.environ |= {"FINETUNE_ZOO": str(shared / "zoo"), "FINETUNE_CACHE": str(work / "cache")}
-    if arguments.what == "train":
-        train_all(shared, work)
+    {"train": train_all, "measure": measure_all}[arguments.what](shared, work)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ how sure the head begins, and how the probe scales its features.
     python benchmarks/choices.py ratio [--shared ../shared]
     python benchmarks/choices.py soften [--shared ../shared]
     python benchmarks/choices.py scale [--shared ../shared]
+    python benchmarks/choices.py whiten [--shared ../shared]
 
 Cells are those of `advice.py`, with seed 0.
 """
@@ -51,10 +52,10 @@ def compare_ratios(shared: Path, work: Path) -> None:
 def compare_epochs(shared: Path, work: Path) -> None:
     """Run to the last epoch, and ask of each what val and test say of it."""
     from finetune.data.loading import Batches
-    from finetune.training import fitting
+    from finetune.training import fitting, starting
 
     held: dict[str, Any] = {}
-    measure, make_batches = fitting._Keeper._measure, __import__("finetune.pipeline").pipeline._batches
+    measure, make_batches = fitting._Keeper._measure, starting.make_batches
 
     def batches(plan: Any, seen: Any) -> Any:
         rows, labels = seen.indices("test"), seen.labels("test").tolist()
@@ -69,7 +70,7 @@ def compare_epochs(shared: Path, work: Path) -> None:
         )
 
     fitting._Keeper._measure = watch  # type: ignore[method-assign]
-    __import__("finetune.pipeline").pipeline._batches = batches
+    starting.make_batches = batches
     for per_class in (20, 50):
         for name in advice.SETS:
             held["rows"] = []
@@ -81,11 +82,12 @@ def compare_epochs(shared: Path, work: Path) -> None:
 
 
 def compare_softening(shared: Path, work: Path) -> None:
-    pipeline = __import__("finetune.pipeline").pipeline
+    from finetune.training import starting
+
     for name in ("sign_digits", "cifar10_20k", "flowers5"):
         row = []
         for strategy in ("full", "partial"):
-            for pipeline.PROBE_SOFTENING in (0.0, 0.1, 0.3, 1.0):
+            for starting.PROBE_SOFTENING in (0.0, 0.1, 0.3, 1.0):
                 wishes = [f"train.strategy={strategy}", "head.init=probe"]
                 row.append(percent(train(name, 20, wishes, shared, work).read_json("scores.json")))
         print(f"| `{name}`, 20 | {' | '.join(row)} |", flush=True)
@@ -110,9 +112,29 @@ def compare_scales(shared: Path, work: Path) -> None:
         print(f"| `{name}`, {per_class} | {' | '.join(row)} |", flush=True)
 
 
+def compare_whitening(shared: Path, work: Path) -> None:
+    from finetune.features.depths import neighbours_left_out
+    from finetune.features.survey import look
+    from finetune.scores.projection import fit_projection
+
+    for name in ("ants_bees", "sign_digits", "malaria", "flowers5"):
+        recipe = advice.cell_recipe(
+            name, BACKBONE, 400, 0, shared, work, ["train.strategy=probe", "data.image_size=96"]
+        )
+        seen = look(recipe)
+        features, labels = seen.stacked("train"), seen.labels("train")
+        rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:1000]
+        features, labels = features[rows], labels[rows]
+        made = [features, features - features.mean(0)]
+        made += [fit_projection(features, keep=k, whiten=w).apply(features) for k in (0.9, 0.99) for w in (False, True)]
+        votes = [neighbours_left_out(part.float(), labels, num_classes=CLASSES[name], k=10) for part in made]
+        cells = " | ".join(f"{100 * float((vote == labels).double().mean()):.1f}" for vote in votes)
+        print(f"| `{name}` | {cells} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["keep", "ratio", "soften", "scale"])
+    parser.add_argument("what", choices=["keep", "ratio", "soften", "scale", "whiten"])
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
     parser.add_argument("--work", type=Path, default=HERE / "advice")
     arguments = parser.parse_args()
@@ -124,6 +146,7 @@ def main() -> None:
         "ratio": compare_ratios,
         "soften": compare_softening,
         "scale": compare_scales,
+        "whiten": compare_whitening,
     }
     experiments[arguments.what](shared, work)
 

@@ -1,6 +1,9 @@
-"""Write the measured parts of README.md: the demo's output, the recipes, the speed, the five sets.
+"""Write the measured parts of README.md and advice.md: output of the demo and of a plan, recipes, speed, sets, regret.
 
-    finetune demo 2> demo.txt && python docs/readme.py demo.txt
+    finetune demo 2> demo.txt
+    FINETUNE_ZOO=../shared/zoo finetune plan ../shared/data/sign_digits backbone=mobilenetv2_100.imagenet_keras \
+        data.image_size=96 > plan.txt
+    python docs/readme.py demo.txt plan.txt
 
 What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what was measured; nothing is typed by hand.
 """
@@ -61,6 +64,7 @@ def speed() -> str:
             f"| full fine-tuning, images/s | {train['finetune']:.0f} | {train['over_tuned']:.2f} x a bare loop "
             f"with our process settings, {train['over_default']:.1f} x one with PyTorch's defaults |"
         )
+    rows += looking()
     return "\n".join(rows) if len(rows) > 2 else "Not measured on this version yet."
 
 
@@ -69,12 +73,55 @@ def sets() -> str:
     return path.read_text(encoding="utf-8").strip() if path.exists() else "Not measured on this version yet."
 
 
+def looking() -> list[str]:
+    """Rows of what a plan costs, for the table of speeds."""
+    path = ROOT / "benchmarks" / "results" / "plans.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows = []
+    if plans := found.get("plan"):
+        cold = ", ".join(f"`{name}` {row['cold']:.0f} s" for name, row in plans.items())
+        warm = max(row["warm"] for row in plans.values())
+        rows.append(f"| `plan` at 96 px, nothing cached | {cold} | again: at most {warm:.1f} s |")
+    if extract := found.get("extract"):
+        rows.append(
+            f"| features of every depth, decoded images at 96 px | {extract['extraction']:.0f} images/s | "
+            f"{extract['ratio']:.2f} x the bare network's forward pass |"
+        )
+    if forecasts := found.get("forecast"):
+        parts, taken = (
+            ", ".join(f"{row['strategy']} {row[key]:.0f} s" for row in forecasts) for key in ("foretold", "taken")
+        )
+        rows.append(f"| 6 epochs of `malaria` at 96 px, as a plan foretold | {parts} | taken: {taken} |")
+    return rows
+
+
+def plan(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = [re.sub(r"in \S+/(sign_digits)", r"in \1", line) for line in lines]
+    kept = [number for number, line in enumerate(lines) if line.startswith("Plan")]
+    settings = [number for number, line in enumerate(lines) if line.startswith("  data.image_size =")]
+    last = next(number for number, line in enumerate(lines) if line.startswith("  stage "))
+    assert kept and settings
+    shown = [*lines[: settings[0]], "  ... the other settings, each with its reason ...", *lines[last:]]
+    return "```\n" + "\n".join(shown).strip() + "\n```"
+
+
+def regret() -> str:
+    path = ROOT / "benchmarks" / "results" / "advice.md"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else "Not measured on this version yet."
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
     parts = {"recipes": recipes(), "speed": speed(), "sets": sets()}
-    if len(sys.argv) > 1:
-        parts["demo"] = demo(Path(sys.argv[1]))
+    for name, make, path in zip(("demo", "plan"), (demo, plan), sys.argv[1:], strict=False):
+        parts[name] = make(Path(path))
+    write(ROOT / "README.md", parts)
+    write(ROOT / "docs" / "advice.md", {"regret": regret()})
+
+
+def write(readme: Path, parts: dict[str, str]) -> None:
+    """Replace what stands between the marks of each part."""
+    text = readme.read_text(encoding="utf-8")
     for name, part in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
         assert pattern.search(text), name

@@ -24,7 +24,7 @@ app = typer.Typer(
     help="Fine-tuning without surprises: measured choices, right defaults, honest scores.",
 )
 recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Shipped recipes: list, show, copy, check.")
-zoo_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Backbones at hand: list, show, add, verify.")
+zoo_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Backbones: list, show, add, verify, rank.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(zoo_app, name="zoo")
 
@@ -86,13 +86,19 @@ def train(wish: Wish = None, as_json: Json = False, runs: Runs = None) -> None:
 
 
 @app.command()
-def plan(wish: Wish = None, as_json: Json = False) -> None:
+def plan(
+    wish: Wish = None,
+    pilot: Annotated[
+        float | None, typer.Option(help="Seconds for short trainings of the closest candidates, which then decide.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Measure and decide, but do nothing: Facts, and the Plan with its reasons."""
     recipe = _recipe(wish)
     from finetune.pipeline import plan as decide
     from finetune.reporting.terminal import facts_text, plan_text
 
-    facts, decided = decide(recipe)
+    facts, decided = decide(recipe, pilot_seconds=pilot)
     found = {"facts": facts.model_dump(mode="json"), "plan": decided.model_dump(mode="json")}
     _finish(found, as_json, f"{facts_text(facts)}\n{plan_text(decided)}")
 
@@ -258,12 +264,17 @@ def zoo_show(name: str, as_json: Json = False) -> None:
 
 @zoo_app.command("add")
 def zoo_add(
-    path: Annotated[Path, typer.Argument(help="A folder with card.yaml and its weights.")], as_json: Json = False
+    path: Annotated[Path, typer.Argument(help="A folder with card.yaml and its weights.")],
+    statistics: Annotated[
+        Path | None,
+        typer.Option(help="Images of its source, to measure its features on; PATH may then be a card in the zoo."),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Copy a backbone into the zoo, its hash verified."""
     from finetune.zoo import add_card, card_object
 
-    card = add_card(path)
+    card = add_card(path, statistics=statistics)
     _finish(card_object(card), as_json, f"{card.name} is now in {card.weights and card.weights.parent.parent}")
 
 
@@ -278,6 +289,27 @@ def zoo_verify(as_json: Json = False) -> None:
     )
     if any(faults.values()):
         raise typer.Exit(1)
+
+
+@zoo_app.command("rank")
+def zoo_rank(
+    wish: Wish = None,
+    among: Annotated[str, typer.Option(help="Only these: cards, timm or torchvision names, with commas.")] = "",
+    max_params: Annotated[float | None, typer.Option(help="Most parameters, in millions.")] = None,
+    licence: Annotated[str, typer.Option(help="Only these licences, or parts of their names, with commas.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Which backbone suits the images: probe, transferability and cost, on training images alone."""
+    recipe = _recipe(wish)
+    from finetune.reporting.ranking_text import ranking_text
+    from finetune.zoo import rank_cards
+
+    found = rank_cards(recipe, among=_words(among), max_params=max_params, licences=_words(licence))
+    _finish(found.model_dump(mode="json"), as_json, ranking_text(found))
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _recipe(wish: list[str] | None) -> Any:

@@ -12,29 +12,27 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from finetune.data.augmentation import Augmentation
-from finetune.data.loading import Batches
 from finetune.data.sources import open_source, read_bytes
 from finetune.errors import DataError, FinetuneError, RecipeError, RunError
 from finetune.evaluation.evaluation import evaluate_run
+from finetune.features.ranking import choose_backbone
 from finetune.features.survey import Look, look
 from finetune.machine import describe_environment, tune_process
 from finetune.models.classifier import Classifier
-from finetune.models.heads import PROBE_SOFTENING, make_head
-from finetune.recipe.facts import Facts
+from finetune.piloting import run_pilot
+from finetune.recipe.facts import Facts, Ranking
 from finetune.recipe.plan import Plan
 from finetune.recipe.planning import make_plan
 from finetune.recipe.reading import load_recipe
 from finetune.recipe.runs import RunFolder, runs_folder, write_whole
 from finetune.recipe.schema import Recipe
-from finetune.recipe.shelf import default_backbone
 from finetune.reporting.report import write_report
 from finetune.reporting.terminal import facts_text, plan_text, scores_text
 from finetune.training.tracking import Tracker, Unsent, default_uri, send_remaining
@@ -48,10 +46,21 @@ def say_on_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def plan(recipe: Recipe, say: Say = say_on_stderr) -> tuple[Facts, Plan]:
-    """What is measured and what would be done, without doing it."""
+def plan(recipe: Recipe, say: Say = say_on_stderr, *, pilot_seconds: float | None = None) -> tuple[Facts, Plan]:
+    """What is measured and what would be done, without doing it.
+
+    Args:
+        recipe: what to do.
+        say: gets every line for people.
+        pilot_seconds: for short trainings of the closest candidates, by which the strategy is then chosen; None: none.
+    """
     tune_process()
-    facts = look(recipe, _progress(say)).facts
+    if pilot_seconds is not None and (recipe.train.strategy is not None or not recipe.pretrained):
+        raise RecipeError("a pilot chooses train.strategy, which the recipe names already; leave one of the two out.")
+    recipe, ranking = _with_backbone(recipe, say)
+    seen = look(recipe, _progress(say))
+    facts = seen.facts if pilot_seconds is None else run_pilot(recipe, seen, pilot_seconds, say)
+    facts = facts.model_copy(update={"ranking": ranking})
     return facts, make_plan(recipe, facts)
 
 
@@ -69,11 +78,12 @@ def train(recipe: Recipe, *, runs: Path | None = None, say: Say = say_on_stderr)
     if not root.exists():
         raise DataError(f"data.root: {root} does not exist.")
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})
-    backbone = (recipe.backbone or default_backbone()).replace("/", "_")
+    tune_process()
+    recipe, ranking = _with_backbone(recipe, say)
     name = recipe.name or root.name
-    run = RunFolder.create(runs or runs_folder(), name=name, backbone=backbone)
+    run = RunFolder.create(runs or runs_folder(), name=name, backbone=str(recipe.backbone).replace("/", "_"))
     run.write_text("recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    return _walk(run, recipe, say)
+    return _walk(run, recipe, say, ranking)
 
 
 def resume(path: str | Path, *, say: Say = say_on_stderr) -> RunFolder:
@@ -124,20 +134,28 @@ def summarize(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _walk(run: RunFolder, recipe: Recipe, say: Say) -> RunFolder:
+def _with_backbone(recipe: Recipe, say: Say) -> tuple[Recipe, Ranking | None]:
+    """The recipe with its backbone named, and the ranking that named it where there was a choice."""
+    name, ranking = choose_backbone(recipe, progress=_progress(say))
+    if ranking is not None:
+        say(f"backbone: {ranking.why}")
+    return recipe.model_copy(update={"backbone": name}), ranking
+
+
+def _walk(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None = None) -> RunFolder:
     tune_process()
     with run.lock():
         voice = _logged(run, say)
         voice(f"run folder: {run.path}")
         try:
-            _steps(run, recipe, voice)
+            _steps(run, recipe, voice, ranking)
         except KeyboardInterrupt:
             voice(f"stopped. `finetune resume {run.path}` goes on from here.")
             raise
     return run
 
 
-def _steps(run: RunFolder, recipe: Recipe, say: Say) -> None:
+def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None) -> None:
     clock = _Clock(run)
     seen = look(recipe, _progress(say))
     clock.lap("survey")
@@ -146,7 +164,7 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say) -> None:
         if run.plan.hardware.devices == "cuda" and seen.facts.machine.device != "cuda":
             raise RunError("the plan is made for a GPU, and torch sees none here. Resume the run where there is one.")
     else:
-        _decide(run, recipe, seen, say)
+        _decide(run, recipe, replace(seen, facts=seen.facts.model_copy(update={"ranking": ranking})), say)
     plan = run.plan
     curves = Curves(run.file("curves.csv"))
     for index, stage in enumerate(plan.stages):
@@ -202,65 +220,15 @@ def _train_stages(run: RunFolder, plan: Plan, seen: Look, tracker: Tracker | Non
     if not plan.stages:
         return None
     from finetune.training.fitting import fit  # here, for a probe need not wait for Lightning
+    from finetune.training.starting import make_batches, make_classifier
 
-    torch.manual_seed(plan.seed)
-    init = str(plan.head.init)
-    start = load_file(run.file("probe.safetensors")) if init == "probe" else {}
-    head = make_head(
-        seen.backbone.num_features,
-        len(plan.classes),
-        init=init,
-        dropout=plan.head.dropout,
-        weight=start["weight"] * PROBE_SOFTENING if start else None,
-        bias=start["bias"] * PROBE_SOFTENING if start else None,
-        arch_rule=seen.backbone.new_classifier,
-    )
-    classifier = Classifier(seen.backbone, head).to(memory_format=torch.channels_last)
-    train, val = _batches(plan, seen)
+    classifier = make_classifier(plan, seen.backbone, load_file(run.file("probe.safetensors")))
+    train, val = make_batches(plan, seen)
     for index in range(len(plan.stages)):
         notify = tracker.notify if tracker is not None else (lambda: None)
         curves = Curves(run.file("curves.csv"))
         fit(plan, index, classifier, train, val, run.stage_folder(index), curves, say=say, notify=notify)
     return classifier
-
-
-def _batches(plan: Plan, seen: Look) -> tuple[Batches, Batches]:
-    """Training batches, shuffled and varied; val batches, as they are."""
-    view, data = plan.view, plan.data
-    vary = None
-    if plan.augment.preset != "none":
-        vary = Augmentation(
-            str(plan.augment.preset),
-            size_pixels=view.size_pixels,
-            interpolation=view.interpolation,
-            invariances=data.allowed_changes,
-        )
-    workers = plan.hardware.workers or 0
-    rows, val_rows = seen.indices("train"), seen.indices("val")
-    size = plan.train.batch_size
-    train = Batches(
-        seen.store,
-        rows,
-        seen.labels("train").tolist(),
-        batch_size=min(size, len(rows)),
-        augmentation=vary,
-        shuffle=True,
-        seed=plan.seed,
-        workers=workers,
-        drop_last=len(rows) > size,
-        mirror_labels=data.mirror_classes(plan.classes),
-    )
-    val = Batches(
-        seen.store,
-        val_rows,
-        seen.labels("val").tolist(),
-        batch_size=64,
-        augmentation=None,
-        shuffle=False,
-        seed=plan.seed,
-        workers=workers,
-    )
-    return train, val
 
 
 def _start_tracker(run: RunFolder, plan: Plan, say: Say) -> Tracker | None:

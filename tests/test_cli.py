@@ -38,6 +38,8 @@ def test_the_version_and_the_lists_answer(tmp_path):
         (["train", "quick", "probe"], "one recipe or folder at a time"),
         (["resume", "/nowhere"], "holds no recipe.yaml"),
         (["zoo", "show", "tiny_resnet18.cifar"], "Nearest: tiny_resnet18.cifar10"),
+        (["zoo", "rank", "--among", "tiny_resnet18.cifar1"], "Nearest: tiny_resnet18.cifar10"),
+        (["zoo", "add", "tiny_resnet18.cifar1", "--statistics", "/nowhere"], "Nearest: tiny_resnet18.cifar10"),
         (["recipes", "show", "quik"], "Nearest: quick"),
         (["evaluate", "/nowhere", "--views", "nine"], "may be center, five or ten"),
         (["evaluate", "/nowhere"], "is no folder"),

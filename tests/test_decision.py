@@ -570,7 +570,7 @@ def test_the_terminal_tells_all_facts_of_a_decision():
     known = {key: facts[key] for key in ("similarity", "profile", "chirality")}
     found = make_real_facts(**known, features={"hits": 1200, "misses": 3, "bytes": 12_300_000})
     text = facts_text(found)
-    assert "similarity    0.62 [0.53, 0.71] (0: features" in text
+    assert "similarity    0.62 [0.53, 0.71] (1: as the images" in text
     assert "control       On features of the same network, untrained, a probe gets 38.0 %" in text
     assert "mirroring     Mirroring goes unnoticed" in text
     assert "features      1,200 from the cache, 3 computed; 12 MB" in text

@@ -22,6 +22,7 @@ ROOMS = [
     "training",
     "evaluation",
     "reporting",
+    "piloting",
     "pipeline",
     "zoo",
     "demo",
@@ -138,7 +139,7 @@ def test_verbs_are_frozen():
 
     assert verbs(app) == {"demo", "train", "plan", "resume", "evaluate", "predict", "report", "ui"}
     assert verbs(recipes_app) == {"list", "show", "copy", "check"}
-    assert verbs(zoo_app) == {"list", "show", "add", "verify"}
+    assert verbs(zoo_app) == {"list", "show", "add", "verify", "rank"}
 
 
 def test_recipe_keys_are_frozen():

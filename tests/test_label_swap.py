@@ -12,9 +12,9 @@ from finetune.data.sources import open_source
 from finetune.errors import RecipeError
 from finetune.evaluation.views import average_views, unmirror, view_crops, view_names
 from finetune.features.survey import look
-from finetune.pipeline import _batches
 from finetune.recipe.cards import View
 from finetune.recipe.schema import DataSpec
+from finetune.training.starting import make_batches
 
 pytestmark = pytest.mark.technique("T147")
 VIEW = View(size_pixels=32, shorter_pixels=36, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -197,7 +197,7 @@ def test_a_plan_with_pairs_keeps_ten_crops_and_names_the_pairs(facts):
 def test_a_run_trains_on_swapped_labels_and_watches_plain_ones(arrows):
     wishes = [f"data.root={arrows}", "data.image_size=32", "train.strategy=full", "augment.preset=light", SWAP]
     seen = look(ft.load_recipe(None, wishes))
-    train, val = _batches(ft.make_plan(ft.load_recipe(None, wishes), seen.facts), seen)
+    train, val = make_batches(ft.make_plan(ft.load_recipe(None, wishes), seen.facts), seen)
     for loader, swaps in ((train, True), (val, False)):
         images, labels, indices = (torch.cat(parts) for parts in zip(*loader, strict=True))
         assert labels.tolist() == [side_of(image.numpy()) for image in images]

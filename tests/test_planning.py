@@ -4,12 +4,22 @@ import pytest
 from pydantic import ValidationError
 
 from finetune.errors import RecipeError
-from finetune.recipe.advice import SIMILAR, SMALL_PER_CLASS, advise, measure_similarity
+from finetune.recipe.advice import (
+    GAINS,
+    SIMILAR,
+    SMALL_PER_CLASS,
+    advise,
+    expected_gain,
+    similarity_of_probes,
+    similarity_of_shift,
+)
 from finetune.recipe.cards import View
 from finetune.recipe.facts import (
     BackboneFacts,
+    ChiralityFacts,
     Facts,
     MachineFacts,
+    Measure,
     NeighbourFacts,
     PerClass,
     ProbeFacts,
@@ -17,7 +27,7 @@ from finetune.recipe.facts import (
     SimilarityFacts,
 )
 from finetune.recipe.plan import Plan, read_plan
-from finetune.recipe.planning import EPOCHS_RANGE, IMAGES_BUDGET, make_plan
+from finetune.recipe.planning import BUDGETS, EPOCHS_RANGE, make_plan
 from finetune.recipe.reading import load_recipe
 
 
@@ -65,48 +75,85 @@ def make_facts(
     )
 
 
+def cell(per_class, similarity, **more):
+    advice = advise(make_facts(per_class=per_class, similarity=similarity, **more))
+    return advice.cell, advice.strategy
+
+
 @pytest.mark.technique("T009")
 @pytest.mark.parametrize(
-    ("per_class", "similarity", "strategy", "cell"),
+    ("per_class", "similarity", "strategy", "name"),
     [
-        pytest.param(30, 0.9, "probe", "small, similar", marks=pytest.mark.technique("T010")),
-        pytest.param(30, 0.4, "partial", "small, different", marks=pytest.mark.technique("T012")),
+        pytest.param(2, 0.95, "probe", "small, similar", marks=pytest.mark.technique("T010")),
+        pytest.param(20, 0.1, "full", "small, different", marks=pytest.mark.technique("T012")),
         pytest.param(900, 0.9, "full", "large, similar", marks=pytest.mark.technique("T011")),
-        pytest.param(900, 0.4, "full", "large, different", marks=pytest.mark.technique("T014")),
+        pytest.param(900, 0.1, "full", "large, different", marks=pytest.mark.technique("T014")),
     ],
 )
-def test_each_cell_of_the_grid_has_its_strategy(per_class, similarity, strategy, cell):
-    advice = advise(make_facts(per_class=per_class, similarity=similarity))
-    assert (advice.strategy, advice.cell) == (strategy, cell)
-    assert f"{similarity:.2f}" in advice.why
+def test_each_cell_of_the_grid_has_its_strategy(per_class, similarity, strategy, name):
+    advice = advise(make_facts(per_class=per_class, similarity=similarity, probe=0.7))
+    assert (advice.strategy, advice.cell) == (strategy, name)
+    assert f"similarity {similarity:.2f}" in advice.why
     assert advice.runner_up != advice.strategy
 
 
+@pytest.mark.technique("T009")
+@pytest.mark.technique("T007")
 def test_more_data_never_freezes_more():
     depth = {"probe": 0, "partial": 1, "full": 2}
-    for similarity in (0.0, 0.3, SIMILAR - 0.01, SIMILAR, 1.0):
-        chosen = [
-            depth[advise(make_facts(per_class=n, similarity=similarity)).strategy] for n in (1, 50, 99, 100, 10_000)
-        ]
+    for similarity in (0.0, 0.3, 0.5, 0.8, 1.0):
+        chosen = [depth[cell(n, similarity, probe=0.7)[1]] for n in (1, 3, 10, 30, 100, 1000, 10_000)]
+        assert chosen == sorted(chosen)
+        assert chosen[-1] == 2
+
+
+def test_less_similar_data_never_freezes_more():
+    depth = {"probe": 0, "partial": 1, "full": 2}
+    for per_class in (2, 5, 20, 100):
+        chosen = [depth[cell(per_class, similarity, probe=0.7)[1]] for similarity in (1.0, 0.7, 0.4, 0.1)]
         assert chosen == sorted(chosen)
 
 
 def test_the_thresholds_belong_to_the_larger_side():
-    assert not advise(make_facts(per_class=SMALL_PER_CLASS)).cell.startswith("small")
-    assert advise(make_facts(similarity=SIMILAR)).cell.endswith("similar")
+    assert cell(SMALL_PER_CLASS, 0.9)[0].startswith("large")
+    assert cell(SMALL_PER_CLASS, SIMILAR)[0].endswith("similar")
 
 
 def test_a_solved_problem_needs_no_more_than_the_probe():
-    assert advise(make_facts(per_class=5000, probe=0.999, low=0.99)).strategy == "probe"
+    assert cell(5000, 0.2, probe=0.999, low=0.99)[1] == "probe"
+
+
+def test_a_gain_is_a_share_of_what_the_probe_gets_wrong():
+    for strategy in GAINS:
+        gains = [expected_gain(make_facts(probe=value), strategy) for value in (0.6, 0.8)]
+        assert gains[0][0] == pytest.approx(2 * gains[1][0])
+        assert all(low < gain < high for gain, low, high in gains)
+    assert expected_gain(make_facts(), "probe") == (0, 0, 0)
+    assert expected_gain(make_facts(), "norms and biases") is None
+
+
+def test_a_small_val_set_is_not_believed_where_images_were_left_out():
+    facts = make_facts(probe=0.5)
+    left_out = Proportion(value=0.9, low=0.85, high=0.95, n=300)
+    better = facts.model_copy(update={"probe": facts.probe.model_copy(update={"left_out": left_out})})
+    assert expected_gain(better, "full")[0] == pytest.approx(expected_gain(facts, "full")[0] / 5)
 
 
 @pytest.mark.technique("T016")
-def test_similarity_is_zero_at_chance_and_one_at_perfection():
+def test_similarity_falls_with_the_shift_of_early_batch_norms_alone():
+    at = lambda *values: [Measure(value=v, low=0.9 * v, high=1.1 * v, n=100) for v in values]  # noqa: E731
+    near, far = similarity_of_shift(at(0.02, 0.02, 0.5, 0.5, 0.5)), similarity_of_shift(at(0.5, 0.5, 0.02, 0.02, 0.02))
+    assert near[0] > 0.9 > 0.1 > far[0]
+    assert near[1] < near[0] < near[2]
+    assert similarity_of_shift(at(-0.001, 0.0))[0] == 1.0
+
+
+def test_without_batch_norm_similarity_is_zero_at_chance_and_one_at_perfection():
     at = lambda value: Proportion(value=value, low=0, high=1, n=100)  # noqa: E731
-    assert measure_similarity(at(1 / 3), at(1 / 3), 1 / 3) == (0, 0, 1)
-    assert measure_similarity(at(1.0), at(1.0), 1 / 3) == (1, 0, 1)
-    assert measure_similarity(at(0.1), at(0.2), 1 / 3) == (0, 0, 1)
-    assert measure_similarity(at(0.9), at(0.7), 0.5)[0] == pytest.approx((0.8 + 0.4) / 2)
+    assert similarity_of_probes(at(1 / 3), at(1 / 3), 1 / 3) == (0, 0, 1)
+    assert similarity_of_probes(at(1.0), at(1.0), 1 / 3) == (1, 0, 1)
+    assert similarity_of_probes(at(0.1), at(0.2), 1 / 3) == (0, 0, 1)
+    assert similarity_of_probes(at(0.9), at(0.7), 0.5)[0] == pytest.approx((0.8 + 0.4) / 2)
 
 
 def test_a_plan_leaves_nothing_open_and_says_why():
@@ -154,7 +201,7 @@ def test_epochs_follow_the_number_of_images():
         make_plan(load_recipe(None, ["train.strategy=full"]), make_facts(per_class=n)).train.epochs
         for n in (10, 1000, 100_000)
     ]
-    assert epochs == [EPOCHS_RANGE[1], round(IMAGES_BUDGET / 3000), EPOCHS_RANGE[0]]
+    assert epochs == [EPOCHS_RANGE[1], round(BUDGETS["cpu"] / 3000), EPOCHS_RANGE[0]]
 
 
 @pytest.mark.technique("T007")
@@ -169,12 +216,27 @@ def test_partial_trains_the_top_third_and_full_everything():
 
 
 @pytest.mark.technique("T147")
-def test_nothing_is_mirrored_unless_it_is_declared():
-    for similarity in (0.9, 0.3):
-        plan = make_plan(load_recipe(None, []), make_facts(similarity=similarity))
-        assert plan.data.invariances == ()
-        assert any(r.key == "data.invariances" and "declare [hflip]" in r.why for r in plan.reasons)
-    assert make_plan(load_recipe(None, ["data.invariances=[hflip]"]), make_facts()).data.invariances == ("hflip",)
+def mirrored(is_safe, *, sided=(), share=0.5):
+    known = None if share is None else Proportion(value=share, low=share - 0.05, high=share + 0.05, n=300)
+    facts = make_facts().model_copy(update={"chirality": ChiralityFacts(share=known, is_safe=is_safe, sided=sided)})
+    plan = make_plan(load_recipe(None, ["train.strategy=full"]), facts)
+    return plan.data.invariances, next(reason.why for reason in plan.reasons if reason.key == "data.invariances")
+
+
+@pytest.mark.technique("T147")
+def test_images_are_mirrored_only_where_it_was_measured_to_be_safe():
+    assert mirrored(True) == (("hflip",), mirrored(True)[1])
+    for is_safe, more, why in (
+        (False, {"share": 0.9}, "mirroring shows: 90 % of 300"),
+        (None, {}, "cannot be told"),
+        (None, {"share": None}, "too few images"),
+        (False, {"sided": (("left", "right"),)}, "named by side (left/right)"),
+    ):
+        invariances, said = mirrored(is_safe, **more)
+        assert invariances == ()
+        assert why in said
+    plan = make_plan(load_recipe(None, ["train.strategy=full"]), make_facts())
+    assert plan.data.invariances == ()  # not measured
 
 
 @pytest.mark.technique("T155")

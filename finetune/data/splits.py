@@ -87,6 +87,31 @@ def cut_split(
     return _split(roles, labels, digests, given, classes=classes, wanted=wanted)
 
 
+def draw_sample(
+    indices: Iterable[int], labels: Sequence[int], digests: Sequence[str], *, most: int, seed: int
+) -> list[int]:
+    """At most `most` of `indices`, each class by its share but two of each first; no content twice.
+
+    Which images, and in which order they come, depends on their bytes, labels and the seed alone.
+
+    Args:
+        indices: the images to draw from.
+        labels: of every image.
+        digests: a hash of the bytes of every image; of copies the one with the lowest label is taken.
+        most: size of the sample.
+        seed: another seed, another sample.
+    """
+    unique: dict[str, int] = {}
+    for i in sorted(indices, key=lambda i: labels[i]):
+        unique.setdefault(digests[i], i)
+    homes: defaultdict[int, list[int]] = defaultdict(list)
+    for digest in sorted(unique, key=lambda digest: _rank(seed, digest)):
+        homes[labels[unique[digest]]].append(unique[digest])
+    turns = {i: max(0, turn - 1) / len(own) for own in homes.values() for turn, i in enumerate(own)}
+    ranks = {i: _rank(seed, digests[i]) for i in turns}
+    return sorted(sorted(turns, key=lambda i: (turns[i], ranks[i]))[:most], key=ranks.__getitem__)
+
+
 def _rank(seed: int, digest: str) -> bytes:
     return hashlib.blake2b(f"{seed}:{digest}".encode(), digest_size=16).digest()
 

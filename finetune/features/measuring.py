@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,20 @@ from finetune.data.decoding import center_crop
 from finetune.data.loading import ImageStore
 from finetune.features.cache import FeatureCache
 from finetune.features.chirality import measure_chirality, sided_classes
-from finetune.features.depths import NEIGHBOURS, cross_validate, measure_profile, proportion
+from finetune.features.depths import NEIGHBOURS, cross_validate, measure_profile, neighbours_left_out, proportion
 from finetune.features.extraction import look_at_all
 from finetune.features.probing import L2_GRID, Probe, fit_probe, knn_predict, sweep_probe
-from finetune.features.similarity import measure_control, measure_response, measure_shift, source_logits
+from finetune.features.similarity import (
+    measure_control,
+    measure_distances,
+    measure_response,
+    measure_shift,
+    source_logits,
+)
+from finetune.features.timing import time_training
 from finetune.models.backbones import Backbone
 from finetune.models.frozen import FrozenBackbone
-from finetune.recipe.advice import measure_similarity
+from finetune.recipe.advice import partial_depth, similarity_of_probes, similarity_of_shift
 from finetune.recipe.cards import View
 from finetune.recipe.facts import (
     ChiralityFacts,
@@ -37,14 +45,13 @@ from finetune.recipe.facts import (
     ProbeFacts,
     ProfileFacts,
     Proportion,
-    ShiftFacts,
     SimilarityFacts,
 )
 from finetune.recipe.runs import write_whole
 from finetune.recipe.shelf import cache_folder
 from finetune.scores.intervals import paired_difference
 
-FORMAT = "1"
+FORMAT = "2"
 """Part of the key; raised when what is measured, or how, changes."""
 LEAST_VAL = 100
 """With fewer val images, penalties are chosen by cross-validation on the training images."""
@@ -72,12 +79,12 @@ class Material:
     precision: str
     split_digest: str
     seed: int
+    batch_size: int
+    """Images per training step, for the timing."""
 
     def rows(self, role: str, *, most: int | None = None) -> list[int]:
-        """Items that play `role`, or a sample of them that depends on their bytes and the seed alone."""
+        """Items that play `role`, all or some: which, and in which order, depends on their bytes and the seed alone."""
         found = [index for index, own in enumerate(self.roles) if own == role]
-        if most is None or len(found) <= most:
-            return found
         return sorted(found, key=lambda index: _rank(self.seed, self.digests[index]))[:most]
 
     def features(self, rows: Sequence[int], depth: int = -1) -> torch.Tensor:
@@ -89,19 +96,34 @@ class Material:
         return np.stack([center_crop(self.store.get(index), self.view.size_pixels) for index in rows])
 
 
-def measure(material: Material, *, is_whole: bool) -> tuple[Probe, Findings]:
-    """The probe and what was found; with `is_whole` also depths, control and handedness, which only advice needs."""
+def measure(material: Material, *, for_advice: bool, for_flips: bool) -> tuple[Probe, Findings]:
+    """The probe and what was found.
+
+    Args:
+        material: what to measure on.
+        for_advice: also measure depths, control, shift and timing, which only the choice of a strategy needs.
+        for_flips: also ask whether mirroring shows.
+    """
     named = [FORMAT, material.backbone.digest, material.view.digest, material.precision, material.split_digest]
-    key = hashlib.sha256(json.dumps([*named, material.seed, is_whole]).encode()).hexdigest()[:32]
+    named += [material.device, str(torch.get_num_threads())]  # what is timed depends on these
+    named += material.classes  # their names may tell sides
+    named.append(material.backbone.card.statistics_sha256 or "")
+    key = hashlib.sha256(
+        json.dumps([*named, material.seed, material.batch_size, for_advice, for_flips]).encode()
+    ).hexdigest()[:32]
     path = cache_folder() / "findings" / f"{key}.safetensors"
     if (known := _recall(path)) is not None:
         return known
     probe, findings = _probe(material)
-    findings = findings.model_copy(update={"similarity": _similarity(material, findings, is_whole=is_whole)})
-    if is_whole:
-        findings = findings.model_copy(update={"profile": _profile(material), "chirality": _chirality(material, probe)})
+    if for_advice:
+        found = {"similarity": _similarity(material, findings), "profile": _profile(material), **_timing(material)}
+        findings = findings.model_copy(update=found)
+    if for_flips:
+        findings = findings.model_copy(update={"chirality": _chirality(material, probe)})
     tensors = {"weight": probe.weight, "bias": probe.bias}
-    tensors["solution"] = torch.tensor([probe.l2, probe.objective, probe.gradient_norm, probe.iterations]).double()
+    tensors["solution"] = torch.tensor(
+        [probe.l2, probe.objective, probe.gradient_norm, probe.iterations], dtype=torch.float64
+    )
     note = {"findings": findings.model_dump_json()}
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=note))
     return probe, findings
@@ -116,7 +138,7 @@ def _recall(path: Path) -> tuple[Probe, Findings] | None:
         tensors = load_file(path)
         with safe_open(path, framework="pt") as handle:
             findings = Findings.model_validate_json(handle.metadata()["findings"])
-    except (SafetensorError, ValidationError, KeyError):  # of another version, or damaged: measure again
+    except (SafetensorError, ValidationError, KeyError, TypeError):  # of another version, or damaged: measure again
         return None
     l2, objective, norm, steps = tensors["solution"].tolist()
     probe = Probe(weight=tensors["weight"], bias=tensors["bias"], l2=l2, objective=objective, gradient_norm=norm,
@@ -127,6 +149,7 @@ def _recall(path: Path) -> tuple[Probe, Findings] | None:
 def _probe(material: Material) -> tuple[Probe, Findings]:
     num_classes = len(material.classes)
     parts = {role: (rows := material.rows(role), material.labels[rows]) for role in ("train", "val")}
+    left_out: tuple[Proportion | None, Proportion | None] = (None, None)
     train, val = ((material.features(rows), labels) for rows, labels in parts.values())
     if len(val[1]) >= LEAST_VAL:
         probe, sweep = sweep_probe(*train, *val, num_classes=num_classes)
@@ -135,6 +158,8 @@ def _probe(material: Material) -> tuple[Probe, Findings]:
         found = cross_validate(*train, num_classes=num_classes, seed=material.seed)
         probe = fit_probe(*train, num_classes=num_classes, l2=found.l2)
         chosen_by, at_edge = "cross-validation", found.at_edge
+        near = neighbours_left_out(*train, num_classes=num_classes, k=min(NEIGHBOURS, len(train[1]) - 1))
+        left_out = (proportion(found.predictions == train[1]), proportion(near == train[1]))
     k = min(NEIGHBOURS, len(train[1]))
     votes = knn_predict(*train, val[0], num_classes=num_classes, k=k)
     logits = probe.logits(val[0])
@@ -146,8 +171,9 @@ def _probe(material: Material) -> tuple[Probe, Findings]:
             l2=probe.l2,
             l2_at_edge=at_edge and probe.l2 in (min(L2_GRID), max(L2_GRID)),
             chosen_by=chosen_by,
+            left_out=left_out[0],
         ),
-        knn=NeighbourFacts(val=proportion(votes == val[1]), k=k),
+        knn=NeighbourFacts(val=proportion(votes == val[1]), k=k, left_out=left_out[1]),
     )
 
 
@@ -167,26 +193,54 @@ def _profile(material: Material) -> ProfileFacts:
     )
 
 
-def _similarity(material: Material, findings: Findings, *, is_whole: bool) -> SimilarityFacts:
+def _similarity(material: Material, findings: Findings) -> SimilarityFacts:
     assert findings.probe is not None and findings.knn is not None
-    chance, backbone = 1 / len(material.classes), material.backbone
-    value, low, high = measure_similarity(findings.probe.val, findings.knn.val, chance)
-    seen = material.features(material.rows("train", most=RESPONSE_IMAGES))
-    response = None
+    backbone, seed = material.backbone, material.seed
+    rows = material.rows("train", most=RESPONSE_IMAGES)
+    seen, response, frechet, emd = material.features(rows), None, None, None
     if backbone.source_head is not None:
-        logits = source_logits(backbone, seen)
-        response = measure_response(logits, backbone.card.classes, seed=material.seed)
-    control: Proportion | None = None
-    shift: tuple[ShiftFacts, ...] = ()
-    if is_whole:
-        rows = material.rows("train", most=CONTROL_IMAGES)
-        crops = material.crops(rows)
-        control = measure_control(
-            backbone, crops, material.labels[rows], material.view, num_classes=len(material.classes),
-            device=material.device, precision=material.precision, seed=material.seed)  # fmt: skip
-        shift = measure_shift(
-            backbone, crops[:SHIFT_IMAGES], material.view, device=material.device, seed=material.seed)  # fmt: skip
-    return SimilarityFacts(value=value, low=low, high=high, control=control, shift=shift, response=response)
+        response = measure_response(source_logits(backbone, seen), backbone.card.classes, seed=seed)
+    if (statistics := backbone.card.statistics) is not None:
+        frechet, emd = measure_distances(
+            seen, material.labels[rows], statistics, len(material.classes), sha256=backbone.card.statistics_sha256
+        )
+    rows = rows[:CONTROL_IMAGES]
+    crops, view, device = material.crops(rows), material.view, material.device
+    control = measure_control(
+        backbone,
+        crops,
+        material.labels[rows],
+        view,
+        num_classes=len(material.classes),
+        device=device,
+        precision=material.precision,
+        seed=seed,
+    )
+    shift = measure_shift(backbone, crops[:SHIFT_IMAGES], view, device=device, seed=seed)
+    shares = (findings.probe.left_out or findings.probe.val, findings.knn.left_out or findings.knn.val)
+    value, low, high = (
+        similarity_of_shift([stage.mean for stage in shift])
+        if shift
+        else similarity_of_probes(*shares, 1 / len(material.classes))
+    )
+    return SimilarityFacts(
+        value=value, low=low, high=high, control=control, shift=shift, response=response, frechet=frechet, emd=emd
+    )
+
+
+def _timing(material: Material) -> dict[str, Any]:
+    rows, stages = material.rows("train", most=material.batch_size), len(material.backbone.stages)
+    forward, timing = time_training(
+        material.backbone,
+        material.crops(rows),
+        material.view,
+        num_classes=len(material.classes),
+        depths=sorted({partial_depth(stages), stages}),
+        batch_size=min(material.batch_size, len(material.rows("train"))),
+        device=material.device,
+        precision=material.precision,
+    )
+    return {"forward_images_per_second": forward, "timing": timing}
 
 
 def _chirality(material: Material, probe: Probe) -> ChiralityFacts:

@@ -4,21 +4,28 @@ Batch-norm layers remember the mean and variance of everything they were trained
 what it takes new images for: both are compared with what the new images do. A network of random weights is the control.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.data.loading import normalize
+from finetune.errors import BackboneError
 from finetune.features.depths import DEPTH_GRID, cross_validate, proportion
 from finetune.features.extraction import look_at_all
 from finetune.models.backbones import Backbone
 from finetune.models.frozen import FrozenBackbone
+from finetune.models.weights import check_sha256
 from finetune.recipe.cards import View
 from finetune.recipe.facts import Measure, Proportion, ResponseFacts, ShiftFacts
+from finetune.scores.distances import ROWS_PER_COMPONENT, Gaussian, class_prototypes, emd_similarity, frechet_to
 from finetune.scores.intervals import percentiles
 
 BATCH = 32
@@ -26,6 +33,13 @@ RESAMPLES = 200
 """Samples of the images, for the intervals."""
 NAMED = 3
 """Source classes named."""
+COMPONENTS = 64
+"""Directions of the source that a Frechet distance sums over, at most."""
+LENGTH = 2048**0.5
+"""Root mean square length of the source's features in an earth mover's distance: about that of the 2,048 features
+that its gamma was chosen for."""
+MOST_WAYS = 300_000
+"""Pairs of a class and a source class that the earth mover's distance is solved for, in seconds."""
 
 
 @torch.inference_mode()
@@ -53,7 +67,8 @@ def measure_shift(
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].float().flatten(2) if inputs[0].ndim > 2 else inputs[0].float()[..., None]  # (B, C, P)
-            sums[name].append(torch.stack([x.mean(2), x.square().mean(2)], dim=1).cpu())  # (B, 2, C)
+            second = x.square().mean(2) + module.eps  # type: ignore[operator]  # as on the other side, or dead ones differ
+            sums[name].append(torch.stack([x.mean(2), second], dim=1).cpu())  # (B, 2, C)
 
         return hook
 
@@ -66,6 +81,8 @@ def measure_shift(
             handle.remove()
     by_stage: dict[int, list[torch.Tensor]] = {}
     for name, module in norms:
+        if sum(map(len, sums[name])) != len(crops):  # never called, or for several places at once
+            continue
         moments = torch.cat(sums[name]).double()  # (N, 2, C)
         known = torch.stack([module.running_mean, module.running_var + module.eps]).double().cpu()  # type: ignore[arg-type, operator]
         stage = backbone.stage_of[f"{name}.running_mean"]
@@ -86,7 +103,9 @@ def _stage_shift(stage: str, layers: Sequence[torch.Tensor], seed: int) -> Shift
         return (spread / variance).log().abs().mean(1)
 
     n = len(moments)
-    return ShiftFacts(stage=stage, mean=_measure(moved, n, seed), spread=_measure(stretched, n, seed))
+    return ShiftFacts(
+        stage=stage, mean=_measure(moved, n, seed, least=0.0), spread=_measure(stretched, n, seed, least=0.0)
+    )
 
 
 def measure_control(
@@ -148,15 +167,71 @@ def source_logits(backbone: Backbone, features: torch.Tensor) -> torch.Tensor:
     return torch.cat([head(rows) for rows in features.split(1024)])
 
 
+def measure_distances(
+    features: torch.Tensor, labels: torch.Tensor, statistics: Path, num_classes: int, *, sha256: str | None = None
+) -> tuple[float | None, float | None]:
+    """Frechet distance and earth mover's similarity of features to those of the source's own images.
+
+    The first is `frechet_to`, its bias removed: near 0 for more images of the source, in variances of the source. The
+    second is `emd_similarity` between class means, 1 for the same. Its scale: features are divided by the root mean
+    square length of the source's and multiplied by `LENGTH`, so that gamma means the same for every backbone. The
+    source was seen in the card's own view; in another one the distance holds the change of view, too.
+
+    Args:
+        features: (N, D), pooled, by the backbone of the card.
+        labels: (N,), integers in [0, num_classes).
+        statistics: the file that `finetune zoo add --statistics` wrote.
+        num_classes: K.
+        sha256: what the file has to hash to.
+
+    Returns:
+        None in the place of a distance that cannot be had: the first from fewer than four images, the second where
+        the source's images had no classes or there are more than `MOST_WAYS` pairs of classes.
+
+    Raises:
+        BackboneError: if the file is missing, damaged or no such file, or of a backbone of another width.
+    """
+    try:
+        if sha256:
+            check_sha256(statistics, sha256)
+        source = load_file(statistics)
+        known = Gaussian(
+            mean=source["mean"].double(), covariance=source["covariance"].double(), n=int(source["images"])
+        )
+        means, weights = source["class_means"].double(), source["class_weights"].double()
+    except (SafetensorError, OSError, KeyError) as fault:
+        raise BackboneError(
+            f"{statistics} holds no statistics of a source ({fault}). `finetune zoo add --statistics` writes it again."
+        ) from fault
+    if len(known.mean) != features.shape[1]:
+        raise BackboneError(
+            f"{statistics} is of {len(known.mean)} features, the backbone gives {features.shape[1]}. "
+            "`finetune zoo add --statistics` writes it again."
+        )
+    distance, similarity = None, None
+    if len(features) >= ROWS_PER_COMPONENT:
+        most = min(COMPONENTS, known.n // ROWS_PER_COMPONENT)
+        distance = frechet_to(features, known, components=most).value
+    own, shares = class_prototypes(features, labels, num_classes=num_classes)
+    if 0 < len(means) * len(own) <= MOST_WAYS:
+        length = float((known.mean.square().sum() + known.covariance.trace()).sqrt())
+        scale = LENGTH / length if length > 0 else 1.0
+        similarity = emd_similarity(own * scale, shares, means * scale, weights)
+    return distance, similarity
+
+
 def _has_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
-def _measure(statistic: Callable[[torch.Tensor], torch.Tensor], n: int, seed: int) -> Measure:
+def _measure(
+    statistic: Callable[[torch.Tensor], torch.Tensor], n: int, seed: int, *, least: float = -math.inf
+) -> Measure:
     """A statistic of weights of images (R, N) that sum to 1, with its reflected bootstrap interval.
 
     Reflected, because these statistics are biased in small samples, and resampling adds the same bias again: Davison &
-    Hinkley, Bootstrap Methods and their Application, 1997, section 5.2.
+    Hinkley, Bootstrap Methods and their Application, 1997, section 5.2. Where the bias exceeds the noise, the interval
+    is drawn out to the value itself; it never goes below `least`, the smallest value that there can be.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n, (RESAMPLES, n), generator=generator)
@@ -165,4 +240,5 @@ def _measure(statistic: Callable[[torch.Tensor], torch.Tensor], n: int, seed: in
     )
     value = float(statistic(torch.full((1, n), 1 / n, dtype=torch.float64))[0])
     low, high = percentiles(statistic(weights))
-    return Measure(value=value, low=2 * value - high, high=2 * value - low, n=n)
+    low, high = 2 * value - high, 2 * value - low
+    return Measure(value=value, low=max(least, min(low, value)), high=max(high, value), n=n)

@@ -99,7 +99,12 @@ def look(recipe: Recipe, progress: Progress = lambda what, done, total: None) ->
     labels = torch.tensor([item.label for item in source.items])
     probe, findings, began = None, Findings(), time.perf_counter()
     if recipe.pretrained:
-        probe, findings = measure(work.material(roles, labels, split), is_whole=recipe.train.strategy is None)
+        strategy = recipe.train.strategy
+        probe, findings = measure(
+            work.material(roles, labels, split),
+            for_advice=strategy is None,
+            for_flips=strategy != "probe" and recipe.data.invariances is None,
+        )
         seconds["findings"] = round(time.perf_counter() - began, 3)
     facts = Facts(
         root=str(source.root),
@@ -246,6 +251,7 @@ class _Survey:
             precision=self.precision,
             split_digest=split.digest,
             seed=self.recipe.seed,
+            batch_size=self.recipe.train.batch_size,
         )
 
     def _extract(self, indices: list[int], *, looks: bool) -> Extraction:

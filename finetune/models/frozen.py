@@ -83,13 +83,17 @@ def _stage_ends(backbone: Backbone, model: nn.Module) -> list[tuple[nn.Module, i
 def _fused(backbone: Backbone, example: torch.Tensor) -> Backbone:
     """`backbone` with its convolutions fused; itself where there is nothing to fuse or it does not come out right."""
     names = {module: name for name, module in backbone.named_modules()}
+    stage_of = stages_of_modules(backbone)
     with torch.no_grad():
-        pairs, expected = _watch(backbone, example)
+        watched, expected = _watch(backbone, example)
+        pairs = [(names[conv], names[norm]) for conv, norm in watched]
+        # between two stages the convolution's own output is what the lower one shows
+        pairs = [(conv, norm) for conv, norm in pairs if stage_of[conv] == stage_of[norm]]
         if not pairs:
             return backbone
         fused = copy.deepcopy(backbone)
         for conv, norm in pairs:
-            _fuse(fused, names[conv], names[norm])
+            _fuse(fused, conv, norm)
         error = (fused(example) - expected).abs().max() / expected.std().clamp(min=1e-12)
     return fused if float(error) < TOLERANCE else backbone
 

@@ -1,26 +1,64 @@
-"""The advisor: how deep to fine-tune, from how much data there is and how similar it is.
+"""The advisor: how deep to fine-tune, from how much data there is, how similar it is, and what the probe gets wrong.
 
-Pure arithmetic on Facts, with every threshold named. The grid is the usual one: little and similar,
-probe; little and different, train a part; more and similar, train all gently; more and different,
-train all. The thresholds are conventions of ours until the regret benchmark has fitted them.
+Pure arithmetic on Facts. What a strategy gains is predicted as a share of the probe's errors, from the number of
+training images and the similarity; the cheapest strategy that comes near the best is chosen. All constants but the
+conventions below are fitted to `zoo/results.csv` by `benchmarks/regret.py`, which also says what the advice costs.
 """
 
-from finetune.recipe.facts import Facts, Proportion
+import math
+from collections.abc import Sequence
+
+from finetune.recipe.facts import Facts, Measure, Proportion
 from finetune.recipe.plan import Advice
 
 SMALL_PER_CLASS = 100
-"""Below this median number of training images per class there is little data."""
-SIMILAR = 0.75
-"""At and above this similarity the frozen features already tell the classes apart."""
+"""Below this median number of training images per class there is little data: a convention, for the picture."""
+SIMILAR = 0.5
+"""At and above this similarity the images count as similar to the source."""
+SHIFT_CENTER, SHIFT_POWER = 0.1, 2.0
+"""The shift of the earliest batch norms' inputs at which similarity is 0.5, and how fast it falls there."""
+GAINS = {"partial": (-0.25, 0.22, 0.15), "full": (-0.35, 0.27, 0.25)}
+"""Share of the probe's errors that a strategy mends: constant, per tenfold of training images, for being different."""
+GAIN_ERRORS = {"partial": 0.15, "full": 0.2}
+"""Standard deviation of that share around its prediction, on data sets that were not fitted."""
+WORTH = 0.005
+"""Accuracy that a dearer strategy must be expected to add."""
 SOLVED = 0.985
 """A probe whose interval starts above this leaves nothing that val could show."""
+ORDER = ("probe", "partial", "full")
+"""From cheap to dear."""
 
 
-def measure_similarity(probe: Proportion, knn: Proportion, chance: float) -> tuple[float, float, float]:
-    """One number in [0, 1] with its interval: mean share of the way from chance to perfect that frozen features go.
+def partial_depth(stages: int) -> int:
+    """Top stages that `partial` trains where the recipe does not say: a third, rounded up."""
+    return max(1, math.ceil(stages / 3))
 
-    The probe says whether the classes are linearly separable, the nearest neighbours whether the
-    features already group them; data far from the source does well on the first and badly on the second.
+
+def similarity_of_shift(shifts: Sequence[Measure]) -> tuple[float, float, float]:
+    """One number in [0, 1] with its interval, from the shift of batch-norm inputs at each stage.
+
+    Images that a network was trained on move the inputs of its batch norms by nothing, images of another kind move
+    them. The earliest quarter of the stages is read, for later ones also move with the size of the image, whose borders
+    they see. 1 / (1 + (shift / center)^power) puts it on a scale from 1 (like the source) to 0.
+    """
+    value, low, high = (
+        1 / (1 + (max(0.0, early_shift(shifts, part)) / SHIFT_CENTER) ** SHIFT_POWER)
+        for part in ("value", "high", "low")
+    )
+    return value, low, high
+
+
+def early_shift(shifts: Sequence[Measure], part: str = "value") -> float:
+    """The mean shift over the earliest quarter of the stages that have batch norm."""
+    early = shifts[: math.ceil(len(shifts) / 4)]
+    return sum(getattr(shift, part) for shift in early) / len(early)
+
+
+def similarity_of_probes(probe: Proportion, knn: Proportion, chance: float) -> tuple[float, float, float]:
+    """The same where there is no batch norm: the mean share of the way from chance to perfect that frozen features go.
+
+    The probe says whether the classes are linearly separable, the nearest neighbours whether the features already group
+    them. It cannot tell a hard problem from strange images, which is why the shift goes first.
     """
 
     def lifted(first: float, second: float) -> float:
@@ -29,29 +67,70 @@ def measure_similarity(probe: Proportion, knn: Proportion, chance: float) -> tup
     return lifted(probe.value, knn.value), lifted(probe.low, knn.low), lifted(probe.high, knn.high)
 
 
+def expected_gain(facts: Facts, strategy: str) -> tuple[float, float, float] | None:
+    """Accuracy that a strategy is expected to add to the probe's, with the 95 % interval of a single run.
+
+    None for a strategy that was never run, or where there is no probe.
+    """
+    if strategy == "probe":
+        return 0.0, 0.0, 0.0
+    if strategy not in GAINS or facts.probe is None or facts.similarity is None:
+        return None
+    errors = 1 - (facts.probe.left_out or facts.probe.val).value
+    share = mended_share(strategy, num_train=sum(facts.counts["train"]), similarity=facts.similarity.value)
+    error = 1.96 * GAIN_ERRORS[strategy]
+    return share * errors, (share - error) * errors, min(1.0, share + error) * errors
+
+
+def mended_share(strategy: str, *, num_train: int, similarity: float) -> float:
+    """The share of the probe's errors that a strategy is expected to mend; below 0 it is expected to do harm."""
+    base, per_tenfold, different = GAINS[strategy]
+    return max(-1.0, min(0.95, base + per_tenfold * math.log10(num_train) + different * (1 - similarity)))
+
+
 def advise(facts: Facts) -> Advice:
     """The strategy for these facts; facts without a probe (random weights) always mean `full`."""
-    per_class = facts.images_per_class.median
-    is_small = per_class < SMALL_PER_CLASS
-    if facts.probe is None or facts.similarity is None:
+    if facts.probe is None:
         why = "the weights are random, so there is nothing to keep"
         return _advice(facts, "random weights", "full", "full", why)
-    similar = facts.similarity
-    is_similar = similar.value >= SIMILAR
-    why = (
-        f"{per_class:g} training images per class ({'<' if is_small else '>='} {SMALL_PER_CLASS}), "
-        f"similarity {similar.value:.2f} ({'>=' if is_similar else '<'} {SIMILAR}): "
-        f"{'little' if is_small else 'enough'} data, {'similar to' if is_similar else 'different from'} the source"
-    )
-    if facts.probe.val.low >= SOLVED:
-        strategy, runner_up = "probe", "full"
-        why += f"; the probe's interval on val starts at {facts.probe.val.low:.3f}, so nothing is left to gain"
-    elif is_small:
-        strategy, runner_up = ("probe", "partial") if is_similar else ("partial", "full")
-    else:
-        strategy, runner_up = "full", "partial" if is_similar else "probe"
+    if facts.similarity is None:
+        why = "the recipe says so, and nothing was measured to advise otherwise"
+        return _advice(facts, "not measured", "full", "partial", why)
+    per_class, similar = facts.images_per_class.median, facts.similarity.value
+    is_small, is_similar = per_class < SMALL_PER_CLASS, similar >= SIMILAR
     cell = f"{'small' if is_small else 'large'}, {'similar' if is_similar else 'different'}"
+    gains = {strategy: (expected_gain(facts, strategy) or (0.0,))[0] for strategy in ORDER}
+    best = max(gains.values())
+    strategy = next(name for name in ORDER if gains[name] >= best - WORTH)
+    runner_up = max((name for name in ORDER if name != strategy), key=gains.__getitem__)
+    listed = ", ".join(f"{name} {100 * gains[name]:+.1f}" for name in ORDER[1:])
+    why = (
+        f"{sum(facts.counts['train']):,} training images, {per_class:g} per class; similarity {similar:.2f}; expected "
+        f"above the probe, in points: {listed}; {strategy} is the cheapest within {100 * WORTH:g} of the best"
+    )
+    if facts.pilot:
+        strategy, runner_up, why = _judge_pilot(facts)
+    elif facts.probe.val.low >= SOLVED:
+        strategy, runner_up = "probe", "full"
+        why = f"the probe's interval on val starts at {facts.probe.val.low:.3f}, so nothing is left to gain"
     return _advice(facts, cell, strategy, runner_up, why)
+
+
+def _judge_pilot(facts: Facts) -> tuple[str, str, str]:
+    """The strategy whose last pilot did best on val, the cheaper of equals; the second; and what was seen.
+
+    A short training has not come to its end, but the probe has: the probe is chosen only where the best training is
+    clearly worse, by more than the interval of the probe's accuracy.
+    """
+    assert facts.probe is not None
+    last = {row.strategy: row.val.value for row in facts.pilot}
+    spent = {row.strategy: row.seconds for row in facts.pilot}
+    ranked = sorted(last, key=lambda name: (-last[name], ORDER.index(name)))
+    shown = ", ".join(f"{name} {100 * last[name]:.1f} % after {spent[name]:.0f} s" for name in ranked)
+    why = f"a pilot on {facts.probe.val.n} val images: {shown}; the probe, solved, {100 * facts.probe.val.value:.1f} %"
+    if last[ranked[0]] < facts.probe.val.low:
+        return "probe", ranked[0], why
+    return ranked[0], ranked[1] if len(ranked) > 1 else "probe", why
 
 
 def _advice(facts: Facts, cell: str, strategy: str, runner_up: str, why: str) -> Advice:

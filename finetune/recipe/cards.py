@@ -62,6 +62,9 @@ class Card:
     sha256: str | None = None
     top1: float | None = None
     """Per cent, as the card reports it for the source task."""
+    statistics: Path | None = None
+    """Mean, covariance and class means of features of the source's images; None where nobody measured them."""
+    statistics_sha256: str | None = None
 
     def view(self, *, size_pixels: int | None = None) -> View:
         """The evaluation view at `size_pixels` (None: the size of pretraining), crop share kept."""
@@ -83,7 +86,7 @@ def read_card(path: Path) -> Card:
     """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        folder, weights = path.parent, raw.get("weights") or {}
+        folder, weights, statistics = path.parent, raw.get("weights") or {}, raw.get("statistics") or {}
         classes = folder / raw["classes"] if raw.get("classes") else None
         interpolation = str(raw["interpolation"])
         if interpolation not in INTERPOLATIONS:
@@ -107,6 +110,8 @@ def read_card(path: Path) -> Card:
             weights=folder / str(weights.get("file", "weights.safetensors")),
             sha256=raw.get("sha256"),
             top1=(raw.get("measured") or {}).get("top1"),
+            statistics=folder / str(statistics["file"]) if statistics else None,
+            statistics_sha256=str(statistics["sha256"]) if statistics else None,
         )
     except BackboneError:
         raise

@@ -64,6 +64,8 @@ class ProbeFacts(_Value):
     l2_at_edge: bool
     chosen_by: str = "val"
     """What chose the penalty: `val`, or `cross-validation` on the training images where val is small."""
+    left_out: Proportion | None = None
+    """Of training images, each judged by a probe that never saw it; measured where val is small."""
 
 
 class DepthFacts(_Value):
@@ -128,7 +130,7 @@ class SimilarityFacts(_Value):
     """How similar the images are to what the backbone knows, measured in several ways, and one number for the grid."""
 
     value: float
-    """0: its features tell nothing of the classes; 1: everything. The rule is in `advice.measure_similarity`."""
+    """1: as the images of pretraining, 0: unlike them. The rule is `advice.similarity_of_shift`, or `..._of_probes`."""
     low: float
     high: float
     control: Proportion | None = None
@@ -160,10 +162,24 @@ class ChiralityFacts(_Value):
 class TimingFacts(_Value):
     """One optimizer step of a training depth, timed on this machine."""
 
-    trainable_stages: int
+    trains: str
+    """A number of top stages, or `norms`: norms and biases everywhere; the head always."""
     images_per_second: float
     memory_mb: float
-    """Most memory that a step took above what the process held before it."""
+    """What a step of a whole batch keeps for its backward pass, with gradients and optimizer state."""
+
+
+class PilotFacts(_Value):
+    """A short training of one strategy, judged on val."""
+
+    strategy: str
+    round: int
+    """Of successive halving, from 1."""
+    epochs: int
+    images: int
+    """Training images that were used."""
+    seconds: float
+    val: Proportion
 
 
 class NeighbourFacts(_Value):
@@ -171,6 +187,8 @@ class NeighbourFacts(_Value):
 
     val: Proportion
     k: int
+    left_out: Proportion | None = None
+    """Of training images, each judged by the others; measured where val is small."""
 
 
 class MachineFacts(_Value):
@@ -192,6 +210,78 @@ class Findings(_Value):
     """None where the recipe leaves the depth of fine-tuning no choice; so are chirality and timing."""
     similarity: SimilarityFacts | None = None
     chirality: ChiralityFacts | None = None
+    timing: tuple[TimingFacts, ...] = ()
+    """From few trained stages to all, then norms alone."""
+    forward_images_per_second: float = 0.0
+
+
+class RankRow(_Value):
+    """One backbone that looked at the images: how well its features fit, what it costs, what it takes them for."""
+
+    name: str
+    is_tied: bool
+    """Its probe cannot be told from the most accurate one on these images; true of that one itself."""
+    tie_score: float | None = None
+    """Mean z-score that orders tied backbones; None where there is nothing to decide."""
+    behind: Measure
+    """Accuracy of the most accurate probe minus that of this one, on the same images."""
+    probe: Proportion
+    """Logistic regression on frozen features, cross-validated."""
+    neighbours: Proportion
+    """Nearest neighbours, one image left out at a time."""
+    logme: float
+    h_score: float
+    leep: float | None = None
+    """None where the weights have no source classifier; so are `nce` and `response`."""
+    nce: float | None = None
+    milliseconds: float
+    """Per image of a small batch on this machine, decoding apart."""
+    megabytes: float
+    """Of weights in memory, without the source classifier; so are the parameters."""
+    params_m: float
+    num_features: int
+    image_size: int
+    """Pixels at which it looked."""
+    source_size: int
+    """Pixels of pretraining."""
+    pretrained_on: str
+    licence: str
+    top1: float | None = None
+    """Per cent, on its own source task."""
+    response: ResponseFacts | None = None
+    taken_for: tuple[tuple[str, str, float], ...] = ()
+    """Each class, the source class that its images are most often taken for, and the share of them that are."""
+    frechet: float | None = None
+    """As in `SimilarityFacts`; so is `emd`."""
+    emd: float | None = None
+
+
+class Unranked(_Value):
+    """A backbone that could not look at the images, and why."""
+
+    name: str
+    reason: str
+
+
+class Ranking(_Value):
+    """Backbones in the order of choice, on training images alone."""
+
+    root: str
+    classes: tuple[str, ...]
+    num_images: int
+    image_size: int | None
+    """Pixels that the recipe sets for all; None where each looked at its own size."""
+    device: str
+    rows: tuple[RankRow, ...]
+    """Best first."""
+    unranked: tuple[Unranked, ...] = ()
+    chosen: str
+    why: str
+    agreement: tuple[tuple[str, str, float], ...] = ()
+    """Spearman's correlation of two measures over the candidates; none for fewer than three."""
+    features: dict[str, int] = {}
+    """Cache hits and misses."""
+    warnings: tuple[str, ...] = ()
 
 
 class Facts(Findings):
@@ -228,9 +318,10 @@ class Facts(Findings):
     """Accuracy of guessing evenly."""
     majority: float
     """Accuracy on val of always naming the commonest class of val."""
-    timing: tuple[TimingFacts, ...] = ()
-    """From few trained stages to all."""
-    forward_images_per_second: float = 0.0
+    pilot: tuple[PilotFacts, ...] = ()
+    """Empty unless `plan --pilot` ran one."""
+    ranking: Ranking | None = None
+    """Where the recipe left the backbone open and there were several."""
     machine: MachineFacts
     features: dict[str, int] = {}
     """Cache hits, misses, and bytes."""

@@ -48,7 +48,7 @@ class Forecast(Section):
     memory_mb: float
     """Peak of a training step above the process's own."""
     is_offered: bool = True
-    """False for what is timed but cannot be trained by this version."""
+    """False for what is timed but cannot be trained by this version; its gain is then not known."""
 
 
 class Advice(Section):

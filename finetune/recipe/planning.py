@@ -1,18 +1,16 @@
 """Planning: wishes and facts become a plan, each decision with its reason. Pure: no file, no clock."""
 
-import math
 from typing import Any
 
 from finetune.errors import RecipeError
-from finetune.recipe.advice import advise
+from finetune.recipe.advice import advise, partial_depth
 from finetune.recipe.facts import Facts
+from finetune.recipe.forecasts import with_forecasts
 from finetune.recipe.plan import Plan, Reason, Stage
 from finetune.recipe.schema import Recipe
 
-IMAGES_BUDGET = 20_000
-"""Images that a default run trains on in all, epochs times images, where it runs on a CPU."""
-GPU_IMAGES_BUDGET = 200_000
-"""The same on a GPU."""
+BUDGETS = {"cpu": 20_000, "cuda": 200_000}
+"""Images that a default run trains on in all, epochs times images."""
 EPOCHS_RANGE = (3, 20)
 """Fewest and most epochs that the planner chooses."""
 LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
@@ -46,6 +44,8 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         return value
 
     _refuse_contradictions(recipe, facts)
+    if facts.ranking is not None:
+        reasons.append(Reason(key="backbone", value=facts.backbone.name, why=facts.ranking.why))
     strategy = decide("train.strategy", recipe.train.strategy, advice.strategy, f"{advice.why} [{advice.cell}]")
     if recipe.train.depth is not None and strategy != "partial":
         raise RecipeError(
@@ -101,7 +101,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
             "split_digest": facts.split_digest,
             "weights_digest": facts.backbone.weights_digest,
             "stages": _stages(strategy, train, facts),
-            "advice": advice,
+            "advice": with_forecasts(advice, facts, epochs=_epochs(recipe, facts, hardware["devices"])),
             "reasons": reasons,
         }
     )
@@ -177,12 +177,7 @@ def _decide_data(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
         facts.normalize,
         source,
     )
-    invariances = decide(
-        "data.invariances",
-        wish.invariances,
-        (),
-        "none is declared, and a mirror image may be of another class; declare [hflip] where it is not",
-    )
+    invariances = decide("data.invariances", wish.invariances, *_safe_changes(recipe, facts))
     if wish.label_swap:
         decide("data.label_swap", wish.label_swap, None, "")
     return {
@@ -196,6 +191,27 @@ def _decide_data(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
         "std": view.std,
         "invariances": invariances,
     }
+
+
+def _safe_changes(recipe: Recipe, facts: Facts) -> tuple[tuple[str, ...], str]:
+    """What may be done to an image without changing its label, where the recipe does not say; and why."""
+    seen = facts.chirality
+    if recipe.data.label_swap:
+        return (), "data.label_swap says what a flip does to labels"
+    if recipe.train.strategy == "probe" or seen is None:
+        return (), "none is declared, and whether mirroring shows was not measured"
+    if seen.sided:
+        pairs = ", ".join("/".join(pair) for pair in seen.sided[:3])
+        return (), f"classes are named by side ({pairs}); if a flip swaps them, declare data.label_swap"
+    if seen.share is None:
+        return (), "too few images to tell whether mirroring shows; declare [hflip] where it does not"
+    told = f"{100 * seen.share.value:.0f} % of {seen.share.n} originals are told from their mirror images"
+    verdicts = {
+        True: f"mirroring goes unnoticed: {told}, where guessing gives 50 %",
+        False: f"mirroring shows: {told}, or labels suffer; declare [hflip] if that does not matter",
+        None: f"whether mirroring shows cannot be told ({told}); declare [hflip] where it does not",
+    }
+    return ("hflip",) if seen.is_safe else (), verdicts[seen.is_safe]
 
 
 def _decide_hardware(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
@@ -225,7 +241,7 @@ def _decide_hardware(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any
 def _decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, decide: Any) -> dict[str, Any]:
     wish, num_train = recipe.train, sum(facts.counts["train"])
     stages = len(facts.backbone.stages)
-    depth = max(1, math.ceil(stages / 3)) if strategy == "partial" else stages
+    depth = partial_depth(stages) if strategy == "partial" else stages
     chosen = {"strategy": strategy, "depth": wish.depth or depth, "batch_size": min(wish.batch_size, num_train)}
     defaults = {"epochs": 1, "schedule": "cosine", "patience": 1, "keep": "best", "batch_norm": "frozen"}
     rule = wish.optimizer.name or "adamw"
@@ -254,14 +270,12 @@ def _decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, deci
         if not recipe.pretrained
         else "pretrained weights move gently, or what they know is lost",
     )
-    budget = GPU_IMAGES_BUDGET if device == "cuda" else IMAGES_BUDGET
-    least, most = EPOCHS_RANGE
-    epochs = min(most, max(least, round(budget / num_train)))
     epochs = decide(
         "train.epochs",
         wish.epochs,
-        epochs,
-        f"about {budget:,} images in all for {num_train:,} training images, within {least} to {most}",
+        _epochs(recipe, facts, device),
+        f"about {BUDGETS[device]:,} images in all for {num_train:,} training images, within {EPOCHS_RANGE[0]} to "
+        f"{EPOCHS_RANGE[1]}",
     )
     schedule = decide("train.schedule", wish.schedule, "cosine", "the rate falls to zero, so the last epochs settle")
     patience = decide(
@@ -299,6 +313,11 @@ def _decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, deci
         "keep": keep,
         "batch_norm": norm,
     }
+
+
+def _epochs(recipe: Recipe, facts: Facts, device: str) -> int:
+    least, most = EPOCHS_RANGE
+    return recipe.train.epochs or min(most, max(least, round(BUDGETS[device] / sum(facts.counts["train"]))))
 
 
 def _decide_evaluate(recipe: Recipe, facts: Facts, invariances: Any, decide: Any) -> dict[str, Any]:

@@ -212,15 +212,16 @@ def forecast_rows(advice: Part, *, chosen: str = "") -> list[dict[str, str]]:
     rows = []
     for forecast in advice.get("forecasts") or ():
         name = str(forecast.get("strategy", ""))
-        gain, low, high = (forecast.get(key) for key in ("gain", "gain_low", "gain_high"))
+        is_offered = bool(forecast.get("is_offered", True))  # else only its cost is known
+        gain, low, high = (forecast.get(key) if is_offered else None for key in ("gain", "gain_low", "gain_high"))
         is_base = gain == low == high == 0
         marks = {"chosen": name == (chosen or advised), "advised": name == advised}
-        marks |= {"runner-up": name == advice.get("runner_up"), "not offered": not forecast.get("is_offered", True)}
+        marks |= {"runner-up": name == advice.get("runner_up"), "not offered": not is_offered}
         rows.append(
             {
                 "strategy": name.replace("_", " "),
-                "gain": "0" if is_base else points(gain) if is_number(gain) else "–",
-                "interval": f"{points(low)} to {points(high)}" if _are_numbers(low, high) and not is_base else "",
+                "gain": "0" if is_base else points(gain) if gain is not None and is_number(gain) else "–",
+                "interval": "" if is_base or low is None or high is None else f"{points(low)} to {points(high)}",
                 "seconds": duration(forecast.get("seconds")),
                 "memory": memory(forecast.get("memory_mb")),
                 "mark": next((mark for mark, holds in marks.items() if holds), ""),

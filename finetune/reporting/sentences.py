@@ -49,7 +49,7 @@ def measure_rows(facts: Part) -> list[tuple[str, str]]:
     rows = []
     if is_number(similarity.get("value")):
         value = f"{similarity['value']:.2f}{_span(similarity)}"
-        rows.append(("Similarity", f"{value}; 0: the features tell nothing of the classes, 1: everything"))
+        rows.append(("Similarity", f"{value}; 1: as the images of pretraining, 0: unlike them"))
     if probe := _share((facts.get("probe") or {}).get("val")):
         chance = f"; chance is {percent(facts['chance'])}" if is_number(facts.get("chance")) else ""
         rows.append(("Separability", f"A linear probe gets {probe} of the val images right{chance}"))

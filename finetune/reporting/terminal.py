@@ -194,7 +194,7 @@ def _measures(facts: Facts) -> list[tuple[str, str]]:
     if facts.similarity:
         found = facts.similarity
         value = f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
-        rows.append(("similarity", f"{value} (0: features tell nothing of the classes, 1: everything)"))
+        rows.append(("similarity", f"{value} (1: as the images of pretraining, 0: unlike them)"))
         told = dict(measure_rows({"similarity": found.model_dump()}))
         shown = {"Random weights": "control", "Batch norm": "batch norm", "Source classes": "source"}
         shown |= {"Distance": "distance", "Earth mover": "earth mover"}

@@ -1,0 +1,187 @@
+"""What following the advisor costs in accuracy, from the runs in `zoo/results.csv` and the facts in `zoo/measures.csv`.
+
+    python benchmarks/regret.py            # seconds; prints the fit and writes results/advice.md
+
+Regret of a choice in a cell is the accuracy of the best strategy there minus that of the chosen one, in points, on
+test images. The best of several noisy accuracies is itself too good, so even a perfect advisor has some. Each data set
+is judged by rules that were fitted to the other data sets alone, and by those in `advice.py`.
+"""
+
+import csv
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from finetune.recipe import advice
+from finetune.recipe.facts import Measure
+
+HERE = Path(__file__).resolve().parent
+ZOO = HERE.parent / "zoo"
+STRATEGIES = ("probe", "partial", "full", "probe_then_full")
+RUNS = {"partial": "partial", "full": "probe_then_full"}
+"""The run that a strategy of the advisor stands for."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    key: tuple[str, str, int, int]
+    top1: dict[str, float]
+    cpu: dict[str, float]
+    num_train: int
+    probe: float
+    shift: float
+
+    @property
+    def name(self) -> str:
+        return self.key[0]
+
+
+@dataclass(frozen=True)
+class Rule:
+    center: float
+    power: float
+    gains: dict[str, tuple[float, float, float]]
+    errors: dict[str, float]
+
+    def similarity(self, cell: Cell) -> float:
+        return 1 / (1 + (cell.shift / self.center) ** self.power)
+
+    def share(self, strategy: str, cell: Cell) -> float:
+        base, per_tenfold, different = self.gains[strategy]
+        return base + per_tenfold * math.log10(cell.num_train) + different * (1 - self.similarity(cell))
+
+    def choose(self, cell: Cell) -> str:
+        gains = {"probe": 0.0} | {name: self.share(name, cell) * (1 - cell.probe) for name in RUNS}
+        chosen = next(name for name in advice.ORDER if gains[name] >= max(gains.values()) - advice.WORTH)
+        return RUNS.get(chosen, chosen)
+
+
+def read_cells() -> list[Cell]:
+    """Cells in which every strategy was run and the facts were measured."""
+    runs: defaultdict[tuple, dict[str, dict]] = defaultdict(dict)
+    for row in _read("results.csv"):
+        runs[_key(row)][row["strategy"]] = row
+    cells = []
+    for row in _read("measures.csv"):
+        found = runs[_key(row)]
+        if set(STRATEGIES) <= set(found):
+            cells.append(
+                Cell(
+                    key=_key(row),
+                    top1={name: float(found[name]["top1"]) for name in STRATEGIES},
+                    cpu={name: float(found[name]["cpu_seconds"]) for name in STRATEGIES},
+                    num_train=int(found["probe"]["num_train"]),
+                    probe=float(row["probe"]),
+                    shift=float(row["early_shift"]),
+                )
+            )
+    return cells
+
+
+def fit(cells: list[Cell]) -> Rule:
+    """The similarity scale and the gains with the least squared error, each cell weighted by the probe's errors."""
+    best: tuple[float, Rule] | None = None
+    for center in (0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.28):
+        for power in (1.0, 2.0, 4.0):
+            similar = [1 / (1 + (cell.shift / center) ** power) for cell in cells]
+            x = np.array([[1, math.log10(cell.num_train), 1 - s] for cell, s in zip(cells, similar, strict=True)])
+            weights = np.array([1 - cell.top1["probe"] for cell in cells])
+            gains, errors, total = {}, {}, 0.0
+            for name, run in RUNS.items():
+                y = np.array([(cell.top1[run] - cell.top1["probe"]) / (1 - cell.top1["probe"]) for cell in cells])
+                found = np.linalg.lstsq(x * weights[:, None], y * weights, rcond=None)[0]
+                residual = (y - x @ found) * weights
+                gains[name] = tuple(float(value) for value in found)
+                errors[name] = float(np.sqrt((residual**2).sum() / (weights**2).sum()))
+                total += float((residual**2).sum())
+            if best is None or total < best[0]:
+                best = total, Rule(center, power, gains, errors)
+    assert best is not None
+    return best[1]
+
+
+def shipped() -> Rule:
+    """The rule that `advice.py` applies."""
+    return Rule(advice.SHIFT_CENTER, advice.SHIFT_POWER, advice.GAINS, advice.GAIN_ERRORS)
+
+
+def regrets(cells: list[Cell], choose: Callable[[Cell], str]) -> list[float]:
+    return [100 * (max(cell.top1.values()) - cell.top1[choose(cell)]) for cell in cells]
+
+
+def summarize(title: str, cells: list[Cell], choose: Callable[[Cell], str]) -> str:
+    found = regrets(cells, choose)
+    groups: defaultdict[tuple, list[float]] = defaultdict(list)
+    for cell, value in zip(cells, found, strict=True):
+        groups[cell.key[:3]].append(value)
+    worst = max(statistics.mean(values) for values in groups.values())
+    cost = sum(cell.cpu[choose(cell)] for cell in cells) / sum(cell.cpu["full"] for cell in cells)
+    top1 = statistics.mean(cell.top1[choose(cell)] for cell in cells)
+    return (
+        f"| {title} | {100 * top1:.1f} | {statistics.mean(found):.2f} | {worst:.1f} | {max(found):.1f} | {cost:.2f} |"
+    )
+
+
+def summary(cells: list[Cell]) -> Iterable[str]:
+    yield "| choice | mean accuracy | mean regret | worst cell, mean of seeds | worst run | cost, of always full |"
+    yield "|---|---|---|---|---|---|"
+    for name in STRATEGIES:
+        yield summarize(f"always {name.replace('_', ' ')}", cells, lambda cell, name=name: name)
+    names = sorted({cell.name for cell in cells})
+    rules = {name: fit([cell for cell in cells if cell.name != name]) for name in names}
+    yield summarize("**advisor, fitted on other data sets**", cells, lambda cell: rules[cell.name].choose(cell))
+    yield summarize("advisor as shipped", cells, shipped().choose)
+    yield summarize("the best of each cell", cells, lambda cell: max(STRATEGIES, key=cell.top1.__getitem__))
+
+
+def by_cell(cells: list[Cell]) -> Iterable[str]:
+    yield "| set | backbone | per class | similarity | probe | partial | full | probe, then full | chosen | regret |"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    groups: defaultdict[tuple, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.key[:3]].append(cell)
+    rule = shipped()
+    for (name, backbone, per_class), own in groups.items():
+        shares = " | ".join(f"{100 * statistics.mean(cell.top1[s] for cell in own):.1f}" for s in STRATEGIES)
+        chosen = sorted({rule.choose(cell).replace("_", " ").replace("probe then ", "") for cell in own})
+        regret = statistics.mean(regrets(own, rule.choose))
+        similar = statistics.mean(rule.similarity(cell) for cell in own)
+        yield (
+            f"| `{name}` | {backbone.partition('.')[2]} | {per_class} | {similar:.2f} | {shares} | "
+            f"{', '.join(chosen)} | {regret:.1f} |"
+        )
+
+
+def similarity_of(shift: float) -> float:
+    """What the product makes of a mean shift; the same arithmetic, so that the two cannot part."""
+    return advice.similarity_of_shift([Measure(value=shift, low=shift, high=shift, n=1)])[0]
+
+
+def _key(row: dict[str, str]) -> tuple[str, str, int, int]:
+    return row["set"], row["backbone"], int(row["per_class"]), int(row["seed"])
+
+
+def _read(name: str) -> list[dict[str, str]]:
+    with (ZOO / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def main() -> None:
+    cells = read_cells()
+    rule = fit(cells)
+    print(f"{len(cells)} cells; fit: center {rule.center:.3f}, power {rule.power:g}")
+    for name in RUNS:
+        print(f"  {name}: {tuple(round(value, 3) for value in rule.gains[name])}, error {rule.errors[name]:.3f}")
+    lines = [*summary(cells), "", *by_cell(cells)]
+    print("\n".join(lines))
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / "advice.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""Which backbone to take: every candidate looks at some training images, and a probe on what it sees decides.
+
+No measure of transferability wins on all tasks, so the cheap ones stand beside the probe and decide only where it
+cannot: between backbones that it does not tell apart on these images. Images of val and test are never looked at.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from finetune.data.decoding import BadImage, center_crop
+from finetune.data.loading import ImageStore, normalize
+from finetune.data.normalization import measure_constants
+from finetune.data.sources import open_source
+from finetune.data.splits import cut_split, draw_sample
+from finetune.errors import BackboneError, DataError, RecipeError
+from finetune.features.cache import FeatureCache
+from finetune.features.depths import NEIGHBOURS, cross_validate, neighbours_left_out, proportion
+from finetune.features.extraction import digest_images, extract
+from finetune.features.ordering import Seen, explain, measure_agreement, order_rows
+from finetune.features.similarity import measure_distances, measure_response, source_logits
+from finetune.features.survey import Progress, choose_view, measure_machine, whose_constants
+from finetune.models.backbones import Backbone, load_backbone
+from finetune.models.frozen import FrozenBackbone
+from finetune.recipe.cards import Card, View
+from finetune.recipe.facts import Measure, Ranking, RankRow, Unranked
+from finetune.recipe.schema import Recipe
+from finetune.recipe.shelf import default_backbone, read_zoo
+from finetune.scores.transferability import h_score, leep, logme, nce
+
+MOST_IMAGES = 1000
+"""Training images that every candidate looks at, at most."""
+TIMED_IMAGES, TIMED_BATCHES = 16, 5
+"""Images of a timed batch, and batches of which the median is taken, after one to warm up."""
+
+
+def choose_backbone(
+    recipe: Recipe, *, progress: Progress = lambda what, done, total: None
+) -> tuple[str, Ranking | None]:
+    """The recipe's own backbone, or the best card at hand for its images, with the ranking where there was a choice.
+
+    Random weights know nothing to choose by: they get the bundled architecture.
+
+    Raises:
+        DataError: if there are no images to rank on.
+        BackboneError: if no card can be loaded.
+        RecipeError: if no data is named.
+    """
+    if recipe.backbone is not None:
+        return recipe.backbone, None
+    if not recipe.pretrained:
+        return default_backbone(), None
+    cards = {name: card for name, card in read_zoo().items() if card.weights is None or card.weights.exists()}
+    if len(cards) == 1:
+        return next(iter(cards)), None
+    ranking = rank_backbones(recipe, cards, progress=progress)
+    return ranking.chosen, ranking
+
+
+def rank_backbones(
+    recipe: Recipe,
+    cards: Mapping[str, Card],
+    *,
+    most_images: int = MOST_IMAGES,
+    progress: Progress = lambda what, done, total: None,
+) -> Ranking:
+    """Candidates in the order of choice; `why` says by which rule.
+
+    Each looks through its own view, but for what the recipe overrides. A candidate that cannot be had is listed with
+    the reason.
+
+    Args:
+        recipe: names the images, how they are divided, and what of the view is overridden; its backbone is ignored.
+        cards: the candidates; one without a weights file stands for a timm or torchvision name.
+        most_images: size of the sample of training images.
+        progress: called with a candidate's name, images done, and images in all.
+
+    Raises:
+        DataError: if there is nothing to learn from, or a file is broken and `data.on_bad_image` is fail.
+        BackboneError: if there is no candidate, or none can be had.
+        RecipeError: if no data is named, or random weights are asked for.
+    """
+    if not recipe.pretrained:
+        raise RecipeError("pretrained is false: random weights know nothing that backbones could be ranked by.")
+    if not cards:
+        raise BackboneError("there is no backbone to rank. `finetune zoo list` shows those at hand.")
+    images = _Images(recipe)
+    while True:
+        rows = images.draw(most_images)
+        seen, unranked = _look_at_candidates(images, rows, cards, progress)
+        if not images.found_bad:
+            break
+    if not seen:
+        reasons = " ".join(f"{one.name}: {one.reason}" for one in unranked[:3])
+        raise BackboneError(f"none of {len(unranked)} backbones could look at the images. {reasons}")
+    ranked = order_rows(seen)
+    return Ranking(
+        root=str(images.source.root),
+        classes=images.source.classes,
+        num_images=len(rows),
+        image_size=recipe.data.image_size,
+        device=images.device,
+        rows=tuple(ranked),
+        unranked=tuple(unranked),
+        chosen=ranked[0].name,
+        why=explain(ranked, len(rows)),
+        agreement=tuple((a, b, value) for (a, b), value in measure_agreement(ranked).items()),
+        features={"hits": sum(one.hits for one in seen), "misses": sum(one.misses for one in seen)},
+        warnings=(*images.source.warnings, *images.warnings),
+    )
+
+
+class _Images:
+    """The recipe's images, divided as a run divides them, and which files have turned out broken."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        if recipe.data.root is None:
+            raise RecipeError("no images are named. Give a folder: `finetune zoo rank FOLDER`, or set data.root.")
+        self.recipe = recipe
+        self.source = open_source(Path(recipe.data.root).expanduser())
+        answers = digest_images(self.source.items)
+        self.digests = [answer if isinstance(answer, str) else "" for answer in answers.values()]
+        self.labels = [item.label for item in self.source.items]
+        self.bad = {index: str(answer) for index, answer in answers.items() if isinstance(answer, BadImage)}
+        self.found_bad = False
+        self.warnings: tuple[str, ...] = ()
+        machine = measure_machine(recipe.hardware.devices)
+        self.device = machine.device
+        fast = "bf16" if machine.has_bf16 else "fp16" if machine.has_fp16 else "32"
+        self.precision = fast if recipe.hardware.precision == "auto" else recipe.hardware.precision
+
+    def draw(self, most: int) -> list[int]:
+        """A sample of the training images, without those known to be broken."""
+        items, spec, limit = self.source.items, self.recipe.data.split, self.recipe.data.max_train_per_class
+        if self.bad and self.recipe.data.on_bad_image == "fail":
+            named = "; ".join(f"{items[index].name} ({why})" for index, why in sorted(self.bad.items())[:5])
+            raise DataError(f"{len(self.bad)} images cannot be read: {named}. Mend them, or set data.on_bad_image.")
+        self.found_bad = False
+        kept = [index for index in range(len(items)) if index not in self.bad]
+        split = cut_split(
+            [self.labels[index] for index in kept],
+            [self.digests[index] for index in kept],
+            [items[index].role for index in kept],
+            self.source.classes,
+            val=spec.val,
+            calibration=spec.calibration,
+            test=spec.test,
+            seed=self.recipe.seed,
+            max_train_per_class=None if limit == "all" else limit,
+        )
+        lost = f"{len(self.bad)} images cannot be read and were left out."
+        self.warnings = (*split.warnings, *([lost] if self.bad else []))
+        train = [index for index, role in zip(kept, split.roles, strict=True) if role == "train"]
+        return draw_sample(train, self.labels, self.digests, most=most, seed=self.recipe.seed)
+
+    def view(self, card: Card, rows: Sequence[int]) -> View:
+        """How a candidate sees; constants of the images themselves where the recipe asks for them."""
+        view, _ = choose_view(self.recipe, card)
+        if not (kind := whose_constants(self.recipe)).startswith("channel"):
+            return view
+        store, seed = ImageStore(self.source.items, view, 0), self.recipe.seed
+        found = measure_constants(store, rows, size_pixels=view.size_pixels, kind=kind, seed=seed)
+        return replace(view, mean=found.mean, std=found.std)
+
+
+def _look_at_candidates(
+    images: _Images, rows: Sequence[int], cards: Mapping[str, Card], progress: Progress
+) -> tuple[list[Seen], list[Unranked]]:
+    """What every candidate came to; cut short at the first that meets broken files."""
+    zoo = {name: card for name, card in cards.items() if card.weights is not None}
+    seen: list[Seen] = []
+    unranked: list[Unranked] = []
+    for name, card in cards.items():
+        try:
+            backbone = load_backbone(name if name in zoo else card.name, zoo=zoo).eval()
+            backbone.to(images.device).to(memory_format=torch.channels_last)
+            answer = _look(images, rows, backbone, lambda done, total, name=name: progress(name, done, total))  # type: ignore[misc]
+        except BackboneError as fault:
+            unranked.append(Unranked(name=name, reason=str(fault)))
+            continue
+        if answer is None:
+            break
+        seen.append(answer)
+    return seen, unranked
+
+
+def _look(
+    images: _Images, rows: Sequence[int], backbone: Backbone, progress: Callable[[int, int], None]
+) -> Seen | None:
+    """What one candidate came to; None where files turned out broken."""
+    view = images.view(backbone.card, rows)
+    _refuse_size(backbone, view.size_pixels, images.device)
+    frozen = FrozenBackbone(backbone, size_pixels=view.size_pixels, device=images.device)
+    cache = FeatureCache(backbone.digest, view.digest, images.precision)
+    found = extract(
+        images.source.items,
+        images.digests,
+        rows,
+        view,
+        backbone=lambda: frozen,
+        cache=cache,
+        store=None,
+        device=images.device,
+        precision=images.precision,
+        progress=progress,
+    )
+    if found.bad:
+        images.bad.update(found.bad)
+        images.found_bad = True
+        return None
+    features = cache.features([images.digests[index] for index in rows])  # (N, D)
+    if not features.isfinite().all():
+        raise BackboneError(f"{backbone.card.name} gives features that are not finite; its weights are damaged.")
+    store = ImageStore(images.source.items, view, 0)
+    timed = [rows[place % len(rows)] for place in range(TIMED_IMAGES)]
+    crops = np.stack([center_crop(store.get(index), view.size_pixels) for index in timed])
+    milliseconds = time_images(frozen, crops, view, images.device, images.precision)
+    labels = torch.tensor([images.labels[index] for index in rows])
+    return _measure(backbone.to("cpu"), features, labels, images, view.size_pixels, milliseconds, found.hits)
+
+
+def _measure(
+    backbone: Backbone,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    images: _Images,
+    size: int,
+    milliseconds: float,
+    hits: int,
+) -> Seen:
+    card, classes, seed = backbone.card, images.source.classes, images.recipe.seed
+    found = cross_validate(features, labels, num_classes=len(classes), seed=seed)
+    right = found.predictions == labels
+    k = min(NEIGHBOURS, len(labels) - 1)
+    near = neighbours_left_out(features, labels, num_classes=len(classes), k=k)
+    of_source: dict[str, object] = {}
+    if backbone.source_head is not None:
+        logits = source_logits(backbone, features)  # (N, C)
+        named = logits.argmax(1)
+        of_source = {
+            "leep": leep(logits.double().softmax(1), labels, num_classes=len(classes)),
+            "nce": nce(named, labels, num_classes=len(classes)),
+            "response": measure_response(logits, card.classes, seed=seed),
+            "taken_for": _taken_for(named, labels, classes, card.classes),
+        }
+    if card.statistics is not None:
+        frechet, emd = measure_distances(features, labels, card.statistics, len(classes), sha256=card.statistics_sha256)
+        of_source |= {"frechet": frechet, "emd": emd}
+    tensors = [*backbone.parameters(), *backbone.buffers()]
+    row = RankRow(
+        name=card.name,
+        is_tied=True,
+        behind=Measure(value=0, low=0, high=0, n=len(labels)),
+        probe=proportion(right),
+        neighbours=proportion(near == labels),
+        logme=logme(features, labels, num_classes=len(classes)),
+        h_score=h_score(features, labels, num_classes=len(classes)),
+        milliseconds=milliseconds,
+        megabytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6,
+        params_m=round(sum(parameter.numel() for parameter in backbone.parameters()) / 1e6, 3),
+        num_features=backbone.num_features,
+        image_size=size,
+        source_size=card.input_size[1],
+        pretrained_on=card.pretrained_on,
+        licence=card.licence,
+        top1=card.top1,
+        **of_source,  # type: ignore[arg-type]
+    )
+    return Seen(row=row, right=right, log_loss=found.log_loss, hits=hits, misses=len(labels) - hits)
+
+
+def time_images(frozen: FrozenBackbone, crops: np.ndarray, view: View, device: str, precision: str) -> float:
+    """Milliseconds per image of a batch of decoded crops (B, H, W, 3) uint8: the median of a few, after a warm-up."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    seconds = []
+    for _ in range(TIMED_BATCHES + 1):
+        began = time.perf_counter()
+        batch = normalize(torch.from_numpy(crops).to(device), view)
+        with torch.autocast(device, dtype=kinds.get(precision, torch.bfloat16), enabled=precision in kinds):
+            frozen(batch)[-1].cpu()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 1000 * median(seconds[1:]) / len(crops)
+
+
+def _refuse_size(backbone: Backbone, size: int, device: str) -> None:
+    own = backbone.card.input_size[1]
+    if size == own:
+        return
+    try:
+        with torch.inference_mode():
+            backbone(torch.zeros(1, 3, size, size, device=device))
+    except (AssertionError, RuntimeError, ValueError) as fault:
+        said = (str(fault).splitlines() or [type(fault).__name__])[0]
+        raise BackboneError(f"it takes images of {own} px, not of {size} px ({said}).") from fault
+
+
+def _taken_for(
+    named: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], source_classes: Sequence[str]
+) -> tuple[tuple[str, str, float], ...]:
+    rows = []
+    for label in labels.unique().tolist():
+        counts = torch.bincount(named[labels == label])
+        best = int(counts.argmax())
+        source = source_classes[best] if best < len(source_classes) else f"class {best}"
+        rows.append((classes[label], source, int(counts[best]) / int(counts.sum())))
+    return tuple(rows)

@@ -1,0 +1,134 @@
+"""What a backbone's features of its source's own images look like, so that other images can be compared with them.
+
+Mean and covariance serve the Frechet distance, class means the earth mover's. They are measured once by whoever has
+the source's images, and then travel with the card.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from finetune.data.decoding import BadImage
+from finetune.data.sources import IMAGE_SUFFIXES, Item, open_source
+from finetune.data.splits import draw_sample
+from finetune.errors import BackboneError, DataError
+from finetune.features.cache import FeatureCache
+from finetune.features.extraction import digest_images, extract
+from finetune.models.backbones import load_backbone
+from finetune.models.frozen import FrozenBackbone
+from finetune.recipe.cards import Card
+from finetune.recipe.runs import write_whole
+from finetune.scores.distances import class_prototypes, fit_gaussian
+
+LEAST_IMAGES = 50
+"""Statistics of fewer images are mostly chance."""
+MOST_IMAGES = 50_000
+"""A sample of this many, drawn by class and content, says all that is asked of it."""
+PRECISION = "32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceStatistics:
+    """Pooled features of a source's images, in short."""
+
+    mean: torch.Tensor
+    """(D,)"""
+    covariance: torch.Tensor
+    """(D, D), divisor n - 1."""
+    class_means: torch.Tensor
+    """(Z, D); no rows where the images came without classes."""
+    class_weights: torch.Tensor
+    """(Z,) share of the images of each class."""
+    classes: tuple[str, ...]
+    num_images: int
+    num_bad: int
+    """Files that could not be read and were left out."""
+
+    def save(self, path: Path) -> None:
+        """Write a whole safetensors file, in float32."""
+        tensors = {
+            "mean": self.mean.float(),
+            "covariance": self.covariance.float(),
+            "class_means": self.class_means.float(),
+            "class_weights": self.class_weights.float(),
+            "images": torch.tensor([self.num_images]),
+        }
+        note = {"classes": json.dumps(self.classes, ensure_ascii=False)}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=note))
+
+
+def measure_statistics(
+    card: Card, root: Path, *, progress: Callable[[int, int], None] = lambda done, total: None
+) -> SourceStatistics:
+    """Mean, covariance and class means of the card's features of the images under `root`, in the card's own view.
+
+    Args:
+        card: whose backbone looks; its weights lie beside it.
+        root: a folder of images without classes, or any layout a run takes; of given roles only train is used.
+        progress: called with images done and in all.
+
+    Raises:
+        DataError: if there are too few readable images.
+        BackboneError: if the backbone cannot be loaded, or its features are not finite.
+    """
+    items, classes = _list_images(root.expanduser())
+    digests = digest_images(items)
+    readable = [index for index, answer in digests.items() if not isinstance(answer, BadImage)]
+    known = [str(answer) if index in set(readable) else "" for index, answer in digests.items()]
+    labels = [item.label for item in items]
+    rows = draw_sample(readable, labels, known, most=MOST_IMAGES, seed=0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone = load_backbone(card.name, zoo={card.name: card}).eval().to(device)
+    backbone.to(memory_format=torch.channels_last)
+    view = card.view()
+    cache = FeatureCache(backbone.digest, view.digest, PRECISION)
+    found = extract(
+        items,
+        known,
+        rows,
+        view,
+        backbone=lambda: FrozenBackbone(backbone, size_pixels=view.size_pixels, device=device),
+        cache=cache,
+        store=None,
+        device=device,
+        precision=PRECISION,
+        progress=progress,
+    )
+    rows = [index for index in rows if index not in found.bad]
+    if len(rows) < LEAST_IMAGES:
+        raise DataError(
+            f"{root} holds {len(rows)} different images that can be read; statistics of a source need at least "
+            f"{LEAST_IMAGES}, and better thousands. Give a folder of the images that {card.name} was trained on."
+        )
+    features = cache.features([known[index] for index in rows])
+    if not features.isfinite().all():
+        raise BackboneError(f"{card.name} gives features that are not finite; its weights are damaged.")
+    whole = fit_gaussian(features)
+    means, weights = class_prototypes(features, torch.tensor(labels)[rows], num_classes=max(1, len(classes)))
+    present = sorted({labels[index] for index in rows})
+    return SourceStatistics(
+        mean=whole.mean,
+        covariance=whole.covariance,
+        class_means=means if classes else means[:0],
+        class_weights=weights if classes else weights[:0],
+        classes=tuple(classes[label] for label in present) if classes else (),
+        num_images=len(rows),
+        num_bad=len(items) - len(readable) + len(found.bad),
+    )
+
+
+def _list_images(root: Path) -> tuple[tuple[Item, ...], tuple[str, ...]]:
+    """Images and classes; no classes where a folder holds images directly, and nothing else."""
+    if root.is_dir():
+        inside = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+        files = [path for path in inside if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
+        if files and not any(path.is_dir() for path in inside):
+            return tuple(Item(name=path.name, label=0, role=None, file=path) for path in files), ()
+    source = open_source(root)
+    items = tuple(item for item in source.items if item.role in (None, "train"))
+    return items, source.classes

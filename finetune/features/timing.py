@@ -1,0 +1,141 @@
+"""What a training step costs on this machine, by how much of the network trains: a few real steps on real images.
+
+The steps are taken by a copy, so nothing is learned. Memory is counted, not guessed: what the backward pass keeps, and
+what gradients and optimizer need.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from finetune.data.loading import normalize
+from finetune.models.backbones import Backbone
+from finetune.models.classifier import Classifier
+from finetune.recipe.cards import View
+from finetune.recipe.facts import TimingFacts
+
+SECONDS = 2.0
+"""About what the timing of one depth may take; larger networks are timed on fewer images."""
+STEPS = 2
+"""Timed after one that warms up; the faster counts."""
+NORMS = "norms"
+"""Instead of a number of stages: norms and biases everywhere, and the head (Zaken et al., BitFit, ACL 2022)."""
+
+
+def time_training(
+    backbone: Backbone,
+    crops: np.ndarray,
+    view: View,
+    *,
+    num_classes: int,
+    depths: Sequence[int],
+    batch_size: int,
+    device: str,
+    precision: str,
+) -> tuple[float, tuple[TimingFacts, ...]]:
+    """Images per second of a forward pass, and the cost of a training step for each number of top stages.
+
+    Args:
+        backbone: stays as it is.
+        crops: (N, H, W, 3) uint8; repeated where there are fewer than a batch.
+        view: how they are normalised.
+        num_classes: K, the outputs of the head.
+        depths: numbers of trained top stages; norms and biases alone are timed last, whatever these are.
+        batch_size: images per step that memory is counted for.
+        device: `cpu` or `cuda`.
+        precision: `32`, `bf16` or `fp16`.
+    """
+    model = copy.deepcopy(backbone).to(device).to(memory_format=torch.channels_last)
+    classifier = Classifier(model, nn.Linear(model.num_features, num_classes).to(device))
+    few = _take(crops, 4, view, device)
+    with torch.no_grad(), _autocast(device, precision):
+        classifier(few)
+        speed = 4 / _seconds(lambda: classifier(few), device)
+        size = max(2, min(batch_size, int(speed * SECONDS / (4 * (STEPS + 1)))))
+        images = _take(crops, size, view, device)
+        forward = size / min(_seconds(lambda: classifier(images), device) for _ in range(STEPS))
+    labels = torch.arange(size, device=device) % num_classes
+    rows = []
+    wanted: list[int | str] = [*depths, NORMS]
+    for depth in wanted:
+        _set_trainable(classifier, depth)
+        parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-9)
+        kept = [_step(classifier, images, labels, optimizer, precision, device)]  # warms up, and is counted
+        best = min(
+            _seconds(lambda: _step(classifier, images, labels, optimizer, precision, device), device)  # noqa: B023
+            for _ in range(STEPS)
+        )
+        own = 4 * 3 * sum(parameter.numel() for parameter in parameters)  # gradient and two moments
+        rows.append(
+            TimingFacts(
+                trains=str(depth),
+                images_per_second=size / best,
+                memory_mb=(kept[0] / size * batch_size + own) / 1e6,
+            )
+        )
+    return forward, tuple(rows)
+
+
+def _step(
+    classifier: Classifier,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    precision: str,
+    device: str,
+) -> int:
+    """One step as training takes it; bytes that its backward pass kept, weights not counted."""
+    held: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in classifier.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    classifier.train()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _autocast(device, precision):
+        loss = F.cross_entropy(classifier(images).float(), labels)
+    loss.backward()
+    nn.utils.clip_grad_norm_((group for group in optimizer.param_groups[0]["params"]), math.inf)
+    optimizer.step()
+    return sum(held.values())
+
+
+def _set_trainable(classifier: Classifier, depth: int | str) -> None:
+    if depth != NORMS:
+        classifier.freeze(int(depth))
+        return
+    classifier.freeze(len(classifier.backbone.stages))
+    for parameter in classifier.backbone.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter.ndim <= 1)
+
+
+def _take(crops: np.ndarray, count: int, view: View, device: str) -> torch.Tensor:
+    rows = np.arange(count) % len(crops)
+    return normalize(torch.from_numpy(crops[rows]).to(device), view)
+
+
+def _autocast(device: str, precision: str) -> torch.autocast:
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device, dtype=kinds.get(precision, torch.bfloat16), enabled=precision in kinds)
+
+
+def _seconds(work: object, device: str) -> float:
+    assert callable(work)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

@@ -1,0 +1,58 @@
+"""What each strategy is expected to cost here: arithmetic on timed steps and the number of images."""
+
+from finetune.recipe.advice import expected_gain, partial_depth
+from finetune.recipe.facts import Facts
+from finetune.recipe.plan import Advice, Forecast
+
+START_SECONDS = 3.0
+"""Of loading Lightning and starting a fit."""
+EPOCH_SECONDS = 0.15
+"""Of writing the state after an epoch."""
+
+
+def predict_seconds(facts: Facts, *, trains: str, epochs: int) -> float | None:
+    """Seconds of a training and its evaluation, without the survey; None where nothing was timed.
+
+    Args:
+        facts: hold the timing of steps on this machine.
+        trains: a number of top stages, `norms`, or `0` for the probe, which the survey has solved already.
+        epochs: passes over the training images.
+    """
+    forward = facts.forward_images_per_second
+    speeds = {row.trains: row.images_per_second for row in facts.timing}
+    if not forward or (trains != "0" and trains not in speeds):
+        return None
+    num = {role: sum(facts.counts[role]) for role in facts.counts}
+    if trains == "0":
+        return 0.0
+    judged = (num["test"] + num["val"] + num["calibration"]) / forward
+    each = num["train"] / speeds[trains] + num["val"] / forward + EPOCH_SECONDS
+    return START_SECONDS + (epochs * each) + num["val"] / forward + judged
+
+
+def predict_memory(facts: Facts, *, trains: str) -> float | None:
+    """Megabytes that a training step needs beside the weights; None where nothing was timed."""
+    return next((row.memory_mb for row in facts.timing if row.trains == trains), 0.0 if trains == "0" else None)
+
+
+def with_forecasts(advice: Advice, facts: Facts, *, epochs: int) -> Advice:
+    """The advice with what each strategy is expected to give and to cost; as it is where nothing was timed."""
+    stages = len(facts.backbone.stages)
+    keys = {"probe": "0", "partial": str(partial_depth(stages)), "full": str(stages), "norms and biases": "norms"}
+    rows = []
+    for strategy, trains in keys.items():
+        seconds, memory = predict_seconds(facts, trains=trains, epochs=epochs), predict_memory(facts, trains=trains)
+        if seconds is not None and memory is not None:
+            gain, low, high = expected_gain(facts, strategy) or (0.0, 0.0, 0.0)
+            rows.append(
+                Forecast(
+                    strategy=strategy,
+                    gain=gain,
+                    gain_low=low,
+                    gain_high=high,
+                    seconds=seconds,
+                    memory_mb=memory,
+                    is_offered=trains != "norms",
+                )
+            )
+    return advice.model_copy(update={"forecasts": tuple(rows)})

@@ -1,0 +1,84 @@
+"""Timed steps leave no trace, cost more the more they train, and forecasts are their arithmetic."""
+
+import numpy as np
+import pytest
+import torch
+from test_planning import make_facts
+
+from finetune.features.timing import NORMS, time_training
+from finetune.models.backbones import load_backbone
+from finetune.models.classifier import Classifier
+from finetune.recipe.facts import TimingFacts
+from finetune.recipe.forecasts import EPOCH_SECONDS, START_SECONDS, predict_memory, predict_seconds
+from finetune.recipe.shelf import default_backbone, read_zoo
+
+CROPS = np.random.default_rng(0).integers(0, 255, (10, 32, 32, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone(default_backbone(), zoo=read_zoo()).eval()
+
+
+def timed(backbone, batch_size=16, depths=(2, 5)):
+    view = backbone.card.view(size_pixels=32)
+    return time_training(
+        backbone, CROPS, view, num_classes=3, depths=depths, batch_size=batch_size, device="cpu", precision="32"
+    )
+
+
+def test_timing_teaches_the_backbone_nothing(backbone):
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    wanted = [parameter.requires_grad for parameter in backbone.parameters()]
+    timed(backbone)
+    assert all(torch.equal(before[name], value) for name, value in backbone.state_dict().items())
+    assert [parameter.requires_grad for parameter in backbone.parameters()] == wanted
+    assert not backbone.training
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+def test_every_depth_and_the_norms_are_timed(backbone):
+    forward, rows = timed(backbone)
+    assert [row.trains for row in rows] == ["2", "5", NORMS]
+    assert all(0 < row.images_per_second < forward for row in rows)
+
+
+def test_more_trained_stages_keep_more(backbone):
+    _, (part, whole, norms) = timed(backbone)
+    assert part.memory_mb < whole.memory_mb
+    assert norms.memory_mb < whole.memory_mb  # the same activations at most, and hardly any optimizer state
+
+
+def test_memory_is_what_the_backward_pass_really_keeps(backbone):
+    """Against the allocator's own count of one step, in which gradients and two moments are made too."""
+    _, rows = timed(backbone, batch_size=64, depths=(5,))
+    classifier = Classifier(backbone, torch.nn.Linear(backbone.num_features, 3))
+    classifier.freeze(5)
+    images = torch.randn(64, 3, 32, 32).to(memory_format=torch.channels_last)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss = torch.nn.functional.cross_entropy(classifier(images), torch.arange(64) % 3)
+    held = sum(event.self_cpu_memory_usage for event in profile.key_averages())  # still allocated after the forward
+    own = 12 * sum(parameter.numel() for parameter in classifier.parameters() if parameter.requires_grad)
+    assert rows[0].memory_mb == pytest.approx((held + images.nbytes + own) / 1e6, rel=0.3)
+    del loss
+
+
+def forecast_facts():
+    timing = (
+        TimingFacts(trains="2", images_per_second=200, memory_mb=50),
+        TimingFacts(trains="5", images_per_second=100, memory_mb=90),
+    )
+    facts = make_facts(per_class=500, calibration=60, val=70)  # 1,500 train, 210 val, 60 calibration, 210 test
+    return facts.model_copy(update={"timing": timing, "forward_images_per_second": 300.0})
+
+
+def test_seconds_are_epochs_of_steps_and_looks_at_val():
+    facts = forecast_facts()
+    expected = START_SECONDS + 4 * (1500 / 100 + 210 / 300 + EPOCH_SECONDS) + 210 / 300 + (210 + 60 + 210) / 300
+    assert predict_seconds(facts, trains="5", epochs=4) == pytest.approx(expected)
+    assert predict_seconds(facts, trains="2", epochs=4) < expected
+    assert predict_seconds(facts, trains="0", epochs=4) == 0
+    assert predict_seconds(facts, trains="3", epochs=4) is None
+    assert predict_memory(facts, trains="5") == 90
+    assert predict_memory(facts, trains="0") == 0
+    assert predict_memory(facts, trains="3") is None
