@@ -17,12 +17,14 @@ from finetune.recipe.cards import View
 from finetune.recipe.facts import (
     BackboneFacts,
     ChiralityFacts,
+    DepthFacts,
     Facts,
     MachineFacts,
     Measure,
     NeighbourFacts,
     PerClass,
     ProbeFacts,
+    ProfileFacts,
     Proportion,
     SimilarityFacts,
 )
@@ -302,3 +304,21 @@ def test_a_batch_is_no_larger_than_the_data_and_the_rate_follows_the_real_one():
     assert plan.stages[0].lr_head == pytest.approx(3e-3)
     huge = ["train.strategy=full", "train.batch_size=100000", "train.optimizer.name=sgd"]
     assert make_plan(load_recipe(None, huge), make_facts(per_class=100_000)).stages[0].lr_head == 1.0
+
+
+def test_where_an_earlier_depth_leads_the_plan_proposes_the_cut():
+    share = Proportion(value=0.8, low=0.7, high=0.9, n=200)
+    depths = tuple(
+        DepthFacts(stage=stage, width=8, probe=share, ridge=share, neighbours=share)
+        for stage in ("stem", "layer1", "layer2", "layer3", "layer4")
+    )
+    made = []
+    for lead in (0.05, 0.01):
+        profile = ProfileFacts(depths=depths, num_images=300, judged="val", best=1, lead=lead, lead_error=0.02)
+        facts = make_facts().model_copy(update={"profile": profile})
+        made.append(make_plan(load_recipe(None, ["train.strategy=partial"]), facts))
+    (cut,) = [reason for reason in made[0].reasons if reason.key == "best depth"]
+    assert cut.value == "layer1"
+    assert "re-initialise or train hardest layer2, layer3, layer4" in cut.why
+    assert (made[0].stages[0].trainable_stages, made[1].stages[0].trainable_stages) == (3, 2)
+    assert all(reason.key != "best depth" for reason in made[1].reasons)

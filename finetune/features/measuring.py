@@ -51,7 +51,7 @@ from finetune.recipe.runs import write_whole
 from finetune.recipe.shelf import cache_folder
 from finetune.scores.intervals import paired_difference
 
-FORMAT = "2"
+FORMAT = "3"
 """Part of the key; raised when what is measured, or how, changes."""
 LEAST_VAL = 100
 """With fewer val images, penalties are chosen by cross-validation on the training images."""
@@ -116,7 +116,8 @@ def measure(material: Material, *, for_advice: bool, for_flips: bool) -> tuple[P
         return known
     probe, findings = _probe(material)
     if for_advice:
-        found = {"similarity": _similarity(material, findings), "profile": _profile(material), **_timing(material)}
+        profile = _profile(material)
+        found = {"similarity": _similarity(material, findings), "profile": profile, **_timing(material, profile)}
         findings = findings.model_copy(update=found)
     if for_flips:
         findings = findings.model_copy(update={"chirality": _chirality(material, probe)})
@@ -228,14 +229,14 @@ def _similarity(material: Material, findings: Findings) -> SimilarityFacts:
     )
 
 
-def _timing(material: Material) -> dict[str, Any]:
+def _timing(material: Material, profile: ProfileFacts) -> dict[str, Any]:
     rows, stages = material.rows("train", most=material.batch_size), len(material.backbone.stages)
     forward, timing = time_training(
         material.backbone,
         material.crops(rows),
         material.view,
         num_classes=len(material.classes),
-        depths=sorted({partial_depth(stages), stages}),
+        depths=sorted({partial_depth(stages, profile), stages}),
         batch_size=min(material.batch_size, len(material.rows("train"))),
         device=material.device,
         precision=material.precision,

@@ -8,7 +8,7 @@ conventions below are fitted to `zoo/results.csv` by `benchmarks/regret.py`, whi
 import math
 from collections.abc import Sequence
 
-from finetune.recipe.facts import Facts, Measure, Proportion
+from finetune.recipe.facts import Facts, Measure, ProfileFacts, Proportion
 from finetune.recipe.plan import Advice
 
 SMALL_PER_CLASS = 100
@@ -29,9 +29,14 @@ ORDER = ("probe", "partial", "full")
 """From cheap to dear."""
 
 
-def partial_depth(stages: int) -> int:
-    """Top stages that `partial` trains where the recipe does not say: a third, rounded up."""
-    return max(1, math.ceil(stages / 3))
+def partial_depth(stages: int, profile: ProfileFacts | None = None) -> int:
+    """Top stages that `partial` trains where the recipe does not say.
+
+    A third, rounded up; or all above the depth whose features lead the top by more than one standard error, if those
+    are more: they are the ones that do not fit.
+    """
+    above = 0 if profile is None or profile.earlier is None else stages - 1 - profile.earlier
+    return max(1, math.ceil(stages / 3), above)
 
 
 def similarity_of_shift(shifts: Sequence[Measure]) -> tuple[float, float, float]:

@@ -38,7 +38,12 @@ def predict_memory(facts: Facts, *, trains: str) -> float | None:
 def with_forecasts(advice: Advice, facts: Facts, *, epochs: int) -> Advice:
     """The advice with what each strategy is expected to give and to cost; as it is where nothing was timed."""
     stages = len(facts.backbone.stages)
-    keys = {"probe": "0", "partial": str(partial_depth(stages)), "full": str(stages), "norms and biases": "norms"}
+    keys = {
+        "probe": "0",
+        "partial": str(partial_depth(stages, facts.profile)),
+        "full": str(stages),
+        "norms and biases": "norms",
+    }
     rows = []
     for strategy, trains in keys.items():
         seconds, memory = predict_seconds(facts, trains=trains, epochs=epochs), predict_memory(facts, trains=trains)

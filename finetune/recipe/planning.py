@@ -4,7 +4,7 @@ from typing import Any
 
 from finetune.errors import RecipeError
 from finetune.recipe.advice import advise, partial_depth
-from finetune.recipe.facts import Facts
+from finetune.recipe.facts import Facts, ProfileFacts
 from finetune.recipe.forecasts import with_forecasts
 from finetune.recipe.plan import Plan, Reason, Stage
 from finetune.recipe.schema import Recipe
@@ -44,6 +44,8 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         return value
 
     _refuse_contradictions(recipe, facts)
+    if facts.profile is not None and facts.profile.earlier is not None:
+        reasons.append(_propose_cut(facts.profile))
     if facts.ranking is not None:
         reasons.append(Reason(key="backbone", value=facts.backbone.name, why=facts.ranking.why))
     strategy = decide("train.strategy", recipe.train.strategy, advice.strategy, f"{advice.why} [{advice.cell}]")
@@ -106,6 +108,18 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         }
     )
     return plan
+
+
+def _propose_cut(profile: ProfileFacts) -> Reason:
+    """What follows where an earlier depth tells the classes better than the top does."""
+    assert profile.earlier is not None
+    names = [depth.stage for depth in profile.depths]
+    lead, error = 100 * profile.lead, 100 * profile.lead_error
+    why = (
+        f"leads {names[-1]}, the top, by {lead:.1f} points (standard error {error:.1f}): "
+        f"cut there, and re-initialise or train hardest {', '.join(names[profile.earlier + 1 :])}"
+    )
+    return Reason(key="best depth", value=names[profile.earlier], why=why)
 
 
 def _inactive(recipe: Recipe) -> list[Reason]:
@@ -241,7 +255,7 @@ def _decide_hardware(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any
 def _decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, decide: Any) -> dict[str, Any]:
     wish, num_train = recipe.train, sum(facts.counts["train"])
     stages = len(facts.backbone.stages)
-    depth = partial_depth(stages) if strategy == "partial" else stages
+    depth = partial_depth(stages, facts.profile) if strategy == "partial" else stages
     chosen = {"strategy": strategy, "depth": wish.depth or depth, "batch_size": min(wish.batch_size, num_train)}
     defaults = {"epochs": 1, "schedule": "cosine", "patience": 1, "keep": "best", "batch_norm": "frozen"}
     rule = wish.optimizer.name or "adamw"
@@ -256,7 +270,12 @@ def _decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, deci
         return {**wish.model_dump(), **chosen, **given, "optimizer": optimizer}
     if strategy == "partial":
         decide(
-            "train.depth", wish.depth, depth, f"the top third of {stages} stages; the rest stays as it was pretrained"
+            "train.depth",
+            wish.depth,
+            depth,
+            f"the top third of {stages} stages"
+            + (" and all above the best depth" if depth > partial_depth(stages) else "")
+            + "; the rest stays as it was pretrained",
         )
     decide("train.optimizer.name", wish.optimizer.name, rule, "robust to the rate on small data")
     decide("train.optimizer.lr", wish.optimizer.lr, optimizer["lr"], f"for {rule} at {batch} images per step")
