@@ -58,7 +58,7 @@ def plan(recipe: Recipe, say: Say = say_on_stderr, *, pilot_seconds: float | Non
     if pilot_seconds is not None and (recipe.train.strategy is not None or not recipe.pretrained):
         raise RecipeError("a pilot chooses train.strategy, which the recipe names already; leave one of the two out.")
     recipe, ranking = _with_backbone(recipe, say)
-    seen = look(recipe, _progress(say))
+    seen = look(recipe, _progress(say), roles_seen=("train", "val"))  # a choice has no business with test images
     facts = seen.facts if pilot_seconds is None else run_pilot(recipe, seen, pilot_seconds, say)
     facts = facts.model_copy(update={"ranking": ranking})
     return facts, make_plan(recipe, facts)

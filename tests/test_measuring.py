@@ -41,6 +41,12 @@ def few(tmp_path):
     return draw_shapes(tmp_path / "few", per_class=10)
 
 
+@pytest.fixture
+def untimed(monkeypatch):
+    """No training steps are timed: seconds that these tests do not look at."""
+    monkeypatch.setattr(measuring, "time_training", lambda *args, **kwargs: (0.0, ()))
+
+
 def forbid(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("this was measured before")
@@ -67,6 +73,7 @@ def test_a_second_look_measures_nothing(few, monkeypatch):
         assert getattr(again.probe, name) == getattr(first.probe, name)
 
 
+@pytest.mark.usefixtures("untimed")
 def test_whatever_the_findings_depend_on_gives_findings_of_their_own(few, monkeypatch):
     facts_of(few, PROBE)
     assert len(stored()) == 1
@@ -132,6 +139,7 @@ def test_findings_that_cannot_be_understood_are_measured_again(few, metadata):
 
 
 @pytest.mark.parametrize(("surplus", "chosen_by"), [(0, "val"), (1, "cross-validation")])
+@pytest.mark.usefixtures("untimed")
 def test_where_val_is_small_cross_validation_chooses_and_judges(few, monkeypatch, surplus, chosen_by):
     num_val = 3 * 3  # a quarter of ten, rounded up, of each class
     monkeypatch.setattr(measuring, "LEAST_VAL", num_val + surplus)
@@ -155,6 +163,7 @@ def test_what_no_choice_needs_is_not_measured(few, monkeypatch):
 
 
 @pytest.mark.parametrize("most", [12, 1000], ids=["of samples", "of all"])
+@pytest.mark.usefixtures("untimed")
 def test_neither_names_nor_order_of_files_matter(tmp_path, monkeypatch, most):
     """Classes that cannot be told apart, so that any other sample or fold would be another number."""
     for name in ("PROFILE_IMAGES", "CONTROL_IMAGES", "SHIFT_IMAGES", "MIRROR_IMAGES", "RESPONSE_IMAGES"):

@@ -168,10 +168,12 @@ def test_the_sweep_finds_the_penalty_that_separate_exact_fits_find(n, d):
         l2: float(F.cross_entropy(fit_probe(features, labels, num_classes=4, l2=l2).logits(val_features), val_labels))
         for l2 in L2_GRID
     }
-    assert [row["l2"] for row in rows] == list(L2_GRID)
+    tried = [row["l2"] for row in rows]
+    assert tried == list(L2_GRID)[-len(tried) :]  # from the strongest, until two in a row were worse than the best
+    assert len(tried) == len(L2_GRID) or tried.index(probe.l2) == 2
     assert probe.l2 == min(exact, key=exact.__getitem__)
     assert [row["l2"] for row in rows if row["chosen"]] == [probe.l2]
-    for row in rows[3:]:
+    for row in rows[1:]:
         assert row["val_log_loss"] == pytest.approx(exact[row["l2"]], rel=0.02)
     chosen = next(row for row in rows if row["chosen"])
     assert chosen["val_log_loss"] == pytest.approx(exact[probe.l2], rel=1e-4)

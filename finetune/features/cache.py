@@ -77,13 +77,22 @@ class FeatureCache:
             self._touch(self._paths[shard])
         return torch.from_numpy(rows)
 
-    def facts(self, digest: str) -> ImageFacts:
-        """What decoding found out about the image."""
-        if digest in self._waiting:
-            return self._fresh[self._waiting[digest]][2]
-        shard, row = self._places([digest])[0]
-        width, height, kind, is_rotated = (int(value) for value in self._shards[shard]["facts"][row])
-        return ImageFacts(width=width, height=height, kind=KINDS[kind], is_rotated=bool(is_rotated))
+    def facts(self, digests: Sequence[str]) -> list[ImageFacts]:
+        """What decoding found out about each image.
+
+        Raises:
+            KeyError: if an image was never put.
+        """
+        self.flush()
+        places = self._places(digests)
+        rows = np.empty((len(places), 4), dtype=np.int32)
+        for shard in np.unique(places[:, 0]):
+            chosen = places[:, 0] == shard
+            rows[chosen] = self._shards[shard]["facts"][places[chosen, 1]]
+        return [
+            ImageFacts(width=width, height=height, kind=KINDS[kind], is_rotated=bool(is_rotated))
+            for width, height, kind, is_rotated in rows.tolist()
+        ]
 
     def put(self, digest: str, depths: Sequence[torch.Tensor], facts: ImageFacts) -> None:
         """Remember one image: its features (D,) at each stage from the stem, then the pooled top; `flush` writes it."""

@@ -86,11 +86,12 @@ def extract(
     if cache is not None:
         known = cache.known([digests[index] for index in indices])
         todo = [index for index, here in zip(indices, known, strict=True) if not here]
-        found.facts = {i: cache.facts(digests[i]) for i, here in zip(indices, known, strict=True) if here}
-        found.hits = len(found.facts)
+        done = [index for index, here in zip(indices, known, strict=True) if here]
+        found.facts = dict(zip(done, cache.facts([digests[index] for index in done]), strict=True))
+        found.hits = len(done)
     network: FrozenBackbone | None = None
     batch: list[tuple[int, np.ndarray]] = []
-    for done, (index, answer) in enumerate(_decode_ahead(items, todo, view), 1):
+    for count, (index, answer) in enumerate(_decode_ahead(items, todo, view), 1):
         if isinstance(answer, BadImage):
             found.bad[index] = str(answer)
         else:
@@ -99,14 +100,14 @@ def extract(
             if store is not None:
                 store.put(index, pixels)
             batch.append((index, center_crop(pixels, view.size_pixels)))
-        if batch and (len(batch) == BATCH or done == len(todo)):
+        if batch and (len(batch) == BATCH or count == len(todo)):
             if backbone is not None and cache is not None:
                 network = network or backbone()
                 rows = look_at(network, np.stack([crop for _, crop in batch]), view, device, precision)
                 for row, (position, _) in enumerate(batch):
                     cache.put(digests[position], [depth[row] for depth in rows], found.facts[position])
             batch = []
-            progress(done, len(todo))
+            progress(count, len(todo))
     if cache is not None:
         cache.flush()
     return found

@@ -51,11 +51,11 @@ from finetune.recipe.runs import write_whole
 from finetune.recipe.shelf import cache_folder
 from finetune.scores.intervals import paired_difference
 
-FORMAT = "3"
+FORMAT = "4"
 """Part of the key; raised when what is measured, or how, changes."""
 LEAST_VAL = 100
 """With fewer val images, penalties are chosen by cross-validation on the training images."""
-PROFILE_IMAGES, CONTROL_IMAGES, SHIFT_IMAGES, MIRROR_IMAGES, RESPONSE_IMAGES = 1500, 400, 256, 400, 2000
+PROFILE_IMAGES, CONTROL_IMAGES, SHIFT_IMAGES, MIRROR_IMAGES, RESPONSE_IMAGES = 1500, 300, 128, 300, 2000
 """Most training images (or of another role) that each measure looks at."""
 LOST_BY_MIRROR = 0.1
 """Share of val images that a probe may at most lose on their mirror images for a flip to be safe."""

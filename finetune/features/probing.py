@@ -27,6 +27,8 @@ SWEEP_PROGRESS, SWEEP_LOOK, SWEEP_STEPS = 1e-3, 5, 40
 """In a sweep, stop when the last 5 steps lowered the objective by less than this share, or after 40."""
 SHRUNK_IMAGES = 100.0
 """Images that the common variance of all features counts for beside those at hand: see `benchmarks/LOG.md`."""
+SWEEP_PATIENCE = 2
+"""Penalties in a row that may be worse than the best before the path ends."""
 MAX_STEPS = 3000
 MAX_TRIES, ROUNDING = 12, 1e-7
 """Lengths tried along one direction, and the share of the objective that float32 products get wrong."""
@@ -91,12 +93,14 @@ def sweep_probe(
 ) -> tuple[Probe, list[dict[str, Any]]]:
     """The probe whose penalty gives the smallest validation log loss, and one row per penalty tried.
 
-    From strong to weak penalty, each begun where the path so far points; of equals the stronger wins.
+    From strong to weak penalty, each begun where the path so far points; of equals the stronger wins. The path ends
+    where two penalties in a row were worse than the best before them: from there on the probe only fits more closely.
     Penalties are ranked by solutions to about three digits, and the chosen one is then solved exactly.
 
     Returns:
-        The probe, and rows in the order of `grid` with `l2`, `val_log_loss`, `val_top1`, `train_log_loss`,
-        `iterations`, `chosen`, and `at_edge` (chosen, and the least or greatest of several: widen the grid).
+        The probe, and rows of the penalties that were tried, in the order of `grid`, with `l2`, `val_log_loss`,
+        `val_top1`, `train_log_loss`, `iterations`, `chosen`, and `at_edge` (chosen, and the least or greatest of
+        several: widen the grid).
 
     Raises:
         ValueError: as `fit_probe`, or if the grid or the validation set is empty.
@@ -107,19 +111,22 @@ def sweep_probe(
     problem = _Problem(train_features, train_labels, num_classes)
     rows: dict[float, dict[str, Any]] = {}
     best: tuple[float, _Point] | None = None
+    worse = 0
     for l2, point in problem.path(grid):
         rows[l2] = _row(problem.leave(point, l2), point, val_features, val_labels)
         if best is None or rows[l2]["val_log_loss"] < rows[best[0]]["val_log_loss"]:
-            best = (l2, point)
+            best, worse = (l2, point), 0
+        elif (worse := worse + 1) == SWEEP_PATIENCE:
+            break
     assert best is not None
     chosen, point = best
-    edges = {min(rows), max(rows)} if len(rows) > 1 else set()
+    edges = {min(grid), max(grid)} if len(set(grid)) > 1 else set()
     for l2, row in rows.items():
         row |= {"chosen": l2 == chosen, "at_edge": l2 == chosen and l2 in edges}
     point = problem.solve(point.weights, chosen)
     probe = problem.leave(point, chosen)
     rows[chosen] |= _row(probe, point, val_features, val_labels)
-    return probe, [rows[l2] for l2 in grid]
+    return probe, [rows[l2] for l2 in grid if l2 in rows]
 
 
 def probe_path(

@@ -123,7 +123,7 @@ def measure_control(
 
     Its batch norms take their statistics from the images themselves, or activations would die out on the way up.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
         torch.manual_seed(seed)
         control = backbone.random_twin().to(device).to(memory_format=torch.channels_last)
     norms = [module for module in control.modules() if _has_statistics(module)]
@@ -164,6 +164,7 @@ def source_logits(backbone: Backbone, features: torch.Tensor) -> torch.Tensor:
     """What the source classifier makes of pooled features (N, D): (N, C)."""
     head = backbone.source_head
     assert head is not None
+    head = head.to(features.device)
     return torch.cat([head(rows) for rows in features.split(1024)])
 
 

@@ -6,7 +6,7 @@ gives the Facts alone.
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -17,7 +17,7 @@ import torch
 from finetune.data.decoding import BadImage
 from finetune.data.loading import ImageStore
 from finetune.data.normalization import measure_constants
-from finetune.data.sources import Item, open_source
+from finetune.data.sources import ROLES, Item, open_source
 from finetune.data.splits import Split, cut_split
 from finetune.errors import BackboneError, DataError, RecipeError
 from finetune.features.cache import FeatureCache
@@ -78,8 +78,15 @@ def survey(recipe: Recipe) -> Facts:
     return look(recipe).facts
 
 
-def look(recipe: Recipe, progress: Progress = lambda what, done, total: None) -> Look:
+def look(
+    recipe: Recipe, progress: Progress = lambda what, done, total: None, *, roles_seen: Sequence[str] = ROLES
+) -> Look:
     """Open the images, divide them, extract features, and measure.
+
+    Args:
+        recipe: which images, and which backbone looks at them.
+        progress: called with what is counted, how many are done, and of how many.
+        roles_seen: images of other roles are listed and divided, but not opened.
 
     Raises:
         DataError: if there is nothing to learn from, or a file is broken and `data.on_bad_image` is fail.
@@ -89,7 +96,7 @@ def look(recipe: Recipe, progress: Progress = lambda what, done, total: None) ->
     if recipe.data.root is None:
         raise RecipeError("no images are named. Give a folder: `finetune train FOLDER`, or set data.root.")
     began = time.perf_counter()
-    work = _Survey(recipe, progress)
+    work = _Survey(recipe, progress, roles_seen)
     roles, split, found = work.divide_and_extract()
     for role in ("train", "val"):
         if role not in roles:
@@ -141,8 +148,8 @@ def look(recipe: Recipe, progress: Progress = lambda what, done, total: None) ->
 class _Survey:
     """What a survey works with: images, backbone, view, and which files have turned out broken."""
 
-    def __init__(self, recipe: Recipe, progress: Progress) -> None:
-        self.recipe, self._progress = recipe, progress
+    def __init__(self, recipe: Recipe, progress: Progress, roles_seen: Sequence[str]) -> None:
+        self.recipe, self._progress, self._roles_seen = recipe, progress, roles_seen
         self.source = open_source(Path(str(recipe.data.root)).expanduser())
         torch.manual_seed(recipe.seed)  # random weights, where asked for, follow the seed
         name = recipe.backbone or default_backbone()
@@ -197,7 +204,9 @@ class _Survey:
             roles = ["bad"] * len(self.source.items)
             for index, role in zip(kept, split.roles, strict=True):
                 roles[index] = role
-            more = self._extract([i for i in kept if roles[i] != "unused" and i not in found.facts], looks=looks)
+            more = self._extract(
+                [i for i in kept if roles[i] in self._roles_seen and i not in found.facts], looks=looks
+            )
             found.facts.update(more.facts)
             found.hits, found.misses = found.hits + more.hits, found.misses + more.misses
             if not more.bad:
