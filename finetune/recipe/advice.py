@@ -6,7 +6,7 @@ conventions below are fitted to `zoo/results.csv` by `benchmarks/regret.py`, whi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from finetune.recipe.facts import Facts, Measure, ProfileFacts, Proportion
 from finetune.recipe.plan import Advice
@@ -15,14 +15,16 @@ SMALL_PER_CLASS = 100
 """Below this median number of training images per class there is little data: a convention, for the picture."""
 SIMILAR = 0.5
 """At and above this similarity the images count as similar to the source."""
-SHIFT_CENTER, SHIFT_POWER = 0.1, 2.0
+SHIFT_CENTER, SHIFT_POWER = 0.14, 4.0
 """The shift of the earliest batch norms' inputs at which similarity is 0.5, and how fast it falls there."""
-GAINS = {"partial": (-0.25, 0.22, 0.15), "full": (-0.35, 0.27, 0.25)}
+GAINS = {"partial": (-0.077, 0.132, 0.212), "full": (-0.077, 0.151, 0.291)}
 """Share of the probe's errors that a strategy mends: constant, per tenfold of training images, for being different."""
-GAIN_ERRORS = {"partial": 0.15, "full": 0.2}
-"""Standard deviation of that share around its prediction, on data sets that were not fitted."""
-WORTH = 0.005
-"""Accuracy that a dearer strategy must be expected to add."""
+GAIN_ERRORS = {"partial": 0.092, "full": 0.101}
+"""Standard deviation of that share around its prediction."""
+LEAST_GAIN = 0.01
+"""Accuracy that training must be expected to add to the probe, which costs nothing."""
+WORTH = 0.0025
+"""Accuracy that a dearer training must be expected to add to a cheaper one."""
 SOLVED = 0.985
 """A probe whose interval starts above this leaves nothing that val could show."""
 ORDER = ("probe", "partial", "full")
@@ -93,6 +95,20 @@ def mended_share(strategy: str, *, num_train: int, similarity: float) -> float:
     return max(-1.0, min(0.95, base + per_tenfold * math.log10(num_train) + different * (1 - similarity)))
 
 
+def choose(gains: Mapping[str, float]) -> str:
+    """The strategy to take, by the gain that is expected of each of `ORDER`."""
+    best = max(gains.values())
+    if best < LEAST_GAIN:
+        return "probe"
+    return next(name for name in ORDER[1:] if gains[name] >= best - WORTH)
+
+
+def _preference(gains: Mapping[str, float]) -> str:
+    if choose(gains) == ORDER[-1]:
+        return "full is the best"
+    return f"partial is cheaper than full, and comes within {100 * WORTH:g} of it"
+
+
 def advise(facts: Facts) -> Advice:
     """The strategy for these facts; facts without a probe (random weights) always mean `full`."""
     if facts.probe is None:
@@ -105,13 +121,13 @@ def advise(facts: Facts) -> Advice:
     is_small, is_similar = per_class < SMALL_PER_CLASS, similar >= SIMILAR
     cell = f"{'small' if is_small else 'large'}, {'similar' if is_similar else 'different'}"
     gains = {strategy: (expected_gain(facts, strategy) or (0.0,))[0] for strategy in ORDER}
-    best = max(gains.values())
-    strategy = next(name for name in ORDER if gains[name] >= best - WORTH)
+    strategy = choose(gains)
     runner_up = max((name for name in ORDER if name != strategy), key=gains.__getitem__)
     listed = ", ".join(f"{name} {100 * gains[name]:+.1f}" for name in ORDER[1:])
     why = (
         f"{sum(facts.counts['train']):,} training images, {per_class:g} per class; similarity {similar:.2f}; expected "
-        f"above the probe, in points: {listed}; {strategy} is the cheapest within {100 * WORTH:g} of the best"
+        f"above the probe, in points: {listed}; "
+        + (f"less than {100 * LEAST_GAIN:g} is not worth a training" if strategy == "probe" else _preference(gains))
     )
     if facts.pilot:
         strategy, runner_up, why = _judge_pilot(facts)
