@@ -22,6 +22,7 @@ from finetune.recipe.cards import View
 
 BATCH = 64
 """Images per forward pass."""
+_AT_ONCE = 256
 AHEAD = 4 * BATCH
 """Images that may be decoded but not yet looked at; bounds memory."""
 
@@ -46,8 +47,12 @@ def digest_images(items: Sequence[Item]) -> dict[int, str | BadImage]:
         except OSError as fault:
             return BadImage(fault.strerror or str(fault))
 
-    with ThreadPoolExecutor(num_cores()) as pool:
-        return dict(enumerate(pool.map(digest, items, chunksize=64)))
+    def digest_some(first: int) -> list[str | BadImage]:
+        return [digest(item) for item in items[first : first + _AT_ONCE]]
+
+    with ThreadPoolExecutor(num_cores()) as pool:  # in parts, for a thread's task costs as much as a small file
+        parts = pool.map(digest_some, range(0, len(items), _AT_ONCE))
+        return dict(enumerate(answer for part in parts for answer in part))
 
 
 def num_cores() -> int:
