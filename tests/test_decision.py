@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import yaml
 
+from finetune.recipe.advice import UNMEASURED
 from finetune.recipe.facts import ChiralityFacts, Facts, ProfileFacts
 from finetune.recipe.plan import Advice, Plan
 from finetune.recipe.schema import TrainSpec
@@ -587,6 +588,13 @@ def test_mirrored_classes_reach_the_terminal():
         {"share": share(0.5), "is_safe": False, "sided": [["left hand", "right hand"]]}
     )
     assert "left hand and right hand are each" in facts_text(make_real_facts(chirality=chirality))
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_no_grid_is_drawn_where_nothing_was_measured(pretrained):
+    advice = Advice.model_validate({**make_advice(), "cell": UNMEASURED})
+    known = {"reasons": (), "stages": (), "advice": advice, "pretrained": pretrained}
+    assert "Similarity, over" not in plan_text(Plan.model_construct(**known, train=TrainSpec(strategy="full")))
 
 
 @pytest.mark.parametrize("pretrained", [True, False])

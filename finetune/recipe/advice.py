@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from finetune.recipe.facts import Facts, Measure, ProfileFacts, Proportion
 from finetune.recipe.plan import Advice
 
+UNMEASURED = "not measured"
+"""The cell where the recipe names the strategy, so that nothing was measured to advise."""
 SMALL_PER_CLASS = 100
 """Below this median number of training images per class there is little data: a convention, for the picture."""
 SIMILAR = 0.5
@@ -116,7 +118,7 @@ def advise(facts: Facts) -> Advice:
         return _advice(facts, "random weights", "full", "full", why)
     if facts.similarity is None:
         why = "the recipe says so, and nothing was measured to advise otherwise"
-        return _advice(facts, "not measured", "full", "partial", why)
+        return _advice(facts, UNMEASURED, "full", "partial", why)
     per_class, similar = facts.images_per_class.median, facts.similarity.value
     is_small, is_similar = per_class < SMALL_PER_CLASS, similar >= SIMILAR
     cell = f"{'small' if is_small else 'large'}, {'similar' if is_similar else 'different'}"

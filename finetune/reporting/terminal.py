@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from finetune.recipe.advice import UNMEASURED
 from finetune.recipe.facts import Facts, ProfileFacts, Proportion
 from finetune.recipe.plan import Advice, Plan
 from finetune.reporting.decision import CELLS, forecast_rows
@@ -82,7 +83,8 @@ def plan_text(plan: Plan) -> str:
         )
     if not plan.stages:
         lines.append("  no stage: the probe is the model")
-    grid = grid_text(plan.advice) if plan.pretrained else ""  # random weights are similar to nothing
+    is_measured = plan.pretrained and plan.advice.cell != UNMEASURED
+    grid = grid_text(plan.advice) if is_measured else ""  # random weights are similar to nothing
     lines += [text for text in (grid, forecasts_text(plan.advice, chosen=plan.train.strategy or "")) if text]
     return "\n".join(lines)
 
