@@ -258,7 +258,7 @@ def test_a_size_that_a_candidate_does_not_take_is_a_reason(own_zoo, shapes, tmp_
         )
     }
     found = rank_backbones(recipe_for(shapes), cards)
-    assert "images of 160 px, not of 32 px" in found.unranked[0].reason
+    assert "does not take images of 32 px" in found.unranked[0].reason
 
 
 def test_broken_files_are_left_out_or_stop_the_ranking(own_zoo, tmp_path):

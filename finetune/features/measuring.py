@@ -139,11 +139,11 @@ def _recall(path: Path) -> tuple[Probe, Findings] | None:
         tensors = load_file(path)
         with safe_open(path, framework="pt") as handle:
             findings = Findings.model_validate_json(handle.metadata()["findings"])
+        l2, objective, norm, steps = tensors["solution"].tolist()
+        weight, bias = tensors["weight"], tensors["bias"]
     except (SafetensorError, ValidationError, KeyError, TypeError):  # of another version, or damaged: measure again
         return None
-    l2, objective, norm, steps = tensors["solution"].tolist()
-    probe = Probe(weight=tensors["weight"], bias=tensors["bias"], l2=l2, objective=objective, gradient_norm=norm,
-                  iterations=int(steps))  # fmt: skip
+    probe = Probe(weight=weight, bias=bias, l2=l2, objective=objective, gradient_norm=norm, iterations=int(steps))
     return probe, findings
 
 

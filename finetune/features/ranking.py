@@ -17,14 +17,22 @@ from finetune.data.decoding import BadImage, center_crop
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.normalization import measure_constants
 from finetune.data.sources import open_source
-from finetune.data.splits import cut_split, draw_sample
+from finetune.data.splits import draw_sample
 from finetune.errors import BackboneError, DataError, RecipeError
 from finetune.features.cache import FeatureCache
 from finetune.features.depths import NEIGHBOURS, cross_validate, neighbours_left_out, proportion
 from finetune.features.extraction import digest_images, extract
 from finetune.features.ordering import Seen, explain, measure_agreement, order_rows
 from finetune.features.similarity import measure_distances, measure_response, source_logits
-from finetune.features.survey import Progress, choose_view, measure_machine, whose_constants
+from finetune.features.survey import (
+    Progress,
+    choose_view,
+    divide,
+    fast_precision,
+    measure_machine,
+    refuse_size,
+    whose_constants,
+)
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.models.frozen import FrozenBackbone
 from finetune.recipe.cards import Card, View
@@ -131,28 +139,18 @@ class _Images:
         self.warnings: tuple[str, ...] = ()
         machine = measure_machine(recipe.hardware.devices)
         self.device = machine.device
-        fast = "bf16" if machine.has_bf16 else "fp16" if machine.has_fp16 else "32"
-        self.precision = fast if recipe.hardware.precision == "auto" else recipe.hardware.precision
+        wish = recipe.hardware.precision
+        self.precision = fast_precision(machine) if wish == "auto" else wish
 
     def draw(self, most: int) -> list[int]:
         """A sample of the training images, without those known to be broken."""
-        items, spec, limit = self.source.items, self.recipe.data.split, self.recipe.data.max_train_per_class
+        items = self.source.items
         if self.bad and self.recipe.data.on_bad_image == "fail":
             named = "; ".join(f"{items[index].name} ({why})" for index, why in sorted(self.bad.items())[:5])
             raise DataError(f"{len(self.bad)} images cannot be read: {named}. Mend them, or set data.on_bad_image.")
         self.found_bad = False
         kept = [index for index in range(len(items)) if index not in self.bad]
-        split = cut_split(
-            [self.labels[index] for index in kept],
-            [self.digests[index] for index in kept],
-            [items[index].role for index in kept],
-            self.source.classes,
-            val=spec.val,
-            calibration=spec.calibration,
-            test=spec.test,
-            seed=self.recipe.seed,
-            max_train_per_class=None if limit == "all" else limit,
-        )
+        split = divide(self.recipe, self.source, self.digests, kept)
         lost = f"{len(self.bad)} images cannot be read and were left out."
         self.warnings = (*split.warnings, *([lost] if self.bad else []))
         train = [index for index, role in zip(kept, split.roles, strict=True) if role == "train"]
@@ -194,7 +192,7 @@ def _look(
 ) -> Seen | None:
     """What one candidate came to; None where files turned out broken."""
     view = images.view(backbone.card, rows)
-    _refuse_size(backbone, view.size_pixels, images.device)
+    refuse_size(backbone, view.size_pixels, images.device)
     frozen = FrozenBackbone(backbone, size_pixels=view.size_pixels, device=images.device)
     cache = FeatureCache(backbone.digest, view.digest, images.precision)
     found = extract(
@@ -285,18 +283,6 @@ def time_images(frozen: FrozenBackbone, crops: np.ndarray, view: View, device: s
             frozen(batch)[-1].cpu()  # waits for the device
         seconds.append(time.perf_counter() - began)
     return 1000 * median(seconds[1:]) / len(crops)
-
-
-def _refuse_size(backbone: Backbone, size: int, device: str) -> None:
-    own = backbone.card.input_size[1]
-    if size == own:
-        return
-    try:
-        with torch.inference_mode():
-            backbone(torch.zeros(1, 3, size, size, device=device))
-    except (AssertionError, RuntimeError, ValueError) as fault:
-        said = (str(fault).splitlines() or [type(fault).__name__])[0]
-        raise BackboneError(f"it takes images of {own} px, not of {size} px ({said}).") from fault
 
 
 def _taken_for(

@@ -17,7 +17,7 @@ import torch
 from finetune.data.decoding import BadImage
 from finetune.data.loading import ImageStore
 from finetune.data.normalization import measure_constants
-from finetune.data.sources import ROLES, Item, open_source
+from finetune.data.sources import ROLES, Item, Source, open_source
 from finetune.data.splits import Split, cut_split
 from finetune.errors import BackboneError, DataError, RecipeError
 from finetune.features.cache import FeatureCache
@@ -157,31 +157,16 @@ class _Survey:
         self.backbone = load_backbone(name, zoo=read_zoo(), pretrained=recipe.pretrained).eval()
         self.backbone.to(self.machine.device).to(memory_format=torch.channels_last)
         self.view, self.overridden = choose_view(recipe, self.backbone.card)
-        self._refuse_size()
+        refuse_size(self.backbone, self.view.size_pixels, self.machine.device)
         self.cache: FeatureCache | None = None
         self._frozen: FrozenBackbone | None = None
         self.normalize, self.normalized_images = whose_constants(recipe), 0
         self.store = ImageStore(self.source.items, self.view, int(recipe.hardware.image_cache_gb * 1e9))
         wish = recipe.hardware.precision
-        self.precision = _fast_precision(self.machine) if wish == "auto" else wish
+        self.precision = fast_precision(self.machine) if wish == "auto" else wish
         digests = digest_images(self.source.items)
         self.digests = [answer if isinstance(answer, str) else "" for answer in digests.values()]
         self.bad = {index: str(answer) for index, answer in digests.items() if isinstance(answer, BadImage)}
-
-    def _refuse_size(self) -> None:
-        """Some networks take images of one size only; better said now than after the images are decoded."""
-        size, own = self.view.size_pixels, self.backbone.card.input_size[1]
-        if size == own:
-            return
-        try:
-            with torch.inference_mode():
-                self.backbone(torch.zeros(1, 3, size, size, device=self.machine.device))
-        except (AssertionError, RuntimeError, ValueError) as fault:
-            said = (str(fault).splitlines() or [type(fault).__name__])[0]
-            raise BackboneError(
-                f"{self.backbone.card.name} does not take images of {size} px ({said}). "
-                f"Set data.image_size to {own}, the size it was pretrained at, or leave it null."
-            ) from fault
 
     def divide_and_extract(self) -> tuple[tuple[str, ...], Split, Extraction]:
         """Roles, the split, and the features; constants are measured first where the recipe asks for them."""
@@ -200,7 +185,7 @@ class _Survey:
         found = Extraction()
         while True:
             kept = self._readable()
-            split = self._cut(kept)
+            split = divide(self.recipe, self.source, self.digests, kept)
             roles = ["bad"] * len(self.source.items)
             for index, role in zip(kept, split.roles, strict=True):
                 roles[index] = role
@@ -223,20 +208,6 @@ class _Survey:
             why = next(iter(bad.values()))
             raise DataError(f"none of the {len(bad)} images in {self.source.root} can be read: {why}.")
         return kept
-
-    def _cut(self, kept: list[int]) -> Split:
-        spec, limit = self.recipe.data.split, self.recipe.data.max_train_per_class
-        return cut_split(
-            [self.source.items[index].label for index in kept],
-            [self.digests[index] for index in kept],
-            [self.source.items[index].role for index in kept],
-            self.source.classes,
-            val=spec.val,
-            calibration=spec.calibration,
-            test=spec.test,
-            seed=self.recipe.seed,
-            max_train_per_class=None if limit == "all" else limit,
-        )
 
     def _freeze(self) -> FrozenBackbone:
         if self._frozen is None:
@@ -279,6 +250,42 @@ class _Survey:
             precision=self.precision,
             progress=lambda done, total: self._progress("images", done, total),
         )
+
+
+def divide(recipe: Recipe, source: Source, digests: Sequence[str], kept: Sequence[int]) -> Split:
+    """The split of the items `kept`, by the shares, the seed and the limit of the recipe."""
+    spec, limit = recipe.data.split, recipe.data.max_train_per_class
+    return cut_split(
+        [source.items[index].label for index in kept],
+        [digests[index] for index in kept],
+        [source.items[index].role for index in kept],
+        source.classes,
+        val=spec.val,
+        calibration=spec.calibration,
+        test=spec.test,
+        seed=recipe.seed,
+        max_train_per_class=None if limit == "all" else limit,
+    )
+
+
+def refuse_size(backbone: Backbone, size_pixels: int, device: str) -> None:
+    """Some networks take images of one size only; better said now than after the images are decoded.
+
+    Raises:
+        BackboneError: if this one does not take images of `size_pixels`.
+    """
+    own = backbone.card.input_size[1]
+    if size_pixels == own:
+        return
+    try:
+        with torch.inference_mode():
+            backbone(torch.zeros(1, 3, size_pixels, size_pixels, device=device))
+    except (AssertionError, RuntimeError, ValueError) as fault:
+        said = (str(fault).splitlines() or [type(fault).__name__])[0]
+        raise BackboneError(
+            f"{backbone.card.name} does not take images of {size_pixels} px ({said}). "
+            f"Set data.image_size to {own}, the size it was pretrained at, or leave it null."
+        ) from fault
 
 
 def choose_view(recipe: Recipe, card: Card) -> tuple[View, tuple[str, ...]]:
@@ -324,7 +331,8 @@ def measure_machine(wish: str) -> MachineFacts:
     )
 
 
-def _fast_precision(machine: MachineFacts) -> str:
+def fast_precision(machine: MachineFacts) -> str:
+    """The fastest arithmetic that a frozen backbone looks in well, here."""
     return "bf16" if machine.has_bf16 else "fp16" if machine.has_fp16 else "32"
 
 
