@@ -7,6 +7,7 @@ import torch
 from test_planning import make_facts
 
 import finetune as ft
+from finetune import piloting
 from finetune.errors import RecipeError
 from finetune.features.survey import look
 from finetune.piloting import run_pilot
@@ -42,6 +43,16 @@ def test_the_better_half_goes_on(piloted):
     assert set(first) == {"partial", "full"}
     assert first[second.strategy] == max(first.values())
     assert all(row.val.n == 12 and row.images <= 48 and row.epochs >= 1 for row in facts.pilot)
+
+
+@pytest.mark.parametrize("better", ["partial", "full"])
+def test_the_worse_half_is_left_behind(piloted, shapes, monkeypatch, better):
+    def trial(recipe, seen, strategy, seconds, number):
+        return row(strategy, 0.9 if strategy == better else 0.7, number)
+
+    monkeypatch.setattr(piloting, "_try", trial)
+    facts = run_pilot(ft.load_recipe(str(shapes), SMALL), piloted[0], 60.0, quiet)
+    assert [(one.strategy, one.round) for one in facts.pilot] == [("partial", 1), ("full", 1), (better, 2)]
 
 
 def test_a_pilot_keeps_to_its_seconds(piloted):
