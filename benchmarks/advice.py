@@ -31,7 +31,7 @@ PER_CLASS = (5, 20, 50, 400)
 SEEDS = (0, 1, 2)
 PIXELS, TEST_PER_CLASS, BUDGET, EPOCHS = 64, 250, 10_000, (3, 20)
 STRATEGIES = {
-    "partial": ["train.strategy=partial", "head.init=probe"],
+    "partial": ["train.strategy=partial", "head.init=probe", "train.optimizer.backbone_lr_ratio=1"],
     "full": ["train.strategy=full", "head.init=zero"],
     "probe_then_full": ["train.strategy=full", "head.init=probe"],
 }
