@@ -1,0 +1,400 @@
+"""What the units of a network do: how activations spread, which units never wake, which layers get no gradient.
+
+Activations are watched where they are called, as modules or as plain functions, so that a network that was written
+without a thought of being watched is seen as a whole.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+FLAT_BELOW = {"relu": 0.0, "relu6": 0.0, "hardswish": -3.0, "hardmish": -2.0}
+"""Pre-activation up to which output and gradient are exactly zero, by kind. A unit of any other kind cannot die."""
+TWO_SIDED = {"tanh": (-0.97, 0.97), "hardtanh": (-0.97, 0.97), "sigmoid": (0.03, 0.97), "hardsigmoid": (0.03, 0.97)}
+"""Outputs beyond which a function with two flat sides counts as saturated, by kind."""
+KINDS = frozenset(
+    {*FLAT_BELOW, *TWO_SIDED, "leakyrelu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "quickgelu", "silu", "mish",
+     "softplus", "softsign", "logsigmoid", "maxout"}
+)  # fmt: skip
+GRID = tuple(round(0.1 * i - 3.05, 2) for i in range(62))
+"""Edges of the histograms' 61 bins; zero is the middle of one. What lies outside counts in the outermost bins."""
+NEARLY_DEAD = 1e-3
+"""Share of samples that wake a unit, below which it is nearly dead."""
+COLLAPSE, EXPLOSION = 0.05, 20.0
+"""Standard deviation of the last layer's output over that of the first's."""
+MOST_SATURATED, MOST_DEAD, MOST_RISE = 0.5, 0.2, 0.1
+"""Shares of a layer beyond which it is worth a warning."""
+VANISHING = 1e-3
+"""Gradient over weight, as a share of the median layer's."""
+FAINT = 1e-5
+"""Gradient over weight of the lowest layer that trains, at a loss scaled to 1, below which it hardly moves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerUnits:
+    """What one call of an activation gave over all images."""
+
+    name: str
+    """Of the module, or of the module that called a function, then the function; `#2` is a second call."""
+    kind: str
+    num_units: int
+    num_samples: int
+    """Entries along the first axis: images, or windows where a network cuts images into them."""
+    mean: float
+    std: float
+    zero_share: float
+    """Sparsity: outputs that are exactly zero."""
+    saturated_share: float | None
+    """Outputs on one of two flat sides; None where the function has no two."""
+    same_sign_share: float
+    """Output vectors that do not hold both signs; all weight gradients of a unit that reads one share a sign."""
+    can_die: bool
+    is_silent: bool
+    """What came in was exactly zero, as in a branch that begins at zero; its units only wait."""
+    is_gate: bool
+    """A sigmoid on one value per map, as in squeeze-and-excitation; it may well be closed."""
+    dead: tuple[int, ...]
+    """Units that no position of any image woke: no gradient reaches their weights."""
+    nearly_dead: tuple[int, ...]
+    """Units that fewer than one image in a thousand woke."""
+    counts: tuple[int, ...]
+    """Outputs in each bin of `GRID`."""
+    is_finite: bool
+
+    @property
+    def centring(self) -> float:
+        """|mean| / std: 0 is centred, and what reads it steps straight."""
+        return abs(self.mean) / self.std if self.std else math.inf if self.mean else 0.0
+
+    @property
+    def dead_share(self) -> float:
+        """Dead units over all units."""
+        return len(self.dead) / self.num_units
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerGradients:
+    """What one backward pass gave to the module that owns some weights, biases among them."""
+
+    name: str
+    gradient_norm: float
+    """Of the loss divided by its value, so that networks and moments compare."""
+    weight_norm: float
+    zero_share: float
+    """Gradients that are exactly zero."""
+    is_frozen: bool
+    is_vanishing: bool
+
+    @property
+    def ratio(self) -> float:
+        """Norm of gradient over norm of weight."""
+        return self.gradient_norm / self.weight_norm if self.weight_norm else math.inf if self.gradient_norm else 0.0
+
+
+@torch.no_grad()
+def measure_units(
+    model: nn.Module, batches: Iterable[Any], *, device: str = "cpu", batch_statistics: bool = False
+) -> tuple[LayerUnits, ...]:
+    """Each activation of `model` in the order of its calls; in evaluation mode, which is put back with all else.
+
+    The per-layer statistics of Glorot & Bengio, AISTATS 2010, section 3,
+    https://proceedings.mlr.press/v9/glorot10a.html. A few images can only overcount the dead.
+
+    Args:
+        model: on `device`. Arithmetic that is written out (`x * (x > 0)`) and fused kernels are not seen.
+        batches: images (B, C, H, W) or any input, or tuples that begin with it.
+        device: where to send the input.
+        batch_statistics: normalise by each batch instead of by running statistics, which say nothing before
+            training; they stay as they are.
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    watch = _Watch()
+    modes = [(module, module.training) for module in model.modules()]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and batch_statistics]
+    running = [(norm.running_mean, norm.running_var) for norm in norms]
+    num_batches = 0
+    try:
+        watch.attach(model)
+        for module, _ in modes:
+            module.training = False
+        for norm in norms:
+            norm.running_mean = norm.running_var = None  # torch then takes those of the batch, and keeps none
+        for batch in batches:
+            images = (batch if isinstance(batch, torch.Tensor) else batch[0]).to(device)
+            with watch:
+                model(images)
+            num_batches += 1
+    finally:
+        for handle in watch.handles:
+            handle.remove()
+        for module, was_training in modes:
+            module.training = was_training
+        for norm, (mean, variance) in zip(norms, running, strict=True):
+            norm.running_mean, norm.running_var = mean, variance
+    if not num_batches:
+        raise ValueError("batches is empty; give at least one batch of images.")
+    return tuple(tally.result(name) for name, tally in watch.tallies.items())
+
+
+def measure_gradients(model: nn.Module, loss: torch.Tensor) -> tuple[LayerGradients, ...]:
+    """Gradient over weight of each module that owns weights; every `.grad` stays as it is, the graph is used up.
+
+    A layer vanishes if its ratio is below a thousandth of the median layer's. A gradient that is exactly zero in a
+    network with weights of zero (a fresh head, the last scale of a residual branch) is as it must be.
+
+    Args:
+        model: in the mode in which it made `loss`.
+        loss: a scalar that depends on the weights.
+
+    Raises:
+        ValueError: if `loss` has no graph.
+    """
+    if not loss.requires_grad:
+        raise ValueError("loss has no graph: make it outside of no_grad, with at least one weight that trains.")
+    owned = {name or type(model).__name__: list(m.parameters(recurse=False)) for name, m in model.named_modules()}
+    owned = {name: own for name, own in owned.items() if own}
+    trained = [p for own in owned.values() for p in own if p.requires_grad]
+    found = dict(zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
+    scale, rows = abs(float(loss.detach())) or 1.0, []
+    is_excused = any("bias" not in name.rpartition(".")[2] and not p.any() for name, p in model.named_parameters())
+    for name, own in owned.items():
+        gradients = [torch.zeros_like(p) if found[p] is None else found[p] for p in own if p.requires_grad]
+        zeros, total = sum(int((g == 0).sum()) for g in gradients), sum(g.numel() for g in gradients)
+        rows.append(
+            LayerGradients(
+                name=name, gradient_norm=_norm(gradients) / scale, weight_norm=_norm(own),
+                zero_share=zeros / total if total else 0.0, is_frozen=not gradients, is_vanishing=False,
+            )
+        )  # fmt: skip
+    judged = [row for row in rows if not row.is_frozen and not (is_excused and row.zero_share == 1)]
+    limit = VANISHING * median([row.ratio for row in judged if math.isfinite(row.ratio)] or [0.0])
+    fading = {row.name for row in judged if row.ratio < limit or row.zero_share == 1}
+    return tuple(replace(row, is_vanishing=row.name in fading) for row in rows)
+
+
+def judge_units(
+    layers: Sequence[LayerUnits], *, before: Sequence[LayerUnits] = (), gradients: Sequence[LayerGradients] = ()
+) -> tuple[str, ...]:
+    """What is wrong, in sentences, each with its first layer, its numbers and what to do; empty if nothing is.
+
+    Args:
+        layers: as measured now.
+        before, gradients: of the same network earlier, for what has risen since; and of its gradients.
+    """
+    if not layers:
+        return ("no activation was seen: the network has none, or writes them out as plain arithmetic.",)
+    forward = (_judge_spread(layers), _judge_saturation(layers), *_judge_deaths(layers, before))
+    return tuple(verdict for verdict in (*forward, _judge_gradients(gradients)) if verdict)
+
+
+def _judge_spread(layers: Sequence[LayerUnits]) -> str:
+    for layer in layers:
+        if not layer.is_finite:
+            return f"{layer.name} gives values that are not finite: the signal explodes. Use smaller initial weights."
+    first, last, index = layers[0], layers[-1], len(layers)
+    while index and not COLLAPSE * first.std <= layers[index - 1].std <= EXPLOSION * first.std:
+        index -= 1  # back to where it was lost for good; a gate in between may dip for itself
+    if index == len(layers) and first.std:
+        return ""
+    what, use = ("explodes", "smaller") if last.std > first.std else ("collapses", "larger")
+    return (
+        f"the signal {what}: its std goes from {first.std:.3g} in {first.name} to {last.std:.3g} in {last.name}, lost "
+        f"at {layers[index % len(layers)].name} (ratios from {COLLAPSE:g} to {EXPLOSION:g} are sound). Use "
+        f"{use} initial weights: kaiming for ReLU, xavier for tanh."
+    )
+
+
+def _judge_saturation(layers: Sequence[LayerUnits]) -> str:
+    shares = {x.name: x.saturated_share for x in layers if x.saturated_share and not x.is_gate}
+    if not (bad := [name for name, share in shares.items() if share > MOST_SATURATED]):
+        return ""
+    return (
+        f"{len(bad)} of {len(layers)} layers are saturated, {bad[0]} the first: up to {max(shares.values()):.0%} of "
+        "outputs lie where the function passes no gradient. Use smaller initial weights, a lower rate or ReLU."
+    )
+
+
+def _judge_deaths(layers: Sequence[LayerUnits], before: Sequence[LayerUnits]) -> list[str]:
+    earlier = {layer.name: layer.dead_share for layer in before}
+    rise = {x.name: x.dead_share - earlier.get(x.name, 1.0) for x in layers if x.is_finite and not x.is_silent}
+    risen = [layer for layer in layers if rise.get(layer.name, 0.0) > MOST_RISE]
+    bad = [x for x in layers if x.name in rise and x.dead_share > MOST_DEAD and x not in risen]
+    causes = "Causes, the likeliest first: learning rate too high, bad initialisation."
+    verdicts = []
+    if risen:
+        worst = max(risen, key=lambda layer: rise[layer.name])
+        verdicts.append(
+            f"units died since the last look in {len(risen)} layers, most in {worst.name}: {earlier[worst.name]:.0%} "
+            f"of its {worst.num_units} were dead, now {worst.dead_share:.0%} are. {causes}"
+        )
+    if bad:
+        worst = max(bad, key=lambda layer: layer.dead_share)
+        cause = "They were before: bad initialisation, not the rate." if worst.name in earlier else causes
+        verdicts.append(
+            f"many units are dead in {len(bad)} layers, most in {worst.name}: {len(worst.dead)} of {worst.num_units} "
+            f"never wake on {worst.num_samples} samples. {cause}"
+        )
+    return verdicts
+
+
+def _judge_gradients(gradients: Sequence[LayerGradients]) -> str:
+    trained = [row for row in gradients if not row.is_frozen]
+    broken = next((row for row in trained if not math.isfinite(row.gradient_norm)), None)
+    if broken is not None:
+        return f"the gradient of {broken.name} is not finite. Lower the learning rate, or look at the images."
+    if fading := [row for row in trained if row.is_vanishing]:
+        return (
+            f"gradients vanish in {len(fading)} of {len(trained)} layers, {fading[0].name} the first: "
+            f"{fading[0].ratio:.2g} of its weights, below {VANISHING:g} of the median layer. They will hardly move."
+        )
+    if trained and 0 < trained[0].ratio < FAINT:
+        return (
+            f"gradients fade before {trained[0].name}, the lowest layer that trains: {trained[0].ratio:.2g} of its "
+            f"weights, below {FAINT:g}. The initial weights are too small, or units are saturated or dead."
+        )
+    return ""
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.detach().double().square().sum()) for tensor in tensors))
+
+
+def _kind(name: str) -> str | None:
+    """The kind behind the name of a class or function, of torch's or timm's; None if it is no activation."""
+    plain = name.lower().replace("_", "").removesuffix("me")  # timm's memory-efficient ones end so
+    plain = {"swish": "silu", "gelutanh": "gelu"}.get(plain, plain)
+    return plain if plain in KINDS else None
+
+
+class _Watch(TorchFunctionMode):
+    """Tallies every activation that runs inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tallies: dict[str, _Tally] = {}
+        self.handles: list[RemovableHandle] = []
+        self._calls: Counter[str] = Counter()
+        self._running: list[str] = []
+        self._open: list[_Tally | None] = []
+        self._linear_width = 0
+
+    def __enter__(self) -> "_Watch":
+        self._calls.clear()  # calls are counted anew in each forward pass
+        return super().__enter__()
+
+    def attach(self, model: nn.Module) -> None:
+        """Hook every module of `model`."""
+        for name, module in model.named_modules():
+            enter, leave = self._hooks(name, _kind(type(module).__name__))
+            self.handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind, values = None if self._open else _kind(getattr(func, "__name__", "")), kwargs or {}
+        if kind is None:
+            return func(*args, **values)
+        owner = self._running[-1] if self._running else ""
+        tally = self._enter(f"{owner}.{kind}".lstrip("."), kind, args[0] if args else values.get("input"))
+        output = func(*args, **values)
+        self._leave(tally, output)
+        return output
+
+    def _hooks(self, name: str, kind: str | None) -> tuple[Callable[..., None], Callable[..., None]]:
+        def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self._running.append(name)
+            if kind is not None:
+                is_inner = bool(self._open)  # an activation made of activations is one
+                self._open.append(None if is_inner else self._enter(name or kind, kind, inputs[0] if inputs else None))
+
+        def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            self._running.pop()
+            if kind is not None:
+                self._leave(self._open.pop(), output)
+            elif isinstance(module, nn.Linear):
+                self._linear_width = module.out_features
+            elif isinstance(module, _ConvNd):
+                self._linear_width = 0
+
+        return enter, leave
+
+    def _enter(self, name: str, kind: str, tensor: Any) -> "_Tally | None":
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim < 2:  # the tanh of a lone weight, not of units
+            return None
+        self._calls[name] += 1
+        name = name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
+        tally = self.tallies.setdefault(name, _Tally(kind))
+        tally.wake(self._by_unit(tensor))  # at once, for what comes may work in place
+        return tally
+
+    def _leave(self, tally: "_Tally | None", output: Any) -> None:
+        if tally is not None:
+            tally.add(self._by_unit(output), is_gate=output.ndim == 4 and output.shape[2:].numel() == 1)
+
+    def _by_unit(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, U, positions). After a linear map, or half of one, units come last; after a convolution second."""
+        is_last = tensor.shape[-1] in (self._linear_width, self._linear_width // 2)
+        return tensor.detach().movedim(-1 if is_last else 1, 1).flatten(2) if tensor.ndim > 2 else tensor[:, :, None]
+
+
+class _Tally:
+    """Running sums of one call."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.is_finite, self.is_silent, self.is_gate = kind, True, True, False
+        self.woken = torch.zeros(0, dtype=torch.long)
+        self.num_units = self.num_samples = self.num_vectors = self.num_values = 0
+        self.mean = self.squares = 0.0
+        self.zeros = self.saturated = self.same_sign = 0
+        self.counts = torch.zeros(len(GRID) - 1, dtype=torch.long)
+
+    def wake(self, x: torch.Tensor) -> None:
+        """Count what goes in, (B, U, P)."""
+        self.num_samples += len(x)
+        self.is_silent = self.is_silent and not bool(x.any())
+        if self.kind in FLAT_BELOW:
+            woken = (x > FLAT_BELOW[self.kind]).any(2).sum(0).cpu()
+            self.woken = self.woken + woken if len(self.woken) else woken
+
+    def add(self, y: torch.Tensor, *, is_gate: bool) -> None:
+        """Count what comes out, (B, U, P)."""
+        y = y.float()
+        self.num_units, self.is_gate = y.shape[1], is_gate and self.kind in TWO_SIDED
+        self.is_finite = self.is_finite and bool(y.isfinite().all())
+        variance, mean = (float(value) for value in torch.var_mean(y, correction=0))
+        total, shift = self.num_values + y.numel(), mean - self.mean  # merged as by Chan et al., without cancellation
+        self.squares += variance * y.numel() + shift**2 * self.num_values * y.numel() / total
+        self.mean += shift * y.numel() / total
+        self.num_values = total
+        self.zeros += int((y == 0).sum())
+        self.num_vectors += y.shape[0] * y.shape[2]
+        self.same_sign += int(((y >= 0).all(1) | (y <= 0).all(1)).sum())
+        if self.kind in TWO_SIDED:
+            low, high = TWO_SIDED[self.kind]
+            self.saturated += int(((y < low) | (y > high)).sum())
+        bins = (y[y.isfinite()].clamp(-3, 3) * 10).round().long() + 30  # histc has no deterministic form on a GPU
+        self.counts += torch.bincount(bins, minlength=len(self.counts)).cpu()
+
+    def result(self, name: str) -> LayerUnits:
+        """Everything counted so far."""
+        awake = self.woken.tolist()
+        return LayerUnits(
+            name=name, kind=self.kind, num_units=self.num_units, num_samples=self.num_samples, mean=self.mean,
+            std=math.sqrt(self.squares / self.num_values), zero_share=self.zeros / self.num_values,
+            saturated_share=self.saturated / self.num_values if self.kind in TWO_SIDED else None,
+            same_sign_share=self.same_sign / self.num_vectors, can_die=self.kind in FLAT_BELOW,
+            is_silent=self.is_silent, is_gate=self.is_gate,
+            dead=tuple(unit for unit, times in enumerate(awake) if not times),
+            nearly_dead=tuple(u for u, times in enumerate(awake) if 0 < times < NEARLY_DEAD * self.num_samples),
+            counts=tuple(self.counts.tolist()), is_finite=self.is_finite,
+        )  # fmt: skip
