@@ -144,6 +144,27 @@ def summary(cells: list[Cell]) -> Iterable[str]:
     yield summarize("the best of each cell", cells, lambda cell: max(STRATEGIES, key=cell.top1.__getitem__))
 
 
+def frontier(cells: list[Cell]) -> Iterable[str]:
+    """The least regret that hindsight could have at each cost: one strategy per set and size, the best for a price."""
+    groups: defaultdict[tuple, list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.key[:3]].append(cell)
+    whole = sum(cell.cpu["full"] for cell in cells)
+    yield "| cost, of always full | mean regret with hindsight |"
+    yield "|---|---|"
+    known = set()
+    for price in (0.0, 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3, 4e-3, 5e-3, 7e-3, 1e-2, 2e-2):  # accuracy per second
+        chosen = {}
+        for key, own in groups.items():
+            value = {name: sum(cell.top1[name] - price * cell.cpu[name] for cell in own) for name in STRATEGIES}
+            chosen[key] = max(STRATEGIES, key=value.__getitem__)
+        cost = sum(cell.cpu[chosen[cell.key[:3]]] for cell in cells) / whole
+        regret = statistics.mean(regrets(cells, lambda cell, chosen=chosen: chosen[cell.key[:3]]))
+        if round(cost, 2) not in known:
+            known.add(round(cost, 2))
+            yield f"| {cost:.2f} | {regret:.2f} |"
+
+
 def by_cell(cells: list[Cell]) -> Iterable[str]:
     yield "| set | backbone | per class | similarity | probe | partial | full | probe, then full | chosen | regret |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
@@ -182,7 +203,7 @@ def main() -> None:
     print(f"{len(cells)} cells; fit: center {rule.center:.3f}, power {rule.power:g}")
     for name in RUNS:
         print(f"  {name}: {tuple(round(value, 3) for value in rule.gains[name])}, error {rule.errors[name]:.3f}")
-    lines = [*summary(cells), "", *by_cell(cells)]
+    lines = [*summary(cells), "", *frontier(cells), "", *by_cell(cells)]
     print("\n".join(lines))
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / "advice.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -91,10 +91,19 @@ def plan(
     pilot: Annotated[
         float | None, typer.Option(help="Seconds for short trainings of the closest candidates, which then decide.")
     ] = None,
+    part: Annotated[
+        str | None, typer.Option(help="Such as 2/8: only look at that part of the images, for a later plan or train.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure and decide, but do nothing: Facts, and the Plan with its reasons."""
     recipe = _recipe(wish)
+    if part is not None:
+        from finetune.pipeline import extract
+
+        seen = extract(recipe, part)
+        _finish(seen, as_json, f"part {part}: {seen['misses']:,} images looked at, {seen['hits']:,} known before")
+        return
     from finetune.pipeline import plan as decide
     from finetune.reporting.terminal import facts_text, plan_text
 
@@ -189,9 +198,23 @@ def recipes_list(as_json: Json = False) -> None:
 
 
 @recipes_app.command("show")
-def recipes_show(name: str, as_json: Json = False) -> None:
-    """A shipped recipe as it is written."""
+def recipes_show(
+    name: str,
+    images: Annotated[
+        Path | None, typer.Option(help="A folder: draw what training by this recipe will see of its images instead.")
+    ] = None,
+    sheet: Annotated[Path, typer.Option(help="The picture to write.")] = Path("training-views.png"),
+    as_json: Json = False,
+) -> None:
+    """A shipped recipe as it is written, or a picture of what training by it sees."""
     path = _shipped(name)
+    if images is not None:
+        from finetune.pipeline import show_images
+        from finetune.recipe.reading import load_recipe
+
+        drawn = show_images(load_recipe(path, [f"data.root={images}"]), sheet)
+        _finish({"sheet": str(drawn)}, as_json, str(drawn))
+        return
     text = path.read_text(encoding="utf-8")
     _finish({"name": name, "text": text}, as_json, text.rstrip())
 

@@ -77,11 +77,12 @@ def _try(recipe: Recipe, seen: Look, strategy: str, seconds: float, number: int)
     plan = make_plan(recipe.model_copy(update={"train": wish}), seen.facts)
     probe = {} if seen.probe is None else {"weight": seen.probe.weight.float(), "bias": seen.probe.bias.float()}
     began = time.perf_counter()
-    classifier = make_classifier(plan, copy.deepcopy(seen.backbone), probe)
+    classifier = make_classifier(plan, copy.deepcopy(seen.backbone), probe, seen.facts.counts["train"])
     train, val = make_batches(plan, seen, most_images=images)
     with tempfile.TemporaryDirectory() as folder:
         curves = Curves(Path(folder) / "curves.csv")
-        fit(plan, 0, classifier, train, val, Path(folder), curves, say=lambda text: None, notify=lambda: None)
+        here = Path(folder)
+        fit(plan, 0, classifier, train, val, here, curves, members=here, say=lambda text: None, notify=lambda: None)
         found = [row for row in curves.rows() if row["name"] == "val/top1" and int(row["epoch"]) >= 0]
     num_val = len(val.indices)
     share = wilson(round(float(found[-1]["value"]) * num_val), num_val)

@@ -8,7 +8,9 @@ Each arrow leaves its result in the run folder, and is skipped where the result 
 `resume` is the same walk again. Nothing right of the plan reads the recipe.
 """
 
+import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +26,7 @@ from finetune.data.sources import open_source, read_bytes
 from finetune.errors import DataError, FinetuneError, RecipeError, RunError
 from finetune.evaluation.evaluation import evaluate_run
 from finetune.features.ranking import choose_backbone
-from finetune.features.survey import Look, look
+from finetune.features.survey import Look, look, survey_part
 from finetune.machine import describe_environment, tune_process
 from finetune.models.classifier import Classifier
 from finetune.piloting import run_pilot
@@ -35,10 +38,13 @@ from finetune.recipe.runs import RunFolder, runs_folder, write_whole
 from finetune.recipe.schema import Recipe
 from finetune.reporting.report import write_report
 from finetune.reporting.terminal import facts_text, plan_text, scores_text
+from finetune.training.optimization import check_optimizer
 from finetune.training.tracking import Tracker, Unsent, default_uri, send_remaining
 from finetune.training.watching import Curves, rewind
 
 Say = Callable[[str], None]
+Vary = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+"""A user's own change of training images."""
 
 
 def say_on_stderr(text: str) -> None:
@@ -57,6 +63,7 @@ def plan(recipe: Recipe, say: Say = say_on_stderr, *, pilot_seconds: float | Non
     tune_process()
     if pilot_seconds is not None and (recipe.train.strategy is not None or not recipe.pretrained):
         raise RecipeError("a pilot chooses train.strategy, which the recipe names already; leave one of the two out.")
+    check_optimizer(recipe.train.optimizer)
     recipe, ranking = _with_backbone(recipe, say)
     seen = look(recipe, _progress(say), roles_seen=("train", "val"))  # a choice has no business with test images
     facts = seen.facts if pilot_seconds is None else run_pilot(recipe, seen, pilot_seconds, say)
@@ -64,12 +71,41 @@ def plan(recipe: Recipe, say: Say = say_on_stderr, *, pilot_seconds: float | Non
     return facts, make_plan(recipe, facts)
 
 
-def train(recipe: Recipe, *, runs: Path | None = None, say: Say = say_on_stderr) -> RunFolder:
+def show_images(recipe: Recipe, path: Path, say: Say = say_on_stderr) -> Path:
+    """Write a picture of what training by `recipe` will see of its images; `path`, a PNG file."""
+    from finetune.training.starting import draw_training_views
+
+    tune_process()
+    recipe, _ = _with_backbone(recipe, say)
+    seen = look(recipe, _progress(say), roles_seen=("train", "val"))
+    draw_training_views(make_plan(recipe, seen.facts), seen, path)
+    return path
+
+
+def extract(recipe: Recipe, part: str, say: Say = say_on_stderr) -> dict[str, Any]:
+    """Look at one part of the images, such as `2/8`, and keep their features for whoever plans or trains later.
+
+    Raises:
+        RecipeError: if `part` is no such pair, or no backbone is named.
+    """
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+    if not found or int(found[1]) > int(found[2]):
+        raise RecipeError(f"part is {part!r}; give which one of how many, such as 2/8.")
+    if recipe.backbone is None:
+        raise RecipeError("a part of the images is looked at by one backbone; name it, backbone=NAME.")
+    tune_process()
+    seen = survey_part(recipe, int(found[1]), int(found[2]), _progress(say))
+    return {"hits": seen.hits, "misses": seen.misses, "bad": len(seen.bad)}
+
+
+def train(recipe: Recipe, *, runs: Path | None = None, vary: Vary | None = None, say: Say = say_on_stderr) -> RunFolder:
     """A new run of `recipe`, from images to a report; its folder.
 
     Args:
         recipe: what to do; what it leaves open is decided from what is measured.
         runs: where the run folder is made; None: FINETUNE_RUNS, or `runs` here.
+        vary: your own change of training images: an image (H, W, 3) uint8 and a numpy generator to an image of the
+            same shape, the label left true. Resuming needs it again.
         say: gets every line for people; `log.txt` gets them too.
     """
     if recipe.data.root is None:
@@ -79,15 +115,18 @@ def train(recipe: Recipe, *, runs: Path | None = None, say: Say = say_on_stderr)
         raise DataError(f"data.root: {root} does not exist.")
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})
     tune_process()
+    check_optimizer(recipe.train.optimizer)
     recipe, ranking = _with_backbone(recipe, say)
     name = recipe.name or root.name
     run = RunFolder.create(runs or runs_folder(), name=name, backbone=str(recipe.backbone).replace("/", "_"))
     run.write_text("recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    return _walk(run, recipe, say, ranking)
+    return _walk(run, recipe, say, ranking, vary)
 
 
-def resume(path: str | Path, *, say: Say = say_on_stderr) -> RunFolder:
+def resume(path: str | Path, *, vary: Vary | None = None, say: Say = say_on_stderr) -> RunFolder:
     """Go on with a run that was stopped, wherever it was; the result is that of an undisturbed run.
+
+    `vary` is the function that the run was begun with, if it was.
 
     Raises:
         RunError: if `path` is no run, another process works on it, or images or weights have changed.
@@ -95,7 +134,7 @@ def resume(path: str | Path, *, say: Say = say_on_stderr) -> RunFolder:
     run = RunFolder(Path(path))
     if not run.file("recipe.yaml").exists():
         raise RunError(f"{path} holds no recipe.yaml, so it is no run. `finetune train` makes one.")
-    return _walk(run, load_recipe(run.file("recipe.yaml")), say)
+    return _walk(run, load_recipe(run.file("recipe.yaml")), say, vary=vary)
 
 
 def evaluate(path: str | Path, *, views: str | None = None, say: Say = say_on_stderr) -> dict[str, Any]:
@@ -142,20 +181,22 @@ def _with_backbone(recipe: Recipe, say: Say) -> tuple[Recipe, Ranking | None]:
     return recipe.model_copy(update={"backbone": name}), ranking
 
 
-def _walk(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None = None) -> RunFolder:
+def _walk(
+    run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None = None, vary: Vary | None = None
+) -> RunFolder:
     tune_process()
     with run.lock():
         voice = _logged(run, say)
         voice(f"run folder: {run.path}")
         try:
-            _steps(run, recipe, voice, ranking)
+            _steps(run, recipe, voice, ranking, vary)
         except KeyboardInterrupt:
             voice(f"stopped. `finetune resume {run.path}` goes on from here.")
             raise
     return run
 
 
-def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None) -> None:
+def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, vary: Vary | None) -> None:
     clock = _Clock(run)
     seen = look(recipe, _progress(say))
     clock.lap("survey")
@@ -163,15 +204,16 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None) ->
         _refuse_changes(run.plan, seen.facts)
         if run.plan.hardware.devices == "cuda" and seen.facts.machine.device != "cuda":
             raise RunError("the plan is made for a GPU, and torch sees none here. Resume the run where there is one.")
+        _refuse_other_view(run, vary)
     else:
-        _decide(run, recipe, replace(seen, facts=seen.facts.model_copy(update={"ranking": ranking})), say)
+        _decide(run, recipe, replace(seen, facts=seen.facts.model_copy(update={"ranking": ranking})), vary, say)
     plan = run.plan
     curves = Curves(run.file("curves.csv"))
     for index, stage in enumerate(plan.stages):
         rewind(curves, f"{index + 1}-{stage.name}", run.stage_folder(index))
     tracker = _start_tracker(run, plan, say)
     try:
-        classifier = _train_stages(run, plan, seen, tracker, say)
+        classifier = _train_stages(run, plan, seen, vary, tracker, say)
         clock.lap("training")
         if not run.file("scores.json").exists():
             evaluate_run(run, seen)
@@ -189,17 +231,38 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None) ->
         _tell_unsent(tracker.close("FINISHED"), run, say)
 
 
-def _decide(run: RunFolder, recipe: Recipe, seen: Look, say: Say) -> None:
+def _decide(run: RunFolder, recipe: Recipe, seen: Look, vary: Vary | None, say: Say) -> None:
     """Write what was measured and what was decided; the plan last, for it marks a run that can go on."""
     decided = make_plan(recipe, seen.facts)
     run.write_json("facts.json", seen.facts.model_dump(mode="json"))
-    run.write_json("environment.json", describe_environment(decided.hardware.devices, decided.hardware.precision))
+    environment = describe_environment(decided.hardware.devices, decided.hardware.precision)
+    run.write_json("environment.json", {**environment, "own_view": _own_view(vary)})
     probe = seen.probe
     tensors = {"weight": probe.weight.float(), "bias": probe.bias.float()} if probe else {}
     write_whole(run.file("probe.safetensors"), lambda path: save_file(tensors, path))
     run.write_text("plan.yaml", decided.to_yaml())
     say(facts_text(seen.facts))
     say(plan_text(decided))
+
+
+def _own_view(vary: Vary | None) -> str | None:
+    """Name and digest of a user's own function; its code is not kept."""
+    if vary is None:
+        return None
+    code = getattr(vary, "__code__", None)
+    plain = [part for part in code.co_consts if isinstance(part, bool | int | float | str)] if code else []
+    text = repr((code.co_code, code.co_names, plain)) if code else type(vary).__qualname__
+    name = getattr(vary, "__qualname__", type(vary).__qualname__)
+    return f"{name} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _refuse_other_view(run: RunFolder, vary: Vary | None) -> None:
+    then, now = run.read_json("environment.json").get("own_view"), _own_view(vary)
+    if run.plan.stages and not run.final_weights().exists() and then != now:
+        raise RunError(
+            f"the run was begun with {then or 'no function of its own'} for training views, and is resumed with "
+            f"{now or 'none'}. Resume it from Python with the same one: finetune.resume(run, vary=...)."
+        )
 
 
 def _refuse_changes(plan: Plan, facts: Facts) -> None:
@@ -216,18 +279,37 @@ def _refuse_changes(plan: Plan, facts: Facts) -> None:
         raise RunError("plan.yaml was changed by hand: its view is not that of the recipe. Start a new run instead.")
 
 
-def _train_stages(run: RunFolder, plan: Plan, seen: Look, tracker: Tracker | None, say: Say) -> Classifier | None:
+def _train_stages(
+    run: RunFolder, plan: Plan, seen: Look, vary: Vary | None, tracker: Tracker | None, say: Say
+) -> Classifier | None:
     if not plan.stages:
         return None
     from finetune.training.fitting import fit  # here, for a probe need not wait for Lightning
     from finetune.training.starting import make_batches, make_classifier
 
-    classifier = make_classifier(plan, seen.backbone, load_file(run.file("probe.safetensors")))
-    train, val = make_batches(plan, seen)
+    origin = None
+    if plan.regularization.l2_sp:
+        origin = {f"backbone.{name}": value.clone() for name, value in seen.backbone.state_dict().items()}
+    classifier = make_classifier(
+        plan, seen.backbone, load_file(run.file("probe.safetensors")), seen.facts.counts["train"]
+    )
+    train, val = make_batches(plan, seen, vary=vary)
     for index in range(len(plan.stages)):
         notify = tracker.notify if tracker is not None else (lambda: None)
         curves = Curves(run.file("curves.csv"))
-        fit(plan, index, classifier, train, val, run.stage_folder(index), curves, say=say, notify=notify)
+        fit(
+            plan,
+            index,
+            classifier,
+            train,
+            val,
+            run.stage_folder(index),
+            curves,
+            members=run.file("snapshots"),
+            origin=origin,
+            say=say,
+            notify=notify,
+        )
     return classifier
 
 

@@ -8,7 +8,7 @@ from finetune.data.decoding import center_crop, decode
 from finetune.data.loading import normalize
 from finetune.data.sources import open_source, read_bytes
 from finetune.features.chirality import LEAST_IMAGES, measure_chirality, sided_classes
-from finetune.features.survey import choose_view
+from finetune.features.viewing import choose_view
 from finetune.models.backbones import load_backbone
 from finetune.recipe.reading import load_recipe
 from finetune.recipe.shelf import read_zoo

@@ -39,7 +39,7 @@ def make_profile(values=(0.42, 0.61, 0.83, 0.91, 0.88), *, stages=None, lead=0.0
 
 def make_advice(images=38.0, similarity=0.62, *, half=0.09, small_below=100.0, similar_from=0.75):
     low, high = max(0.0, similarity - half), min(1.0, similarity + half)
-    forecast = {"memory_mb": 310.0, "is_offered": True}
+    forecast = {"memory_mb": 310.0, "is_gain_known": True}
     return {
         "cell": "small, different",
         "images_per_class": images,
@@ -56,7 +56,7 @@ def make_advice(images=38.0, similarity=0.62, *, half=0.09, small_below=100.0, s
             {"strategy": "partial", "gain": 0.021, "gain_low": -0.004, "gain_high": 0.046, "seconds": 41} | forecast,
             {"strategy": "full", "gain": 0.018, "gain_low": -0.012, "gain_high": 0.049, "seconds": 192} | forecast,
             {"strategy": "adapter", "gain": 0.011, "gain_low": -0.02, "gain_high": 0.04, "seconds": 7200}
-            | {"memory_mb": 2400.0, "is_offered": False},
+            | {"memory_mb": 2400.0, "is_gain_known": False},
         ],
     }
 
@@ -327,7 +327,7 @@ def test_forecasts_read_like_prose():
     }
     assert (rows["partial"]["gain"], rows["partial"]["interval"]) == ("+2.1", "−0.4 to +4.6")
     assert [row["seconds"] for row in rows.values()] == ["0.4 s", "41 s", "3.2 min", "2.0 h"]
-    assert [row["mark"] for row in rows.values()] == ["", "chosen", "runner-up", "not offered"]
+    assert [row["mark"] for row in rows.values()] == ["", "chosen", "runner-up", "gain not measured"]
     assert rows["adapter"]["memory"] == "2.4 GB"
 
 
@@ -336,7 +336,7 @@ def test_a_strategy_that_the_recipe_chose_is_not_called_advised():
         "chosen",
         "advised",
         "runner-up",
-        "not offered",
+        "gain not measured",
     ]
     why = decision_context(make_facts(), make_plan(train={"strategy": "probe"}))["why"]
     assert why.endswith("different from the source. The advice is partial; the recipe says probe.")

@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import finetune as ft
-from finetune.errors import BackboneError, DataError, RunError
+from finetune.errors import BackboneError, DataError, RecipeError, RunError
 from finetune.models.heads import PROBE_SOFTENING
-from finetune.pipeline import plan, summarize
+from finetune.pipeline import extract, plan, summarize
 from finetune.recipe.runs import FILES, RunFolder
 
 SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=3", "tracking.enabled=false"]
@@ -353,7 +353,7 @@ def test_memory_stays_flat_as_epochs_go_by(shapes, tmp_path):
         ["train.optimizer.name=sgd", "head.dropout=0.3", "train.batch_norm=train"],
         ["head.init=small", "hardware.workers=2", "augment.preset=heavy", "data.invariances=[hflip, rot90]"],
         ["head.init=model", "backbone=torchvision/resnet18", "pretrained=false", "train.batch_size=1000"],
-        ["head.init=zero", "train.schedule=constant", "hardware.image_cache_gb=0", "evaluate.views=five"],
+        ["head.init=zero", "train.schedule.name=constant", "hardware.image_cache_gb=0", "evaluate.views=five"],
     ],
     ids=lambda wishes: wishes[0],
 )
@@ -402,3 +402,26 @@ def test_a_dead_tracking_server_costs_one_warning_and_no_score(shapes, tmp_path)
     assert said.count("MLflow did not get everything") == 1
     assert f"finetune report {run.path}" in said
     assert not run.read_json("tracking.json")["finished"]
+
+
+def test_parts_of_the_images_looked_at_by_two_processes_make_a_plan_that_looks_at_none(shapes, tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
+    wishes = [f"data.root={shapes}", "data.image_size=32", "backbone=tiny_resnet18.cifar10"]
+    words = [sys.executable, "-m", "finetune", "plan", *wishes, "--json"]
+    both = [subprocess.Popen([*words, "--part", f"{k}/2"], stdout=subprocess.PIPE, text=True) for k in (1, 2)]
+    seen = [json.loads(process.communicate(timeout=120)[0])["misses"] for process in both]
+    assert sum(seen) == 72
+    assert seen[0] == seen[1] == 36
+    facts, shared = plan(ft.load_recipe(None, wishes), say=quiet)
+    assert facts.features["misses"] == 0
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "own"))
+    facts, alone = plan(ft.load_recipe(None, wishes), say=quiet)
+    assert facts.features["misses"] > 0
+    assert alone.stages == shared.stages
+    assert alone.advice.similarity == shared.advice.similarity
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "half", "1"])
+def test_a_part_that_is_none_is_refused(shapes, part):
+    with pytest.raises(RecipeError, match="give which one of how many"):
+        extract(ft.load_recipe(None, [f"data.root={shapes}"]), part, say=quiet)

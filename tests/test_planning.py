@@ -29,8 +29,9 @@ from finetune.recipe.facts import (
     SimilarityFacts,
 )
 from finetune.recipe.plan import Plan, read_plan
-from finetune.recipe.planning import BUDGETS, EPOCHS_RANGE, make_plan
+from finetune.recipe.planning import make_plan
 from finetune.recipe.reading import load_recipe
+from finetune.recipe.staging import BUDGETS, EPOCHS_RANGE
 
 
 def make_facts(
@@ -131,7 +132,7 @@ def test_a_gain_is_a_share_of_what_the_probe_gets_wrong():
         assert gains[0][0] == pytest.approx(2 * gains[1][0])
         assert all(low < gain < high for gain, low, high in gains)
     assert expected_gain(make_facts(), "probe") == (0, 0, 0)
-    assert expected_gain(make_facts(), "norms and biases") is None
+    assert expected_gain(make_facts(), "norms") is None
 
 
 def test_a_small_val_set_is_not_believed_where_images_were_left_out():

@@ -2,11 +2,13 @@
 
 Images are decoded once and kept as small uint8 arrays. What is random is a pure function of (seed, epoch) for
 the order and of (seed, epoch, index) for each augmentation, never of a generator that some worker has moved.
+Where an image comes more than once in an epoch, its augmentation also depends on how often it came before.
 """
 
 import hashlib
 import struct
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +22,7 @@ from finetune.data.sources import Item, read_bytes
 from finetune.errors import DataError
 from finetune.recipe.cards import View
 
-_ORDER, _VIEW = b"order", b"view"
+_ORDER, _VIEW, _TURNS, _PASS = b"order", b"view", b"turns", b"pass"
 
 
 def normalize(batch: torch.Tensor, view: View) -> torch.Tensor:
@@ -87,6 +89,7 @@ class Batches:
         workers: int = 0,
         drop_last: bool = False,
         mirror_labels: Sequence[int] | None = None,
+        balanced: bool = False,
     ) -> None:
         """Prepare the batches; nothing is read yet.
 
@@ -101,6 +104,7 @@ class Batches:
             workers: processes that decode and augment; 0 does so here. The batches are the same.
             drop_last: leave out a last batch that is not full.
             mirror_labels: by label, the one an image gets where the augmentation flips it horizontally; None: its own.
+            balanced: draw as many images per epoch as there are, but every class equally often: see `draw_evenly`.
 
         Raises:
             ValueError: if lengths or sizes make no sense, or `drop_last` would leave no batch.
@@ -111,6 +115,8 @@ class Batches:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if drop_last and len(indices) < batch_size:
             raise ValueError(f"drop_last leaves no batch: {len(indices)} images, batch_size {batch_size}.")
+        if balanced and not shuffle:
+            raise ValueError("balanced batches are drawn at random, so shuffle must be True.")
         if augmentation is not None and augmentation.size_pixels != store.view.size_pixels:
             raise ValueError(f"augmentation gives {augmentation.size_pixels} px, the view {store.view.size_pixels}.")
         if mirror_labels is not None and len(labels) and len(mirror_labels) <= max(labels):
@@ -129,6 +135,7 @@ class Batches:
         self.seed = seed
         self.workers = workers
         self.drop_last = drop_last
+        self.balanced = balanced
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -142,10 +149,11 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         order = self._order()
-        plan = [order[b * self.batch_size : (b + 1) * self.batch_size] for b in range(len(self))]
+        places = np.arange(len(order))  # of an epoch: in balanced ones a position may stand at several
+        plan = [places[b * self.batch_size : (b + 1) * self.batch_size] for b in range(len(self))]
         # Without workers the same code runs here, and no generator of the caller is moved in either case.
         loader: DataLoader[_Drawn] = DataLoader(
-            _Views(self.store, self.indices, self.augmentation, self.seed, self.epoch),
+            _Views(self.store, self.indices[order], self.augmentation, self.seed, self.epoch),
             batch_sampler=plan,  # type: ignore[arg-type]
             collate_fn=_as_is,
             num_workers=self.workers,
@@ -154,16 +162,47 @@ class Batches:
             multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
             generator=torch.Generator().manual_seed(self.seed),
         )
-        for positions, (pixels, are_mirrored) in zip(plan, loader, strict=True):
+        for chosen, (pixels, are_mirrored) in zip(plan, loader, strict=True):
+            positions = order[chosen]
             labels = torch.where(are_mirrored, self.mirror_labels[positions], self.labels[positions])
             yield normalize(pixels, self.store.view), labels, torch.from_numpy(self.indices[positions])
 
     def _order(self) -> np.ndarray:
         if not self.shuffle:
             return np.arange(len(self.indices))
-        return np.random.Generator(np.random.PCG64(_seed_of(_ORDER, self.seed, self.epoch))).permutation(
-            len(self.indices)
-        )
+        order = _permutation(len(self.indices), _ORDER, self.seed, self.epoch)
+        if self.balanced:
+            return draw_evenly(self.labels.numpy(), seed=self.seed, epoch=self.epoch)[order]
+        return order
+
+
+def draw_evenly(labels: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """Positions (N,) of the images of one epoch, every class equally often up to one; class after class.
+
+    Each class walks through its images in a new order each time and goes on in the next epoch where it stopped. So no
+    image comes a second time before all of its class came once, and over the epochs none of a common class is left out.
+
+    Args:
+        labels: (N,).
+        seed: not negative; with the epoch it fixes the answer.
+        epoch: from 0.
+    """
+    classes = np.unique(labels)
+    first, last = epoch * len(labels), (epoch + 1) * len(labels)  # turns of all epochs in a row
+    drawn = []
+    for turn, label in enumerate(classes[_permutation(len(classes), _TURNS, seed)]):
+        members = np.flatnonzero(labels == label)
+        begin, end = (max(0, -(-(bound - turn) // len(classes))) for bound in (first, last))
+        passes = range(begin // len(members), -(-end // len(members)))
+        walk = [members[_permutation(len(members), _PASS, seed, int(label), number)] for number in passes]
+        if walk:
+            start = passes[0] * len(members)
+            drawn.append(np.concatenate(walk)[begin - start : end - start])
+    return np.concatenate(drawn) if drawn else np.arange(0)
+
+
+def _permutation(length: int, purpose: bytes, *numbers: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(_seed_of(purpose, *numbers))).permutation(length)
 
 
 _Drawn = tuple[torch.Tensor, torch.Tensor]
@@ -171,26 +210,27 @@ _Drawn = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Views(Dataset[_Drawn]):
-    """Whole batches of uint8 views, asked for by positions."""
+    """Whole batches of uint8 views, asked for by their places in the epoch."""
 
     def __init__(
         self, store: ImageStore, indices: np.ndarray, augmentation: Augmentation | None, seed: int, epoch: int
     ) -> None:
         self.store = store
         self.indices = indices
+        self.times = _times_before(indices)
         self.augmentation = augmentation
         self.seed = seed
         self.epoch = epoch
 
-    def __getitems__(self, positions: Sequence[int]) -> _Drawn:
+    def __getitems__(self, places: Sequence[int]) -> _Drawn:
         size = self.store.view.size_pixels
-        views = np.empty((len(positions), size, size, 3), dtype=np.uint8)
-        are_mirrored = torch.zeros(len(positions), dtype=torch.bool)
-        for row, position in enumerate(positions):
-            views[row], are_mirrored[row] = self._view(int(self.indices[position]))
+        views = np.empty((len(places), size, size, 3), dtype=np.uint8)
+        are_mirrored = torch.zeros(len(places), dtype=torch.bool)
+        for row, place in enumerate(places):
+            views[row], are_mirrored[row] = self._view(int(self.indices[place]), self.times[place])
         return torch.from_numpy(views), are_mirrored
 
-    def _view(self, index: int) -> tuple[np.ndarray, bool]:
+    def _view(self, index: int, times: int) -> tuple[np.ndarray, bool]:
         try:
             pixels = self.store.get(index)
         except (BadImage, OSError) as fault:
@@ -198,7 +238,17 @@ class _Views(Dataset[_Drawn]):
             raise DataError(f"{name} cannot be read ({fault}). Was it changed since the data were surveyed?") from fault
         if self.augmentation is None:
             return center_crop(pixels, self.store.view.size_pixels), False
-        return self.augmentation.draw(pixels, _seed_of(_VIEW, self.seed, self.epoch, index))
+        again = (times,) if times else ()
+        return self.augmentation.draw(pixels, _seed_of(_VIEW, self.seed, self.epoch, index, *again))
+
+
+def _times_before(indices: np.ndarray) -> list[int]:
+    """For each entry, how often it stands further to the front."""
+    times, met = [], Counter[int]()
+    for index in indices.tolist():
+        times.append(met[index])
+        met[index] += 1
+    return times
 
 
 def _seed_of(purpose: bytes, *numbers: int) -> int:
@@ -217,4 +267,4 @@ def _start_worker(_: int) -> None:
         cv2.setNumThreads(0)
     info = get_worker_info()
     assert info is not None and isinstance(info.dataset, _Views)
-    info.dataset.store.limit_bytes = 0  # a worker lives for one epoch and meets each image once: keeping is waste
+    info.dataset.store.limit_bytes = 0  # a worker lives for one epoch and rarely meets an image twice: keeping is waste

@@ -62,8 +62,12 @@ def load_final(run: RunFolder, backbone: Backbone | None = None) -> Classifier:
     head = make_head(
         backbone.num_features,
         len(plan.classes),
-        init="zero" if plan.stages else "probe",
+        kind=plan.head.kind,
+        hidden=plan.head.hidden,
+        activation=plan.head.activation,
+        init="small" if plan.stages else "probe",  # what is drawn is overwritten below
         dropout=plan.head.dropout,
+        drop_connect=plan.head.drop_connect,
         weight=probe["weight"],
         bias=probe["bias"],
     )

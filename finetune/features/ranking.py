@@ -24,10 +24,9 @@ from finetune.features.depths import NEIGHBOURS, cross_validate, neighbours_left
 from finetune.features.extraction import digest_images, extract
 from finetune.features.ordering import Seen, explain, measure_agreement, order_rows
 from finetune.features.similarity import measure_distances, measure_response, source_logits
-from finetune.features.survey import (
-    Progress,
+from finetune.features.survey import Progress, divide
+from finetune.features.viewing import (
     choose_view,
-    divide,
     fast_precision,
     measure_machine,
     refuse_size,

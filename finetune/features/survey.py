@@ -15,31 +15,47 @@ from typing import Any
 import torch
 
 from finetune.data.decoding import BadImage
-from finetune.data.loading import ImageStore
+from finetune.data.loading import Batches, ImageStore
 from finetune.data.normalization import measure_constants
 from finetune.data.sources import ROLES, Item, Source, open_source
 from finetune.data.splits import Split, cut_split
-from finetune.errors import BackboneError, DataError, RecipeError
+from finetune.errors import DataError, RecipeError
 from finetune.features.cache import FeatureCache
-from finetune.features.extraction import Extraction, digest_images, extract, num_cores
+from finetune.features.extraction import Extraction, digest_images, extract
 from finetune.features.measuring import Material, measure
 from finetune.features.probing import Probe
+from finetune.features.surgery import relative_gradients
+from finetune.features.viewing import choose_view, fast_precision, measure_machine, refuse_size, whose_constants
 from finetune.models.backbones import Backbone, load_backbone
+from finetune.models.classifier import Classifier
 from finetune.models.frozen import FrozenBackbone
-from finetune.recipe.cards import Card, View
 from finetune.recipe.facts import (
     BackboneFacts,
     BadFile,
     Facts,
     Findings,
-    MachineFacts,
     PerClass,
 )
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shelf import default_backbone, read_zoo
 
-_OVERRIDES = ("image_size", "crop_pct", "interpolation", "mean", "std")
+GRADIENT_BATCH = 32
+"""Images of each batch on which gradients are compared, where surgical fine-tuning asks for them."""
 Progress = Callable[[str, int, int], None]
+
+
+def survey_part(
+    recipe: Recipe, part: int, parts: int, progress: Progress = lambda what, done, total: None
+) -> Extraction:
+    """Put the features of one part of all images into the cache, so that several processes or machines can share it.
+
+    Args:
+        recipe: which images, and which backbone looks at them.
+        part: from 1.
+        parts: in all; image number i belongs to part i modulo this.
+        progress: as for `look`.
+    """
+    return _Survey(recipe, progress, ROLES).extract_part(part, parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +129,9 @@ def look(
             for_flips=strategy != "probe" and recipe.data.invariances is None,
         )
         seconds["findings"] = round(time.perf_counter() - began, 3)
+    gradients: dict[str, float] = {}
+    if recipe.train.strategy == "surgical" and probe is not None:
+        gradients = work.measure_gradients(roles, labels, probe)
     facts = Facts(
         root=str(source.root),
         kind=source.kind,
@@ -131,6 +150,7 @@ def look(
         **_split_facts(split, labels[[index for index, role in enumerate(roles) if role == "val"]]),
         **_image_facts(found, work.cache),
         **{name: getattr(findings, name) for name in Findings.model_fields},
+        gradients=gradients,
         chance=1 / len(source.classes),
     )
     return Look(
@@ -167,6 +187,14 @@ class _Survey:
         digests = digest_images(self.source.items)
         self.digests = [answer if isinstance(answer, str) else "" for answer in digests.values()]
         self.bad = {index: str(answer) for index, answer in digests.items() if isinstance(answer, BadImage)}
+
+    def extract_part(self, part: int, parts: int) -> Extraction:
+        """Look at every image of one part of the list, whatever its role; nothing is divided or measured."""
+        if not self.recipe.pretrained or self.normalize.startswith("channel"):
+            raise RecipeError(
+                "features are kept for pretrained weights with constants known beforehand, not for these."
+            )
+        return self._extract([index for index in range(part - 1, len(self.digests), parts) if self.digests[index]])
 
     def divide_and_extract(self) -> tuple[tuple[str, ...], Split, Extraction]:
         """Roles, the split, and the features; constants are measured first where the recipe asks for them."""
@@ -234,7 +262,21 @@ class _Survey:
             batch_size=self.recipe.train.batch_size,
         )
 
-    def _extract(self, indices: list[int], *, looks: bool) -> Extraction:
+    def measure_gradients(self, roles: tuple[str, ...], labels: torch.Tensor, probe: Probe) -> dict[str, float]:
+        """How large the gradients of the probe's loss are for the weights of each stage, on training images."""
+        rows = [index for index, role in enumerate(roles) if role == "train"]
+        size = min(GRADIENT_BATCH, len(rows))
+        batches = Batches(
+            self.store, rows, labels[rows].tolist(), batch_size=size, augmentation=None, shuffle=True,
+            seed=self.recipe.seed, drop_last=True,
+        )  # fmt: skip
+        head = torch.nn.Linear(probe.weight.shape[1], probe.weight.shape[0])
+        head.load_state_dict({"weight": probe.weight.float(), "bias": probe.bias.float()})
+        device = self.machine.device
+        classifier = Classifier(self.backbone, head.to(device))
+        return relative_gradients(classifier, ((x.to(device), y.to(device)) for x, y, _ in batches))
+
+    def _extract(self, indices: list[int], *, looks: bool = True) -> Extraction:
         looks = looks and self.recipe.pretrained
         if looks and self.cache is None:
             self.cache = FeatureCache(self.backbone.digest, self.view.digest, self.precision)
@@ -266,74 +308,6 @@ def divide(recipe: Recipe, source: Source, digests: Sequence[str], kept: Sequenc
         seed=recipe.seed,
         max_train_per_class=None if limit == "all" else limit,
     )
-
-
-def refuse_size(backbone: Backbone, size_pixels: int, device: str) -> None:
-    """Some networks take images of one size only; better said now than after the images are decoded.
-
-    Raises:
-        BackboneError: if this one does not take images of `size_pixels`.
-    """
-    own = backbone.card.input_size[1]
-    if size_pixels == own:
-        return
-    try:
-        with torch.inference_mode():
-            backbone(torch.zeros(1, 3, size_pixels, size_pixels, device=device))
-    except (AssertionError, RuntimeError, ValueError) as fault:
-        said = (str(fault).splitlines() or [type(fault).__name__])[0]
-        raise BackboneError(
-            f"{backbone.card.name} does not take images of {size_pixels} px ({said}). "
-            f"Set data.image_size to {own}, the size it was pretrained at, or leave it null."
-        ) from fault
-
-
-def choose_view(recipe: Recipe, card: Card) -> tuple[View, tuple[str, ...]]:
-    """The view of the weights with the recipe's overrides, and the names of those that differ."""
-    wish = recipe.data
-    size = wish.image_size or card.input_size[1]
-    view = View(
-        size_pixels=size,
-        shorter_pixels=max(size, int(size / (wish.crop_pct or card.crop_pct))),
-        interpolation=wish.interpolation or card.interpolation,
-        mean=wish.mean or card.mean,
-        std=wish.std or card.std,
-    )
-    own = {**{key: getattr(card, key) for key in _OVERRIDES if key != "image_size"}, "image_size": card.input_size[1]}
-    differ = [key for key in _OVERRIDES if getattr(wish, key) is not None and getattr(wish, key) != own[key]]
-    return view, tuple(differ)
-
-
-def whose_constants(recipe: Recipe) -> str:
-    """Where mean and std come from: the weights, the training images, or the recipe itself.
-
-    Raises:
-        RecipeError: if the recipe both gives them and asks for measured ones, or names ones it does not give.
-    """
-    wish = recipe.data
-    if wish.mean is not None or wish.std is not None:
-        if wish.normalize not in (None, "recipe"):
-            raise RecipeError(f"data.mean and data.std are given, and data.normalize is {wish.normalize}; keep one.")
-        return "recipe"
-    if wish.normalize == "recipe":
-        raise RecipeError("data.normalize is recipe, but data.mean and data.std are not given.")
-    return wish.normalize or ("weights" if recipe.pretrained else "channel_mean_std")
-
-
-def measure_machine(wish: str) -> MachineFacts:
-    """What torch can use here."""
-    has_gpu = torch.cuda.is_available() and wish != "cpu"
-    return MachineFacts(
-        device="cuda" if has_gpu else "cpu",
-        cores=num_cores(),
-        has_bf16=has_gpu and torch.cuda.is_bf16_supported(),
-        has_fp16=has_gpu,
-    )
-
-
-def fast_precision(machine: MachineFacts) -> str:
-    """The fastest arithmetic that a frozen backbone looks in well, here."""
-    return "bf16" if machine.has_bf16 else "fp16" if machine.has_fp16 else "32"
 
 
 def _split_facts(split: Split, val_labels: torch.Tensor) -> dict[str, Any]:

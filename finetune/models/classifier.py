@@ -1,16 +1,23 @@
 """The classifier: a backbone and a head, where what is frozen stays still.
 
 Frozen means three things at once: no gradient (and no `grad` for decay or momentum to act on), batch
-norm and dropout in evaluation mode, and both still so after anyone calls `train()`.
+norm and dropout in evaluation mode, and both still so after anyone calls `train()`. Two questions are
+asked apart: which part of the backbone is opened, and which tensors of that part train.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
 
+from finetune.errors import BackboneError, nearest
+from finetune.models.adapters import LowRankLinear
 from finetune.models.backbones import Backbone
 
-BATCH_NORM = ("frozen", "train")
+BATCH_NORM = ("frozen", "statistics", "train")
+ONLY = ("all", "norms", "biases", "lora")
 
 
 class Classifier(nn.Module):
@@ -25,35 +32,105 @@ class Classifier(nn.Module):
         self._still: frozenset[str] = frozenset()
         self.freeze(0)
 
-    def freeze(self, num_trainable_stages: int, *, batch_norm: str = "frozen") -> None:
-        """Let the head and the top stages train, and hold everything below them still.
+    def freeze(
+        self,
+        num_trainable_stages: int,
+        *,
+        batch_norm: str = "frozen",
+        only: str = "all",
+        layers: Sequence[str] = (),
+        freezes_first: bool = False,
+    ) -> None:
+        """Let the head and the opened part of the backbone train, and hold everything else still.
 
         Args:
-            num_trainable_stages: 0 trains the head alone, `len(backbone.stages)` everything.
-            batch_norm: `frozen` keeps batch norm of trainable stages at its pretrained statistics
-                (its scale and shift still train); `train` lets the statistics follow the new images.
+            num_trainable_stages: 0 trains the head alone, `len(backbone.stages)` everything. Where `layers`
+                are given, they say what is opened.
+            batch_norm: of the opened part. `frozen` keeps it at its pretrained statistics (its scale and shift
+                still train); `statistics` lets these follow the new images and holds scale and shift; `train`
+                moves both.
+            only: which tensors of the opened part train. `norms` are scales and shifts of all norm layers;
+                `biases` all biases, which in a network whose convolutions have none are mostly the shifts of
+                its norms (BitFit: Zaken et al., ACL 2022, https://arxiv.org/abs/2106.10199); `lora` the matrices
+                that `add_lora` added.
+            layers: names out of `backbone.stages`, or of layers as the architecture calls them, each with all
+                it holds (surgical fine-tuning: Lee et al., ICLR 2023, https://arxiv.org/abs/2210.11466).
+            freezes_first: hold the first convolution or patch embedding, whatever else trains (Kumar et al.,
+                2022, https://arxiv.org/abs/2211.09359).
 
         Raises:
-            ValueError: if there are fewer stages, or `batch_norm` is unknown.
+            ValueError: if there are fewer stages, a layer is not there, or `batch_norm` or `only` is unknown.
+            BackboneError: if the opened part has no tensor of the kind that is to train.
         """
-        total = len(self.backbone.stages)
-        if not 0 <= num_trainable_stages <= total:
-            raise ValueError(f"num_trainable_stages must lie in 0 to {total}, got {num_trainable_stages}.")
-        if batch_norm not in BATCH_NORM:
-            raise ValueError(f"batch_norm must be one of {', '.join(BATCH_NORM)}, got {batch_norm!r}.")
-        first = total - num_trainable_stages
+        for key, value, known in (("batch_norm", batch_norm, BATCH_NORM), ("only", only, ONLY)):
+            if value not in known:
+                raise ValueError(f"{key} must be one of {', '.join(known)}, got {value!r}.")
+        stages, prefixes = self._opened(num_trainable_stages, layers)
+        first = first_layer(self.backbone) if freezes_first else None
+        held = self.backbone.fixed_names | self._not_of_kind(only, batch_norm)
+        trained = {
+            name
+            for name, _ in self.backbone.named_parameters()
+            if (self.backbone.stage_of[name] in stages or _is_within(name, prefixes))
+            and name not in held
+            and name.rpartition(".")[0] != first
+        }
+        if only != "all" and not trained:
+            raise BackboneError(self._nothing_trains(only, batch_norm, is_open=bool(stages or prefixes)))
         for name, parameter in self.backbone.named_parameters():
-            trains = self.backbone.stage_of[name] >= first and name not in self.backbone.fixed_names
-            parameter.requires_grad_(trains)
-            if not trains:
+            parameter.requires_grad_(name in trained)
+            if name not in trained:
                 parameter.grad = None  # a left-over gradient would let decay and momentum move it
         self.num_trainable_stages = num_trainable_stages
         self._still = frozenset(
             name
             for name, module in self.backbone.named_modules()
-            if self._stage_of_module[name] < first or (batch_norm == "frozen" and isinstance(module, _BatchNorm))
+            if not (self._stage_of_module[name] in stages or _is_within(name, prefixes))
+            or (batch_norm == "frozen" and isinstance(module, _BatchNorm))
+            or name == first
         )
         self.train(self.training)
+
+    def _opened(self, num_trainable_stages: int, layers: Sequence[str]) -> tuple[set[int], tuple[str, ...]]:
+        """Stages that are opened as a whole, and names of modules that are."""
+        names, total = self.backbone.stages, len(self.backbone.stages)
+        if not 0 <= num_trainable_stages <= total:
+            raise ValueError(f"num_trainable_stages must lie in 0 to {total}, got {num_trainable_stages}.")
+        if not layers:
+            return set(range(total - num_trainable_stages, total)), ()
+        holders = {name for name, module in self.backbone.model.named_modules() if name and _holds_weights(module)}
+        if unknown := [name for name in layers if name not in names and name not in holders]:
+            own = f"Its stages are {', '.join(names)}."
+            hints = [f"{name!r} is neither. {nearest(name, [*names, *holders], otherwise=own)}" for name in unknown]
+            raise ValueError(f"layers must be stages of {self.backbone.card.name} or layers in it. {' '.join(hints)}")
+        modules = tuple(f"model.{name}" for name in layers if name not in names)
+        return {names.index(name) for name in layers if name in names}, modules
+
+    def _not_of_kind(self, only: str, batch_norm: str) -> set[str]:
+        """Names of the backbone's parameters that do not train, wherever they are."""
+        held = set()
+        for prefix, module in self.backbone.named_modules():
+            for own, _ in module.named_parameters(recurse=False):
+                trains = {
+                    "all": True,
+                    "norms": is_norm(module),
+                    "biases": own == "bias" or own.endswith("_bias"),
+                    "lora": isinstance(module, LowRankLinear) and own in LowRankLinear.ADDED,
+                }[only]
+                if not trains or (batch_norm == "statistics" and isinstance(module, _BatchNorm)):
+                    held.add(f"{prefix}.{own}")
+        return held
+
+    def _nothing_trains(self, only: str, batch_norm: str, *, is_open: bool) -> str:
+        if not is_open:
+            return f"only {only!r} chooses among opened stages, but num_trainable_stages is 0; open some."
+        found, do = {
+            "norms": ("norms", "Train whole stages"),
+            "biases": ("biases", "Train whole stages"),
+            "lora": ("low-rank matrices", "Call add_lora first"),
+        }[only]
+        held = " that train with batch_norm 'statistics'" if batch_norm == "statistics" else ""
+        return f"what is opened of {self.backbone.card.name} has no {found}{held}. {do}."
 
     def train(self, mode: bool = True) -> "Classifier":
         """Switch mode, but leave what is frozen in evaluation mode: its statistics must not drift."""
@@ -103,3 +180,26 @@ def stages_of_modules(backbone: Backbone) -> dict[str, int]:
         else:
             stages[name] = stages[parent]
     return stages
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` is a norm layer of torch, timm or torchvision, not a block that holds one."""
+    if isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
+        return True
+    # the others share no class, only a name; blocks that bear it too have layers inside
+    return "Norm" in type(module).__name__ and not any(map(_holds_weights, module.children()))
+
+
+def first_layer(backbone: Backbone) -> str:
+    """Name of the module through which images come in: the first convolution, or what embeds patches."""
+    stages = stages_of_modules(backbone)
+    layers = (name for name, module in backbone.named_modules() if isinstance(module, _ConvNd | nn.Linear))
+    return min(layers, key=lambda name: stages[name])
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _is_within(name: str, prefixes: Sequence[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)

@@ -318,6 +318,8 @@ class Facts(Findings):
     """Accuracy of guessing evenly."""
     majority: float
     """Accuracy on val of always naming the commonest class of val."""
+    gradients: dict[str, float] = {}
+    """Gradient over weight by stage of the backbone, where the recipe asks for surgical fine-tuning."""
     pilot: tuple[PilotFacts, ...] = ()
     """Empty unless `plan --pilot` ran one."""
     ranking: Ranking | None = None

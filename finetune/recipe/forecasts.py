@@ -42,7 +42,7 @@ def with_forecasts(advice: Advice, facts: Facts, *, epochs: int) -> Advice:
         "probe": "0",
         "partial": str(partial_depth(stages, facts.profile)),
         "full": str(stages),
-        "norms and biases": "norms",
+        "norms": "norms",
     }
     rows = []
     for strategy, trains in keys.items():
@@ -57,7 +57,7 @@ def with_forecasts(advice: Advice, facts: Facts, *, epochs: int) -> Advice:
                     gain_high=high,
                     seconds=seconds,
                     memory_mb=memory,
-                    is_offered=trains != "norms",
+                    is_gain_known=trains != "norms",
                 )
             )
     return advice.model_copy(update={"forecasts": tuple(rows)})

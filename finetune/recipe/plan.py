@@ -14,6 +14,8 @@ from finetune.recipe.schema import (
     EvaluateSpec,
     HardwareSpec,
     HeadSpec,
+    RegularizationSpec,
+    ScheduleSpec,
     Section,
     TrackingSpec,
     TrainSpec,
@@ -23,15 +25,27 @@ from finetune.recipe.schema import (
 class Stage(Section):
     """One `Trainer.fit`: what moves, how fast, how long."""
 
-    name: Literal["partial", "full"]
+    name: Literal["partial", "full", "gradual", "surgical", "norms", "biases", "lora"]
+    trains: Literal["all", "norms", "biases", "lora"] = "all"
+    """Which tensors of the trained stages move; the head always does."""
     trainable_stages: int
-    """Top stages of the backbone that move; the head always does."""
+    """Top stages of the backbone that move."""
+    layers: tuple[str, ...] = ()
+    """Names of the only stages or layers that move, instead of the top ones."""
+    freezes_first: bool = False
+    """The first layer stays still."""
+    fresh_stages: int = 0
+    """Top stages that were drawn anew, and move at the rate of the head."""
     epochs: int
     lr_head: float
     """Peak rate of the head."""
     lr_backbone: float
-    """Peak rate of the backbone's trained stages."""
-    batch_norm: Literal["frozen", "train"]
+    """Peak rate of the backbone's topmost stage."""
+    layer_decay: float = 1.0
+    """Peak rate of each lower stage over that of the one above it."""
+    schedule: ScheduleSpec = ScheduleSpec(name="cosine")
+    """Of the rate over this stage."""
+    batch_norm: Literal["frozen", "statistics", "train"]
 
 
 class Forecast(Section):
@@ -47,8 +61,8 @@ class Forecast(Section):
     """Of the whole training, on this machine."""
     memory_mb: float
     """Peak of a training step above the process's own."""
-    is_offered: bool = True
-    """False for what is timed but cannot be trained by this version; its gain is then not known."""
+    is_gain_known: bool = True
+    """False for what was timed but never run in the benchmark that foretells gains."""
 
 
 class Advice(Section):
@@ -87,6 +101,7 @@ class Plan(Section):
     data: DataSpec
     augment: AugmentSpec
     head: HeadSpec
+    regularization: RegularizationSpec
     train: TrainSpec
     evaluate: EvaluateSpec
     hardware: HardwareSpec

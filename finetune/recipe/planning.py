@@ -3,27 +3,16 @@
 from typing import Any
 
 from finetune.errors import RecipeError
-from finetune.recipe.advice import advise, partial_depth
+from finetune.recipe.activations import judge_activation
+from finetune.recipe.advice import advise
 from finetune.recipe.facts import Facts, ProfileFacts
 from finetune.recipe.forecasts import with_forecasts
-from finetune.recipe.plan import Plan, Reason, Stage
+from finetune.recipe.plan import Plan, Reason
 from finetune.recipe.schema import Recipe
+from finetune.recipe.staging import decide_train, epochs_for, make_stages, refuse_depth, training_faults
 
-BUDGETS = {"cpu": 20_000, "cuda": 200_000}
-"""Images that a default run trains on in all, epochs times images."""
-EPOCHS_RANGE = (3, 20)
-"""Fewest and most epochs that the planner chooses."""
-LEARNING_RATES = {"adamw": 1e-3, "sgd": 1e-2}
-"""Peak rate of the head by optimizer, at 64 images per step."""
-LARGEST_RATE = 1.0
-"""However large the batch."""
-BACKBONE_RATIO = 0.3
-"""Rate of pretrained weights over that of the head: see `benchmarks/LOG.md`."""
-WEIGHT_DECAY = 0.01
 LEAST_CALIBRATION = 100
 """With fewer images a single confident mistake decides the temperature."""
-LEAST_VAL = 100
-"""With fewer val images the noise between epochs is larger than what training changes."""
 PRESETS = {"small": "medium", "large": "light"}
 """Augmentation by size: little data needs more variation."""
 
@@ -49,38 +38,14 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     if facts.ranking is not None:
         reasons.append(Reason(key="backbone", value=facts.backbone.name, why=facts.ranking.why))
     strategy = decide("train.strategy", recipe.train.strategy, advice.strategy, f"{advice.why} [{advice.cell}]")
-    if recipe.train.depth is not None and strategy != "partial":
-        raise RecipeError(
-            f"train.depth belongs to strategy partial, but the advice is {strategy}: {advice.why}. "
-            "Set train.strategy to partial, or remove train.depth."
-        )
+    refuse_depth(recipe, strategy, advice.why)
     name = recipe.name or facts.root.rstrip("/").rsplit("/", 1)[-1] or "data"
     data = _decide_data(recipe, facts, decide)
     hardware = _decide_hardware(recipe, facts, decide)
-    train = _decide_train(recipe, facts, strategy, hardware["devices"], decide)
+    train = decide_train(recipe, facts, strategy, hardware["devices"], decide)
     is_probe = strategy == "probe"
-    preset = decide(
-        "augment.preset",
-        None if is_probe else recipe.augment.preset,
-        "none" if strategy == "probe" else PRESETS["small" if advice.cell.startswith("small") else "large"],
-        "a probe looks at plain images"
-        if strategy == "probe"
-        else (
-            "little data asks for more variation"
-            if advice.cell.startswith("small")
-            else "enough data asks for mild variation"
-        ),
-    )
-    init = decide(
-        "head.init",
-        None if is_probe else recipe.head.init,
-        "probe" if facts.probe else "zero",
-        "the probe is the head, and the whole of what is learned"
-        if is_probe
-        else "fine-tuning from the probe keeps good features from being torn by a random head"
-        if facts.probe
-        else "without a probe: zero weights, so the first loss is exactly log K",
-    )
+    augment = _decide_augment(recipe, is_small=advice.cell.startswith("small"), is_probe=is_probe, decide=decide)
+    init = decide("head.init", None if is_probe else recipe.head.init, *_first_head(recipe, facts, is_probe))
     if is_probe:
         reasons += _inactive(recipe)
     plan = Plan.model_validate(
@@ -89,7 +54,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
             "name": name,
             "backbone": facts.backbone.name,
             "data": data,
-            "augment": {"preset": preset},
+            "augment": augment,
             "head": {**recipe.head.model_dump(), "init": init},
             "train": train,
             "evaluate": _decide_evaluate(recipe, facts, data["invariances"], decide),
@@ -102,8 +67,8 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
             "classes": facts.classes,
             "split_digest": facts.split_digest,
             "weights_digest": facts.backbone.weights_digest,
-            "stages": _stages(strategy, train, facts),
-            "advice": with_forecasts(advice, facts, epochs=_epochs(recipe, facts, hardware["devices"])),
+            "stages": make_stages(strategy, train, facts),
+            "advice": with_forecasts(advice, facts, epochs=epochs_for(recipe, facts, hardware["devices"])),
             "reasons": reasons,
         }
     )
@@ -126,26 +91,48 @@ def _inactive(recipe: Recipe) -> list[Reason]:
     """What the recipe sets and a probe does not use, said aloud."""
     set_keys = [f"augment.{key}" for key in sorted(recipe.augment.model_fields_set)]
     set_keys += [f"head.{key}" for key in sorted(recipe.head.model_fields_set - {"kind"})]
+    set_keys += [f"regularization.{key}" for key in sorted(recipe.regularization.model_fields_set)]
     set_keys += [f"train.{key}" for key in sorted(recipe.train.model_fields_set - {"strategy"})]
     why = "inactive: the probe is the model, and it is solved exactly, without steps"
     return [Reason(key=key, value="(as the recipe says)", why=why) for key in set_keys]
 
 
+def _decide_augment(recipe: Recipe, *, is_small: bool, is_probe: bool, decide: Any) -> dict[str, Any]:
+    wish = recipe.augment
+    if is_probe:
+        why = "a probe looks at plain images"
+        return {**wish.model_dump(), "preset": decide("augment.preset", None, "none", why), "domain": "natural"}
+    why = "little data asks for more variation" if is_small else "enough data asks for mild variation"
+    preset = decide("augment.preset", wish.preset, PRESETS["small" if is_small else "large"], why)
+    domain = decide("augment.domain", wish.domain, "natural", "the recipe names no other kind of images")
+    return {**wish.model_dump(), "preset": preset, "domain": domain}
+
+
+def _first_head(recipe: Recipe, facts: Facts, is_probe: bool) -> tuple[str, str]:
+    """What the head begins from where the recipe does not say; and why."""
+    if is_probe:
+        return "probe", "the probe is the head, and the whole of what is learned"
+    if facts.probe is None:
+        return "zero", "without a probe: zero weights, so the first loss is exactly log K"
+    if recipe.train.reinit:
+        return "zero", "the features that a probe would fit are drawn anew"
+    if recipe.head.kind == "mlp":
+        return "zero", "a hidden layer has no probe; with zero weights above it the first loss is exactly log K"
+    return "probe", "fine-tuning from the probe keeps good features from being torn by a random head"
+
+
 def _refuse_contradictions(recipe: Recipe, facts: Facts) -> None:
-    faults = []
-    stages = len(facts.backbone.stages)
-    if recipe.train.depth is not None and recipe.train.depth > stages:
-        faults.append(f"train.depth is {recipe.train.depth}, but {facts.backbone.name} has {stages} stages.")
-    if recipe.train.depth is not None and recipe.train.strategy in ("probe", "full"):
-        faults.append(
-            f"train.depth belongs to strategy partial, not to {recipe.train.strategy}; remove one of the two."
-        )
-    if not recipe.pretrained and recipe.train.strategy in ("probe", "partial"):
-        faults.append(
-            f"pretrained is false, so strategy {recipe.train.strategy} would freeze random weights; use full."
-        )
-    if not recipe.pretrained and recipe.head.init == "probe":
+    head, faults = recipe.head, training_faults(recipe, facts)
+    if not recipe.pretrained and head.init == "probe":
         faults.append("pretrained is false, so there is no probe to begin from; set head.init to zero.")
+    if recipe.train.strategy == "probe" and head.kind != "linear":
+        faults.append(f"head.kind is {head.kind}, but the probe is a linear head; choose another strategy or linear.")
+    if head.kind == "mlp" and head.init in ("probe", "model"):
+        faults.append(
+            f"head.init is {head.init}, which has no hidden layer; for mlp use zero, small, xavier or kaiming."
+        )
+    if head.kind == "mlp" and (verdict := judge_activation(head.activation)).verdict == "refused":
+        faults.append(f"head.activation is {head.activation}: {verdict.why}")
     faults += _swap_faults(recipe, facts)
     if faults:
         raise RecipeError("\n".join(faults))
@@ -252,93 +239,6 @@ def _decide_hardware(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any
     return {**wish.model_dump(), "devices": device, "precision": precision, "workers": workers}
 
 
-def _decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, decide: Any) -> dict[str, Any]:
-    wish, num_train = recipe.train, sum(facts.counts["train"])
-    stages = len(facts.backbone.stages)
-    depth = partial_depth(stages, facts.profile) if strategy == "partial" else stages
-    chosen = {"strategy": strategy, "depth": wish.depth or depth, "batch_size": min(wish.batch_size, num_train)}
-    defaults = {"epochs": 1, "schedule": "cosine", "patience": 1, "keep": "best", "batch_norm": "frozen"}
-    rule = wish.optimizer.name or "adamw"
-    ratio = BACKBONE_RATIO if recipe.pretrained else 1.0
-    optimizer = {**wish.optimizer.model_dump(), "name": rule}
-    batch = min(wish.batch_size, num_train)
-    optimizer["lr"] = wish.optimizer.lr or min(LARGEST_RATE, LEARNING_RATES[rule] * batch / 64)
-    optimizer["backbone_lr_ratio"] = wish.optimizer.backbone_lr_ratio or ratio
-    optimizer["weight_decay"] = WEIGHT_DECAY if wish.optimizer.weight_decay is None else wish.optimizer.weight_decay
-    if strategy == "probe":
-        given = {key: getattr(wish, key) or value for key, value in defaults.items()}
-        return {**wish.model_dump(), **chosen, **given, "optimizer": optimizer}
-    if strategy == "partial":
-        decide(
-            "train.depth",
-            wish.depth,
-            depth,
-            f"the top third of {stages} stages"
-            + (" and all above the best depth" if depth > partial_depth(stages) else "")
-            + "; the rest stays as it was pretrained",
-        )
-    decide("train.optimizer.name", wish.optimizer.name, rule, "robust to the rate on small data")
-    decide("train.optimizer.lr", wish.optimizer.lr, optimizer["lr"], f"for {rule} at {batch} images per step")
-    if batch < wish.batch_size:
-        decide("train.batch_size", None, batch, "there are no more training images than these")
-    decide(
-        "train.optimizer.backbone_lr_ratio",
-        wish.optimizer.backbone_lr_ratio,
-        ratio,
-        "random weights have nothing to keep"
-        if not recipe.pretrained
-        else "pretrained weights move gently, or what they know is lost",
-    )
-    epochs = decide(
-        "train.epochs",
-        wish.epochs,
-        _epochs(recipe, facts, device),
-        f"about {BUDGETS[device]:,} images in all for {num_train:,} training images, within {EPOCHS_RANGE[0]} to "
-        f"{EPOCHS_RANGE[1]}",
-    )
-    schedule = decide("train.schedule", wish.schedule, "cosine", "the rate falls to zero, so the last epochs settle")
-    patience = decide(
-        "train.patience",
-        wish.patience,
-        max(3, epochs // 2),
-        "half of the epochs without a lower val loss: the rate must have time to fall",
-    )
-    num_val = sum(facts.counts["val"])
-    keep = decide(
-        "train.keep",
-        wish.keep,
-        "best" if num_val >= LEAST_VAL else "last",
-        f"{num_val} val images {'are enough' if num_val >= LEAST_VAL else f'(< {LEAST_VAL}) are too few'} "
-        "to tell epochs apart",
-    )
-    norm = "train" if not recipe.pretrained and facts.backbone.has_batch_norm else "frozen"
-    norm = decide(
-        "train.batch_norm",
-        wish.batch_norm,
-        norm,
-        "the backbone has no batch norm"
-        if not facts.backbone.has_batch_norm
-        else "random weights need their own statistics"
-        if not recipe.pretrained
-        else "the statistics of pretraining fit, and do not depend on the batch",
-    )
-    return {
-        **wish.model_dump(),
-        **chosen,
-        "optimizer": optimizer,
-        "epochs": epochs,
-        "schedule": schedule,
-        "patience": patience,
-        "keep": keep,
-        "batch_norm": norm,
-    }
-
-
-def _epochs(recipe: Recipe, facts: Facts, device: str) -> int:
-    least, most = EPOCHS_RANGE
-    return recipe.train.epochs or min(most, max(least, round(BUDGETS[device] / sum(facts.counts["train"]))))
-
-
 def _decide_evaluate(recipe: Recipe, facts: Facts, invariances: Any, decide: Any) -> dict[str, Any]:
     wish = recipe.evaluate
     views, calibrate = wish.views, wish.calibrate
@@ -352,22 +252,6 @@ def _decide_evaluate(recipe: Recipe, facts: Facts, invariances: Any, decide: Any
         why = f"{count} calibration images, fewer than {LEAST_CALIBRATION}, say too little about a temperature"
         decide("evaluate.calibrate", None, calibrate, why)
     return {"views": views, "calibrate": calibrate}
-
-
-def _stages(strategy: str, train: dict[str, Any], facts: Facts) -> list[Stage]:
-    if strategy == "probe":
-        return []
-    optimizer = train["optimizer"]
-    return [
-        Stage(
-            name="partial" if strategy == "partial" else "full",
-            trainable_stages=min(train["depth"], len(facts.backbone.stages)),
-            epochs=train["epochs"],
-            lr_head=optimizer["lr"],
-            lr_backbone=optimizer["lr"] * optimizer["backbone_lr_ratio"],
-            batch_norm=train["batch_norm"],
-        )
-    ]
 
 
 def _words(value: Any) -> str:

@@ -19,7 +19,8 @@ Text = Annotated[str, BeforeValidator(_as_text)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Preset = Literal["none", "light", "medium", "heavy"]
-Strategy = Literal["probe", "partial", "full"]
+Domain = Literal["natural", "document", "medical", "fine", "tiny"]
+Strategy = Literal["probe", "partial", "full", "gradual", "surgical", "norms", "biases", "lora"]
 Invariance = Literal["hflip", "vflip", "rot90"]
 
 
@@ -87,63 +88,189 @@ class DataSpec(Section):
 
 
 class AugmentSpec(Section):
-    """How training images are varied."""
+    """How training images are varied. Flips and rotations follow `data.invariances` and `data.label_swap`."""
 
     preset: Preset | None = None
-    """Strength of the random changes; flips follow `data.invariances` and `data.label_swap`."""
+    """Strength of the random changes."""
+    domain: Domain | None = None
+    """Kind of images, which sets what is changed at all: photos, documents, medical or other images without an up,
+    classes that differ in details, or tiny images."""
+    crop: Literal["area", "scale"] = "area"
+    """Random part of the image and of its shape, resized; or the whole image at a random scale, then a crop."""
+    rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest rotation to either side; corners mirror the image."""
+    pca_color: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Deviation of shifts along the principal colours of the training images (AlexNet: 0.1)."""
+    policy: Literal["none", "trivial", "rand"] = "none"
+    """Automatic policy: one random operation at random strength, or two at a fixed one."""
+    cutout: Share = 0.0
+    """Side of a grey square over that of the image; the strong preset has its own."""
+    mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """Alpha of the Beta distribution from which blends of two images and their labels are drawn; 0: never."""
+    cutmix: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """The same for pasting a rectangle of one image into another."""
 
 
 class HeadSpec(Section):
     """The new classification layer."""
 
-    kind: Literal["linear"] = "linear"
-    """One linear layer."""
-    init: Literal["probe", "zero", "small", "model"] | None = None
-    """Start from the probe, from zero, from N(0, 0.01^2), or from the architecture's own rule."""
+    kind: Literal["linear", "mlp", "cosine"] = "linear"
+    """One linear layer; one hidden layer and a linear one; or the cosine to one direction per class, scaled."""
+    hidden: Annotated[int, Field(ge=1)] = 512
+    """Units of the hidden layer of `mlp`."""
+    activation: Text = "relu"
+    """Of the hidden layer of `mlp`."""
+    init: Literal["probe", "zero", "small", "uniform", "xavier", "kaiming", "model"] | None = None
+    """Start from the probe, from zero, from N(0, 0.01^2), from a named rule, or from the architecture's own."""
+    bias: float = 0.0
+    """Of the hidden units of `mlp` at the start; a little above 0 keeps ReLU units awake."""
     dropout: Share = 0.0
-    """Share of features dropped before the head, in training only."""
+    """Share of features dropped before each linear layer, in training only."""
+    drop_connect: Share = 0.0
+    """Share of the head's weights dropped, anew for every image, in training only."""
+
+
+class RegularizationSpec(Section):
+    """What holds training back; all of it is off at test."""
+
+    label_smoothing: Share = 0.0
+    """Share of the target that goes to all classes alike."""
+    stochastic_depth: Share = 0.0
+    """Share of passes in which the last residual block is skipped; lower blocks in proportion to their depth."""
+    channel_dropout: Share = 0.0
+    """Share of whole feature maps dropped between the trained stages of the backbone."""
+    l2_sp: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Pull of pretrained weights back to where they began, instead of to zero."""
 
 
 class OptimizerSpec(Section):
     """How a step is made from a gradient."""
 
-    name: Literal["adamw", "sgd"] | None = None
-    """`sgd` is Nesterov with `momentum`."""
+    name: Text | None = None
+    """`sgd`, `momentum`, `nesterov`, `adagrad`, `rmsprop`, `adam`, `adamw`, `lbfgs` (only where nothing is random),
+    or one of timm's as `timm/NAME`."""
     lr: Annotated[float, Field(gt=0, le=10)] | None = None
     """Learning rate of the head, at its peak."""
     backbone_lr_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Learning rate of pretrained weights over that of the head."""
+    """Learning rate of the backbone's topmost stage over that of the head."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Rate of each stage of the backbone over that of the stage above it; 1 gives all the same."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Decoupled decay of matrices and kernels; biases and norms have none."""
+    """Decay of matrices and kernels; biases, norms and tokens have none."""
+    decay: Literal["decoupled", "coupled"] = "decoupled"
+    """Shrink weights by rate times decay, or add decay times weight to the gradient (the classic L2 penalty)."""
     momentum: Share = 0.9
-    """For `sgd`."""
+    """For `momentum`, `nesterov` and timm's."""
+    rho: Share = 0.99
+    """How slowly `rmsprop` forgets squared gradients."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """For `adam` and `adamw`: how slowly gradients and their squares are forgotten."""
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """Added to denominators."""
+
+
+class ScheduleSpec(Section):
+    """The learning rate over a stage, per step, as a share of its peak. Drops and cycles are placed by shares of it."""
+
+    name: (
+        Literal["constant", "step", "multistep", "exponential", "inverse", "linear", "cosine", "plateau", "one_cycle",
+                "cyclic", "growing"] | None
+    ) = None  # fmt: skip
+    """`cyclic` is one cosine per cycle (snapshots); `growing` restarts in ever longer cycles; `inverse` is 1/t."""
+    warmup_fraction: Share = 0.05
+    """Share of all steps over which the rate rises linearly; `one_cycle` rises on its own."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Factor of a drop, for `step` and `multistep`."""
+    every: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Share of the steps between two drops, for `step`."""
+    milestones: tuple[Share, ...] = (0.5, 0.75)
+    """Shares of the steps at which `multistep` drops."""
+    end: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Where `linear`, `cosine` and cycles end."""
+    decades: Annotated[float, Field(gt=0, le=6)] = 2.0
+    """How far `exponential` and `inverse` have fallen after the last step: 2 is a hundredth."""
+    cycles: Annotated[int, Field(ge=1)] = 5
+    """Restarts of `cyclic` and `growing`; the steps are rounded up to whole cycles."""
+    growth: Annotated[float, Field(ge=1, le=4)] = 2.0
+    """Length of a cycle over that of the one before, for `growing`."""
+    patience: Annotated[int, Field(ge=1)] = 3
+    """Epochs without a better val loss after which `plateau` drops."""
+    factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Of a drop of `plateau`."""
+
+
+class AveragingSpec(Section):
+    """More than one set of weights from one run."""
+
+    kind: Literal["none", "ema", "swa"] | None = None
+    """Judge and ship an exponential moving average, or the mean over the end of training, instead of the weights."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Null: exp(-1 / (0.1 steps)), a memory of a tenth of the training."""
+    swa_start: Share = 0.75
+    """Share of the steps after which weights enter the mean; the rate stays at `swa_lr` from there."""
+    swa_lr: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of the peak."""
+    snapshots: Annotated[int, Field(ge=0, le=20)] = 0
+    """Cycles after each of which the weights are kept, with their own statistics; the schedule is then cyclic."""
+    keep_last: Annotated[int, Field(ge=0, le=20)] = 0
+    """Epochs at the end whose weights are kept."""
+    batch_norm: Literal["pooled", "exact"] = "pooled"
+    """How statistics are taken anew for averaged weights: in one pass, or layer by layer."""
+
+
+class ImbalanceSpec(Section):
+    """What is done where some classes have far more images than others."""
+
+    kind: Literal["none", "inverse", "effective", "sampler", "logits", "focal"] | None = None
+    """Weights by count, by effective number; classes drawn evenly; logits shifted by log frequency; focal loss."""
+    gamma: Annotated[float, Field(ge=0, le=10)] = 2.0
+    """Of `focal`."""
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Of `effective`."""
 
 
 class TrainSpec(Section):
     """How deep, how long, how fast."""
 
     strategy: Strategy | None = None
-    """Null asks the advisor."""
+    """Null asks the advisor. `gradual` opens one stage of the backbone after the other; `surgical` trains the one whose
+    gradients are largest for its weights; `norms` and `biases` train only those; `lora` adds low-rank matrices to a
+    ViT."""
     depth: Annotated[int, Field(ge=1)] | None = None
     """Stages of the backbone that `partial` trains, counted from the top."""
+    layers: tuple[Text, ...] = ()
+    """Names of the backbone's stages or layers that `partial` trains, instead of a depth."""
+    reinit: Annotated[int, Field(ge=0)] = 0
+    """Top stages whose pretrained weights are thrown away and drawn anew."""
+    freezes_first: bool = False
+    """Hold the first layer still even where everything trains: it saves memory, and SGD needs it on some ViTs."""
+    lora_rank: Annotated[int, Field(ge=1, le=256)] = 8
+    """Of `lora`; its alpha is twice that."""
     epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """At most; early stopping may end sooner."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Images per optimizer step, whatever fits in memory at once."""
     optimizer: OptimizerSpec = OptimizerSpec()
     """Rule, rates and decay."""
-    schedule: Literal["cosine", "constant"] | None = None
-    """Of the learning rate, per step."""
-    warmup_fraction: Share = 0.05
-    """Share of all steps over which the rate rises linearly."""
+    schedule: ScheduleSpec = ScheduleSpec()
+    """Of the learning rate."""
+    averaging: AveragingSpec = AveragingSpec()
+    """Of weights, and what is kept beside them."""
+    imbalance: ImbalanceSpec = ImbalanceSpec()
+    """Of classes."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Epochs without a lower val loss after which training stops, where the best epoch is kept."""
     keep: Literal["best", "last"] | None = None
     """The epoch with the lowest val loss at the best temperature, or the last; null: last where val is small."""
+    choose: Literal["loss", "balanced"] | None = None
+    """Val loss over images, or over classes alike; null: balanced where classes are uneven."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest global norm of the gradient."""
-    batch_norm: Literal["frozen", "train"] | None = None
-    """Statistics of batch-norm layers in trained stages; in frozen stages they never move."""
+    stop_ratio: Annotated[float, Field(gt=1)] = 3.0
+    """A loss above this many times the first (or log K, if that is more) counts as diverged."""
+    batch_norm: Literal["frozen", "statistics", "train"] | None = None
+    """In trained stages: statistics stay and scale and shift move; statistics follow the new images and scale and shift
+    stay; or both move. In frozen stages nothing ever does."""
 
 
 class EvaluateSpec(Section):
@@ -194,6 +321,8 @@ class Recipe(Section):
     """Variation in training."""
     head: HeadSpec = HeadSpec()
     """The new layer."""
+    regularization: RegularizationSpec = RegularizationSpec()
+    """What holds training back."""
     train: TrainSpec = TrainSpec()
     """Training."""
     evaluate: EvaluateSpec = EvaluateSpec()

@@ -212,11 +212,11 @@ def forecast_rows(advice: Part, *, chosen: str = "") -> list[dict[str, str]]:
     rows = []
     for forecast in advice.get("forecasts") or ():
         name = str(forecast.get("strategy", ""))
-        is_offered = bool(forecast.get("is_offered", True))  # else only its cost is known
-        gain, low, high = (forecast.get(key) if is_offered else None for key in ("gain", "gain_low", "gain_high"))
+        is_gain_known = bool(forecast.get("is_gain_known", True))
+        gain, low, high = (forecast.get(key) if is_gain_known else None for key in ("gain", "gain_low", "gain_high"))
         is_base = gain == low == high == 0
         marks = {"chosen": name == (chosen or advised), "advised": name == advised}
-        marks |= {"runner-up": name == advice.get("runner_up"), "not offered": not is_offered}
+        marks |= {"runner-up": name == advice.get("runner_up"), "gain not measured": not is_gain_known}
         rows.append(
             {
                 "strategy": name.replace("_", " "),

@@ -7,7 +7,8 @@ from typing import Any
 
 from finetune.recipe.advice import UNMEASURED
 from finetune.recipe.facts import Facts, ProfileFacts, Proportion
-from finetune.recipe.plan import Advice, Plan
+from finetune.recipe.plan import Advice, Plan, Stage
+from finetune.recipe.schedules import draw_curve
 from finetune.reporting.decision import CELLS, forecast_rows
 from finetune.reporting.sentences import chirality_sentence, depth_sentence, measure_rows, memory
 
@@ -18,6 +19,8 @@ _BAR = 30
 """Columns of a bar of accuracy 1."""
 _WIDE, _TALL = 30, 4
 """Columns and rows of one cell of the grid."""
+_PLAIN_BARS = str.maketrans("▁▂▃▄▅▆▇█", "_.:-=+*#")
+"""From low to high, for terminals that know no blocks."""
 Place = tuple[int, int]
 """Row and column in the grid."""
 
@@ -78,15 +81,28 @@ def plan_text(plan: Plan) -> str:
     lines = ["Plan", _table([(f"{r.key} = {r.value}", r.why) for r in plan.reasons], narrow=44)]
     for number, stage in enumerate(plan.stages, 1):
         lines.append(
-            f"  stage {number}, {stage.name}: top {stage.trainable_stages} stages and the head, at most {stage.epochs} "
-            f"epochs, rates {stage.lr_head:g} (head) and {stage.lr_backbone:g} (backbone)"
+            f"  stage {number}, {stage.name}: {_moving(stage)} and the head, at most {stage.epochs} epochs, "
+            f"rates {stage.lr_head:g} (head) and {stage.lr_backbone:g} (backbone)"
         )
+        averaging = plan.train.averaging
+        start = averaging.swa_start if averaging.kind == "swa" and number == len(plan.stages) else None
+        curve = draw_curve(stage.schedule, stage.epochs, 100, swa_start=start, swa_lr=averaging.swa_lr)
+        lines.append(f"           rate |{curve.translate(_PLAIN_BARS)}| {stage.schedule.name}")
     if not plan.stages:
         lines.append("  no stage: the probe is the model")
     is_measured = plan.pretrained and plan.advice.cell != UNMEASURED
     grid = grid_text(plan.advice) if is_measured else ""  # random weights are similar to nothing
     lines += [text for text in (grid, forecasts_text(plan.advice, chosen=plan.train.strategy or "")) if text]
     return "\n".join(lines)
+
+
+def _moving(stage: Stage) -> str:
+    """What of the backbone trains in a stage, in words."""
+    where = ", ".join(stage.layers) if stage.layers else f"top {stage.trainable_stages} stages"
+    what = {"all": "", "norms": "norms of the ", "biases": "biases of the ", "lora": "low-rank matrices in the "}
+    first = " without the first layer" if stage.freezes_first else ""
+    fresh = f" ({stage.fresh_stages} drawn anew)" if stage.fresh_stages else ""
+    return f"{what[stage.trains]}{where}{first}{fresh}"
 
 
 def profile_text(profile: ProfileFacts) -> str:

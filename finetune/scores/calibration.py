@@ -45,7 +45,7 @@ class Temperature:
         return asdict(self)
 
 
-def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> Temperature:
+def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, *, weights: torch.Tensor | None = None) -> Temperature:
     """The temperature with the least log loss on `labels`.
 
     For averages over views or members pass `log_probabilities(average)`: scaling does not commute with
@@ -54,16 +54,20 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> Temperature:
     Args:
         logits: (N, K), finite; or log-probabilities, which are logits too.
         labels: (N,), integers in [0, K).
+        weights: (N,), of each image in the log loss, positive; None: all alike. They do not enter the ECE.
 
     Raises:
         ValueError: if there is no image, the shapes do not match, a label is outside [0, K), or a
             logit is not finite.
     """
     logits, labels = _check(logits, labels)
-    inverse = _best_inverse(logits - logits.gather(1, labels[:, None]))
-    before = float(F.cross_entropy(logits, labels))
+    shares = torch.full((len(labels),), 1 / len(labels), dtype=torch.float64)  # (N,), adding up to 1
+    if weights is not None:
+        shares = weights.double() / weights.double().sum()
+    inverse = _best_inverse(logits - logits.gather(1, labels[:, None]), shares)
+    before = _log_loss(logits, labels, shares)
     value = None if inverse is None else 1 / inverse
-    after = before if value is None else float(F.cross_entropy(logits / value, labels))
+    after = before if value is None else _log_loss(logits / value, labels, shares)
     if value is not None and after > before:  # only rounding, where the optimum is 1
         value, after = 1.0, before
     return Temperature(
@@ -94,18 +98,22 @@ def log_probabilities(probabilities: torch.Tensor) -> torch.Tensor:
     return probabilities.double().clamp_min(_LEAST).log()
 
 
-def _best_inverse(leads: torch.Tensor) -> float | None:
+def _log_loss(logits: torch.Tensor, labels: torch.Tensor, shares: torch.Tensor) -> float:
+    return float((F.cross_entropy(logits, labels, reduction="none") * shares).sum())
+
+
+def _best_inverse(leads: torch.Tensor, shares: torch.Tensor) -> float | None:
     """The inverse temperature where the slope of the log loss is zero; None if that is out of range.
 
     `leads` (N, K) are logits minus the logit of the label: then the slope of a row that is right has
     no positive term, and "all right" is recognised without rounding.
     """
     low, high = 1 / HOTTEST, 1 / COLDEST
-    if _slope(leads, low)[0] >= 0 or _slope(leads, high)[0] <= 0:
+    if _slope(leads, shares, low)[0] >= 0 or _slope(leads, shares, high)[0] <= 0:
         return None
     inverse = 1.0
     for _ in range(_MOST_STEPS):
-        slope, curvature = _slope(leads, inverse)
+        slope, curvature = _slope(leads, shares, inverse)
         step = inverse - slope / curvature if curvature > 0 else math.nan
         if slope == 0 or abs(step - inverse) <= _PRECISION * inverse:
             return inverse
@@ -114,12 +122,12 @@ def _best_inverse(leads: torch.Tensor) -> float | None:
     return inverse
 
 
-def _slope(leads: torch.Tensor, inverse: float) -> tuple[float, float]:
+def _slope(leads: torch.Tensor, shares: torch.Tensor, inverse: float) -> tuple[float, float]:
     """First and second derivative of the mean log loss with respect to the inverse temperature."""
     probabilities = (leads * inverse).softmax(dim=1)  # (N, K)
     means = (probabilities * leads).sum(dim=1)  # (N,)
     spreads = (probabilities * (leads - means[:, None]) ** 2).sum(dim=1)
-    return float(means.mean()), float(spreads.mean())
+    return float((means * shares).sum()), float((spreads * shares).sum())
 
 
 def _check(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

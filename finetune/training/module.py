@@ -5,7 +5,9 @@ that of the whole: running out of memory halves the micro-batch and repeats the 
 effective batch, the schedule and the number of steps stay what the plan says.
 """
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,8 +16,35 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetune.errors import RunError
+from finetune.models.classifier import Classifier
+from finetune.recipe.schedules import Plateau
 from finetune.scores.calibration import fit_temperature
-from finetune.training.optimization import gradient_norm, set_rates
+from finetune.training.averaging import WeightAverage
+from finetune.training.losses import Loss
+from finetune.training.mixing import Mixing
+from finetune.training.optimization import Anchor, gradient_norm, set_rates
+from finetune.training.watching import Divergence
+
+RATIO_EVERY = 10
+"""Steps between two measurements of how far an update moves the weights: measuring copies them."""
+
+
+class DivergenceError(Exception):
+    """Training left the road; the message says by how much. `fit` catches it and returns to the last good state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a step is made of beside the classifier and the optimizer."""
+
+    loss: Loss
+    factor: Callable[[int], float]
+    """Share of the peak rate by step."""
+    clip_norm: float
+    seed: int
+    """Of what is drawn in a step."""
+    mixing: Mixing | None = None
+    anchor: Anchor | None = None
 
 
 class Finetuning(pl.LightningModule):
@@ -23,11 +52,14 @@ class Finetuning(pl.LightningModule):
 
     def __init__(
         self,
-        classifier: nn.Module,
+        classifier: Classifier,
         optimizer: torch.optim.Optimizer,
-        factor: Callable[[int], float],
+        step: Step,
         *,
-        clip_norm: float,
+        plateau: Plateau | None = None,
+        divergence: Divergence | None = None,
+        average: WeightAverage | None = None,
+        average_from: int = 0,
         warn: Callable[[str], None],
     ) -> None:
         super().__init__()
@@ -35,57 +67,113 @@ class Finetuning(pl.LightningModule):
         self.classifier = classifier
         self.micro_batch: int | None = None
         """Images per forward pass; None: the whole batch."""
-        self.totals = {"loss": 0.0, "hits": 0.0, "images": 0.0, "gradient_norm": 0.0, "steps": 0.0}
+        self.totals: dict[str, float] = {}
         self.rates: dict[str, float] = {}
         self.steps_done = 0
-        self._optimizer, self._factor, self._clip_norm, self._warn = optimizer, factor, clip_norm, warn
+        self.slowdown = 1.0
+        """What a return to the last good state multiplies all rates by."""
+        self.plateau, self.average, self._average_from = plateau, average, average_from
+        self._optimizer, self._step, self._divergence, self._warn = optimizer, step, divergence, warn
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer that the stage was given."""
         return self._optimizer
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        """One optimizer step on images (B, C, H, W) and labels (B,)."""
+        """One optimizer step on images (B, C, H, W) and labels (B,).
+
+        Raises:
+            DivergenceError: if the loss says that going on is of no use; the weights are then lost.
+        """
         images, labels, _ = batch
-        optimizer = self.optimizers()
-        self.rates = set_rates(self._optimizer, self._factor(self.steps_done))
-        loss, hits = self._accumulate(images, labels)
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        norm = gradient_norm(
-            (p for p in self.classifier.parameters() if p.requires_grad),
-            self._clip_norm,
-            scaler.get_scale() if scaler is not None else 1.0,
-        )
-        optimizer.step()  # type: ignore[union-attr]
+        targets = labels
+        if self._step.mixing is not None:
+            key = hashlib.blake2b(f"{self._step.seed} {self.steps_done}".encode(), digest_size=4).digest()
+            images, targets = self._step.mixing(images, labels, int.from_bytes(key, "little"))
+        self.rates = set_rates(self._optimizer, self._step.factor(self.steps_done) * self.slowdown)
+        if isinstance(self._optimizer, torch.optim.LBFGS):
+            loss, hits, norm = self._search(images, targets)
+        else:
+            loss, hits, norm = self._descend(images, targets)
         self.steps_done += 1
-        for key, value in (("loss", loss * len(labels)), ("hits", hits), ("images", len(labels))):
-            self.totals[key] += value
-        self.totals["gradient_norm"] += norm
-        self.totals["steps"] += 1
+        self._add(loss=loss * len(labels), hits=hits, images=len(labels), gradient_norm=norm, steps=1)
+        if self._divergence is not None and (why := self._divergence.sees(loss)):
+            raise DivergenceError(why)
+        if self.average is not None and self.steps_done > self._average_from:
+            self.average.update(self.classifier)
 
     def take_totals(self) -> dict[str, float]:
         """Sums since the last call, which are then zero."""
-        taken, self.totals = self.totals, dict.fromkeys(self.totals, 0.0)
+        taken, self.totals = self.totals, {}
         return taken
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what a resumed run must know and the weights do not say."""
         checkpoint["steps_done"], checkpoint["micro_batch"] = self.steps_done, self.micro_batch
+        checkpoint["slowdown"] = self.slowdown
+        checkpoint["plateau"] = self.plateau.state_dict() if self.plateau else {}
+        checkpoint["average"] = self.average.state_dict() if self.average else {}
+        checkpoint["divergence"] = asdict(self._divergence) if self._divergence else {}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The reverse of `on_save_checkpoint`."""
+        """The reverse of `on_save_checkpoint`; a slowdown set since then stays."""
         self.steps_done, self.micro_batch = checkpoint["steps_done"], checkpoint["micro_batch"]
+        self.slowdown = min(self.slowdown, checkpoint["slowdown"])
+        if self.plateau is not None:
+            self.plateau.load_state_dict(checkpoint["plateau"])
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint["average"])
+        if self._divergence is not None:
+            self._divergence = Divergence(**checkpoint["divergence"])
 
-    def _accumulate(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    def _descend(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[float, int, float]:
+        """A step along the gradient; loss, hits, and the norm of the gradient."""
+        loss, hits = self._accumulate(images, targets)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        if self._step.anchor is not None:
+            self._step.anchor.add_gradient(scale)
+        trained = [p for p in self.classifier.parameters() if p.requires_grad]
+        norm = gradient_norm(trained, self._step.clip_norm, scale)
+        is_measured = self.steps_done % RATIO_EVERY == 0
+        before = [p.detach().clone() for p in trained] if is_measured else []
+        self.optimizers().step()  # type: ignore[union-attr]
+        if is_measured:
+            moved = torch._foreach_norm(torch._foreach_sub([p.detach() for p in trained], before))
+            whole = torch.stack(torch._foreach_norm(before)).norm()
+            self._add(update_ratio=float(torch.stack(moved).norm() / whole.clamp(min=1e-12)), ratios=1)
+        return loss, hits, norm
+
+    def _search(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[float, int, float]:
+        """A step of L-BFGS, which looks at the same batch several times; loss and hits before it."""
+        seen: list[tuple[float, int]] = []
+
+        def closure() -> float:
+            seen.append(self._accumulate(images, targets))
+            if self._step.anchor is not None:
+                self._step.anchor.add_gradient()
+            for parameter in trained:  # torch lays gradients end to end, which it can only do where they are plain
+                parameter.grad = None if parameter.grad is None else parameter.grad.contiguous()
+            return seen[-1][0]
+
+        trained = [p for p in self.classifier.parameters() if p.requires_grad]
+        self._optimizer.step(closure)
+        return *seen[0], gradient_norm(trained, float("inf"))
+
+    def _add(self, **values: float) -> None:
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value
+
+    def _accumulate(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
         """Gradient of the mean loss over the batch, in as many pieces as memory asks for; loss and hits."""
         while True:
             self._optimizer.zero_grad(set_to_none=True)
             try:
-                return self._pieces(images, labels, self.micro_batch or len(labels))
+                return self._pieces(images, targets, self.micro_batch or len(targets))
             except RuntimeError as fault:
                 if not is_out_of_memory(fault):
                     raise
-                size = min(self.micro_batch or len(labels), len(labels))
+                size = min(self.micro_batch or len(targets), len(targets))
             if size <= 1:
                 raise RunError("one single image does not fit in memory; use a smaller data.image_size or backbone.")
             self.micro_batch = size // 2
@@ -93,16 +181,17 @@ class Finetuning(pl.LightningModule):
                 torch.cuda.empty_cache()
             self._warn(
                 f"out of memory at {size} images: going on with {self.micro_batch} at a time, "
-                f"{len(labels)} per step as planned"
+                f"{len(targets)} per step as planned"
             )
 
-    def _pieces(self, images: torch.Tensor, labels: torch.Tensor, size: int) -> tuple[float, int]:
+    def _pieces(self, images: torch.Tensor, targets: torch.Tensor, size: int) -> tuple[float, int]:
         total, hits = 0.0, 0
-        for x, y in zip(images.split(size), labels.split(size), strict=True):
+        for x, y in zip(images.split(size), targets.split(size), strict=True):
             logits = self.classifier(x)  # (b, K)
-            loss = F.cross_entropy(logits.float(), y, reduction="sum") / len(labels)
+            loss = self._step.loss(logits.float(), y).sum() / len(targets)
             self.manual_backward(loss)
-            total, hits = total + float(loss.detach()), hits + int((logits.detach().argmax(1) == y).sum())
+            wanted = y if y.ndim == 1 else y.argmax(1)
+            total, hits = total + float(loss.detach()), hits + int((logits.detach().argmax(1) == wanted).sum())
         return total, hits
 
 
@@ -111,9 +200,22 @@ def is_out_of_memory(fault: RuntimeError) -> bool:
     return isinstance(fault, torch.OutOfMemoryError) or "can't allocate memory" in str(fault)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValLoss:
+    """What val says of one state of the classifier."""
+
+    loss: float
+    """Mean cross-entropy in nats, over images."""
+    chosen_by: float
+    """The same at the best temperature, over images or over classes alike."""
+    top1: float
+    balanced_top1: float
+    """Mean over classes of the share that is right."""
+
+
 @torch.inference_mode()
-def measure_loss(classifier: nn.Module, batches: Any, device: str, precision: str) -> tuple[float, float, float]:
-    """Mean cross-entropy in nats, the same at the best temperature, and accuracy; in eval mode, which is put back."""
+def measure_loss(classifier: nn.Module, batches: Any, device: str, precision: str, *, choose: str = "loss") -> ValLoss:
+    """What `batches` say of the classifier in eval mode, which is put back; by `choose`, `loss` or `balanced`."""
     was_training = classifier.training
     classifier.eval()
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,6 +226,12 @@ def measure_loss(classifier: nn.Module, batches: Any, device: str, precision: st
         wanted.append(labels)
     classifier.train(was_training)
     logits, labels = torch.cat(parts), torch.cat(wanted)
+    counts = labels.bincount(minlength=logits.shape[1]).double()
+    weights = 1 / counts[labels]  # every class that val holds counts alike
     loss = float(F.cross_entropy(logits, labels))
-    tempered = fit_temperature(logits, labels).log_loss_after if logits.isfinite().all() else loss
-    return loss, tempered, float((logits.argmax(1) == labels).double().mean())
+    tempered = loss
+    if logits.isfinite().all():
+        tempered = fit_temperature(logits, labels, weights=weights if choose == "balanced" else None).log_loss_after
+    is_right = (logits.argmax(1) == labels).double()
+    balanced = float((is_right * weights).sum() / (counts > 0).sum())
+    return ValLoss(loss=loss, chosen_by=tempered, top1=float(is_right.mean()), balanced_top1=balanced)

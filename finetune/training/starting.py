@@ -1,46 +1,122 @@
 """What a training starts from: the classifier with its first head, and the batches it will see."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from finetune.data.augmentation import Augmentation
+from finetune.data.contact_sheet import write_contact_sheet
 from finetune.data.loading import Batches
+from finetune.data.normalization import fit_color_basis
+from finetune.errors import RecipeError
 from finetune.features.survey import Look
+from finetune.models.adapters import add_lora
 from finetune.models.backbones import Backbone
 from finetune.models.classifier import Classifier
 from finetune.models.heads import PROBE_SOFTENING, make_head
+from finetune.models.initialization import reinitialize_stages
+from finetune.models.regularization import insert_channel_dropout, set_stochastic_depth
 from finetune.recipe.plan import Plan
+from finetune.training.losses import log_priors
+
+Vary = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+"""A user's own view: an image (H, W, 3) uint8 and a generator to an image of the same shape."""
 
 
-def make_classifier(plan: Plan, backbone: Backbone, probe: Mapping[str, torch.Tensor]) -> Classifier:
-    """`backbone` with the head that the plan begins from; `probe` holds `weight` and `bias`, or nothing."""
+def make_classifier(
+    plan: Plan, backbone: Backbone, probe: Mapping[str, torch.Tensor], num_images: Sequence[int]
+) -> Classifier:
+    """`backbone`, changed as the plan says, with the head that the plan begins from.
+
+    Args:
+        plan: what is re-initialised, dropped and adapted, and which head.
+        backbone: pretrained; changed in place.
+        probe: `weight` (K, D) and `bias` (K,) of the solved probe, or nothing.
+        num_images: training images of each class.
+
+    Raises:
+        BackboneError: if this backbone cannot be changed so.
+    """
     torch.manual_seed(plan.seed)
-    init = str(plan.head.init)
-    start = probe if init == "probe" else {}
-    head = make_head(
+    rules, train = plan.regularization, plan.train
+    if train.reinit:
+        reinitialize_stages(backbone, train.reinit)
+    if rules.stochastic_depth:
+        set_stochastic_depth(backbone, rules.stochastic_depth)
+    if rules.channel_dropout:
+        top = plan.stages[-1].trainable_stages
+        insert_channel_dropout(backbone, rules.channel_dropout, backbone.stages[len(backbone.stages) - top :])
+    if any(stage.trains == "lora" for stage in plan.stages):
+        add_lora(backbone, rank=train.lora_rank)
+    init, head = str(plan.head.init), plan.head
+    start = dict(probe) if init == "probe" else {}
+    if start and train.imbalance.kind == "logits":  # the loss adds the priors that the probe's bias already holds
+        start["bias"] = start["bias"] - log_priors(num_images) / PROBE_SOFTENING
+    made = make_head(
         backbone.num_features,
         len(plan.classes),
+        kind=head.kind,
+        hidden=head.hidden,
+        activation=head.activation,
         init=init,
-        dropout=plan.head.dropout,
+        hidden_bias=head.bias,
+        dropout=head.dropout,
+        drop_connect=head.drop_connect,
         weight=start["weight"] * PROBE_SOFTENING if start else None,
         bias=start["bias"] * PROBE_SOFTENING if start else None,
         arch_rule=backbone.new_classifier,
     )
-    return Classifier(backbone, head).to(memory_format=torch.channels_last)
+    return Classifier(backbone, made).to(memory_format=torch.channels_last)
 
 
-def make_batches(plan: Plan, seen: Look, *, most_images: int | None = None) -> tuple[Batches, Batches]:
+def make_augmentation(plan: Plan, seen: Look, vary: Vary | None = None) -> Augmentation | None:
+    """The random views of training as the plan says; None where it says none."""
+    spec, view = plan.augment, plan.view
+    extras = (spec.cutout, spec.pca_color, spec.rotate_degrees, spec.policy != "none", vary is not None)
+    if spec.preset == "none" and not any(extras):
+        return None
+    basis = None
+    if spec.pca_color:
+        basis = fit_color_basis(seen.store, seen.indices("train"), size_pixels=view.size_pixels, seed=plan.seed)
+    return Augmentation(
+        str(spec.preset),
+        size_pixels=view.size_pixels,
+        interpolation=view.interpolation,
+        invariances=plan.data.allowed_changes,
+        domain=str(spec.domain),
+        crop=spec.crop,
+        rotate_degrees=spec.rotate_degrees,
+        pca_color=None if basis is None else basis.shifts(spec.pca_color),
+        policy=spec.policy,
+        cutout=spec.cutout,
+        custom=vary,
+    )
+
+
+def draw_training_views(plan: Plan, seen: Look, path: Path, vary: Vary | None = None, *, rows: int = 8) -> None:
+    """Write a sheet of what the model will see in training: some training images of different classes.
+
+    Raises:
+        RecipeError: if the plan varies nothing.
+    """
+    augmentation = make_augmentation(plan, seen, vary)
+    if augmentation is None:
+        raise RecipeError("training sees the images as they are (augment.preset none), so there is nothing to show.")
+    waiting: dict[int, list[int]] = {}
+    for index in seen.indices("train"):
+        waiting.setdefault(seen.items[index].label, []).append(index)
+    chosen = [own[turn] for turn in range(rows) for own in waiting.values() if turn < len(own)][:rows]
+    names = [f"{plan.classes[seen.items[index].label]}\n{seen.items[index].name}" for index in chosen]
+    images = [seen.store.get(index) for index in chosen]
+    write_contact_sheet(path, images, names, augmentation, view=plan.view, seed=plan.seed)
+
+
+def make_batches(
+    plan: Plan, seen: Look, *, most_images: int | None = None, vary: Vary | None = None
+) -> tuple[Batches, Batches]:
     """Training batches, shuffled and varied, of all images or the first few; val batches, as they are."""
-    view, data = plan.view, plan.data
-    vary = None
-    if plan.augment.preset != "none":
-        vary = Augmentation(
-            str(plan.augment.preset),
-            size_pixels=view.size_pixels,
-            interpolation=view.interpolation,
-            invariances=data.allowed_changes,
-        )
     workers = plan.hardware.workers or 0
     rows, labels = seen.indices("train"), seen.labels("train").tolist()
     if most_images is not None and most_images < len(rows):
@@ -52,12 +128,13 @@ def make_batches(plan: Plan, seen: Look, *, most_images: int | None = None) -> t
         rows,
         labels,
         batch_size=min(size, len(rows)),
-        augmentation=vary,
-        shuffle=True,
+        augmentation=make_augmentation(plan, seen, vary),
+        shuffle=plan.train.optimizer.name != "lbfgs",
         seed=plan.seed,
         workers=workers,
         drop_last=len(rows) > size,
-        mirror_labels=data.mirror_classes(plan.classes),
+        mirror_labels=plan.data.mirror_classes(plan.classes),
+        balanced=plan.train.imbalance.kind == "sampler",
     )
     val = Batches(
         seen.store,

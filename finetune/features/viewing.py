@@ -1,0 +1,80 @@
+"""How a backbone sees images here: the view of its weights, whose constants, which sizes, and on what machine."""
+
+import torch
+
+from finetune.errors import BackboneError, RecipeError
+from finetune.features.extraction import num_cores
+from finetune.models.backbones import Backbone
+from finetune.recipe.cards import Card, View
+from finetune.recipe.facts import MachineFacts
+from finetune.recipe.schema import Recipe
+
+_OVERRIDES = ("image_size", "crop_pct", "interpolation", "mean", "std")
+
+
+def refuse_size(backbone: Backbone, size_pixels: int, device: str) -> None:
+    """Some networks take images of one size only; better said now than after the images are decoded.
+
+    Raises:
+        BackboneError: if this one does not take images of `size_pixels`.
+    """
+    own = backbone.card.input_size[1]
+    if size_pixels == own:
+        return
+    try:
+        with torch.inference_mode():
+            backbone(torch.zeros(1, 3, size_pixels, size_pixels, device=device))
+    except (AssertionError, RuntimeError, ValueError) as fault:
+        said = (str(fault).splitlines() or [type(fault).__name__])[0]
+        raise BackboneError(
+            f"{backbone.card.name} does not take images of {size_pixels} px ({said}). "
+            f"Set data.image_size to {own}, the size it was pretrained at, or leave it null."
+        ) from fault
+
+
+def choose_view(recipe: Recipe, card: Card) -> tuple[View, tuple[str, ...]]:
+    """The view of the weights with the recipe's overrides, and the names of those that differ."""
+    wish = recipe.data
+    size = wish.image_size or card.input_size[1]
+    view = View(
+        size_pixels=size,
+        shorter_pixels=max(size, int(size / (wish.crop_pct or card.crop_pct))),
+        interpolation=wish.interpolation or card.interpolation,
+        mean=wish.mean or card.mean,
+        std=wish.std or card.std,
+    )
+    own = {**{key: getattr(card, key) for key in _OVERRIDES if key != "image_size"}, "image_size": card.input_size[1]}
+    differ = [key for key in _OVERRIDES if getattr(wish, key) is not None and getattr(wish, key) != own[key]]
+    return view, tuple(differ)
+
+
+def whose_constants(recipe: Recipe) -> str:
+    """Where mean and std come from: the weights, the training images, or the recipe itself.
+
+    Raises:
+        RecipeError: if the recipe both gives them and asks for measured ones, or names ones it does not give.
+    """
+    wish = recipe.data
+    if wish.mean is not None or wish.std is not None:
+        if wish.normalize not in (None, "recipe"):
+            raise RecipeError(f"data.mean and data.std are given, and data.normalize is {wish.normalize}; keep one.")
+        return "recipe"
+    if wish.normalize == "recipe":
+        raise RecipeError("data.normalize is recipe, but data.mean and data.std are not given.")
+    return wish.normalize or ("weights" if recipe.pretrained else "channel_mean_std")
+
+
+def measure_machine(wish: str) -> MachineFacts:
+    """What torch can use here."""
+    has_gpu = torch.cuda.is_available() and wish != "cpu"
+    return MachineFacts(
+        device="cuda" if has_gpu else "cpu",
+        cores=num_cores(),
+        has_bf16=has_gpu and torch.cuda.is_bf16_supported(),
+        has_fp16=has_gpu,
+    )
+
+
+def fast_precision(machine: MachineFacts) -> str:
+    """The fastest arithmetic that a frozen backbone looks in well, here."""
+    return "bf16" if machine.has_bf16 else "fp16" if machine.has_fp16 else "32"

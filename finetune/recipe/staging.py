@@ -1,0 +1,303 @@
+"""How a training is staged: what moves in each stage, how fast, and for how long. Pure, as all planning is."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from finetune.errors import RecipeError
+from finetune.recipe.advice import partial_depth
+from finetune.recipe.batch_norm import small_batch_warning
+from finetune.recipe.facts import Facts
+from finetune.recipe.imbalance import decide_imbalance, uneven
+from finetune.recipe.plan import Stage
+from finetune.recipe.schedules import whole_epochs
+from finetune.recipe.schema import Recipe, ScheduleSpec, TrainSpec
+
+Decide = Callable[[str, Any, Any, str], Any]
+"""Key, wish, choice and reason to the value; the reason is written down."""
+BUDGETS = {"cpu": 8_000, "cuda": 200_000}
+"""Images that a default run trains on in all, epochs times images."""
+EPOCHS_RANGE = (3, 20)
+"""Fewest and most epochs that the planner chooses."""
+LEARNING_RATES = {
+    "adamw": 1e-3,
+    "adam": 1e-3,
+    "sgd": 0.1,
+    "momentum": 1e-2,
+    "nesterov": 1e-2,
+    "adagrad": 1e-2,
+    "rmsprop": 1e-4,
+    "lbfgs": 1.0,
+}
+"""Peak rate of the head by optimizer, at 64 images per step; timm's begin at that of `adamw`."""
+LARGEST_RATE = 1.0
+"""However large the batch."""
+RATIOS = {"partial": 0.3, "full": 0.3, "gradual": 0.3, "surgical": 0.3, "norms": 1.0, "biases": 1.0, "lora": 1.0}
+"""Rate of the backbone's top over that of the head: see `benchmarks/LOG.md`. The few numbers of norms, biases and
+adapters bear a full one."""
+LAYER_DECAY = 1.0
+WEIGHT_DECAY = 0.01
+LEAST_VAL = 100
+"""With fewer val images the noise between epochs is larger than what training changes."""
+AVERAGE = "none"
+EMA_SHARE = 0.1
+"""Memory of the moving average, as a share of all steps."""
+
+
+def epochs_for(recipe: Recipe, facts: Facts, device: str) -> int:
+    """Passes over the training images: as the recipe says, else what the budget of the device allows."""
+    least, most = EPOCHS_RANGE
+    return recipe.train.epochs or min(most, max(least, round(BUDGETS[device] / sum(facts.counts["train"]))))
+
+
+def decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, decide: Decide) -> dict[str, Any]:
+    """The section `train` with nothing open."""
+    wish, num_train = recipe.train, sum(facts.counts["train"])
+    batch = min(wish.batch_size, num_train)
+    decided: dict[str, Any] = {**wish.model_dump(), "strategy": strategy, "batch_size": batch}
+    quiet: Decide = (lambda key, wish, choice, why: choice if wish is None else wish) if strategy == "probe" else decide
+    if batch < wish.batch_size:
+        quiet("train.batch_size", None, batch, "there are no more training images than these")
+    decided["depth"] = _decide_depth(wish, facts, strategy, quiet)
+    decided["optimizer"] = _decide_optimizer(recipe, strategy, batch, quiet)
+    decided["schedule"], epochs = _decide_schedule(recipe, facts, device, quiet)
+    decided["epochs"] = 1 if strategy == "probe" else epochs
+    decided["averaging"] = _decide_averaging(wish, epochs * max(1, num_train // batch), quiet)
+    decided["imbalance"] = {
+        **wish.imbalance.model_dump(),
+        "kind": quiet("train.imbalance.kind", wish.imbalance.kind, *decide_imbalance(facts.counts["train"])),
+    }
+    cycles = decided["schedule"]["cycles"] if decided["schedule"]["name"] in ("cyclic", "growing") else 0
+    decided |= _decide_keeping(wish, facts, epochs, cycles, quiet)
+    decided["batch_norm"] = _decide_batch_norm(recipe, facts, batch, quiet)
+    return decided
+
+
+def _decide_depth(wish: TrainSpec, facts: Facts, strategy: str, decide: Decide) -> int:
+    stages = len(facts.backbone.stages)
+    if strategy != "partial" or wish.layers:
+        return stages
+    depth = max(partial_depth(stages, facts.profile), wish.reinit)
+    above = " and all above the best depth" if depth > partial_depth(stages) else ""
+    why = f"the top third of {stages} stages{above}; the rest stays as it was pretrained"
+    return int(decide("train.depth", wish.depth, depth, why))
+
+
+def _decide_optimizer(recipe: Recipe, strategy: str, batch: int, decide: Decide) -> dict[str, Any]:
+    wish = recipe.train.optimizer
+    rule = decide("train.optimizer.name", wish.name, "adamw", "robust to the rate on small data")
+    rate = min(LARGEST_RATE, LEARNING_RATES.get(rule, LEARNING_RATES["adamw"]) * (1 if rule == "lbfgs" else batch / 64))
+    rate = decide("train.optimizer.lr", wish.lr, rate, f"for {rule} at {batch} images per step")
+    gentle = "pretrained weights move gently, or what they know is lost"
+    few = "the few numbers that move bear the head's rate"
+    ratio = RATIOS.get(strategy, 1.0) if recipe.pretrained else 1.0
+    why = "random weights have nothing to keep" if not recipe.pretrained else gentle if ratio < 1 else few
+    return {
+        **wish.model_dump(),
+        "name": rule,
+        "lr": rate,
+        "backbone_lr_ratio": decide("train.optimizer.backbone_lr_ratio", wish.backbone_lr_ratio, ratio, why),
+        "layer_decay": wish.layer_decay or LAYER_DECAY,
+        "weight_decay": (0.0 if rule == "lbfgs" else WEIGHT_DECAY) if wish.weight_decay is None else wish.weight_decay,
+    }
+
+
+def _decide_schedule(recipe: Recipe, facts: Facts, device: str, decide: Decide) -> tuple[dict[str, Any], int]:
+    wish, snapshots = recipe.train.schedule, recipe.train.averaging.snapshots
+    why = "the rate falls to zero, so the last epochs settle"
+    name = decide(
+        "train.schedule.name",
+        wish.name,
+        "cyclic" if snapshots else "cosine",
+        f"each of {snapshots} snapshots is taken where the rate has fallen" if snapshots else why,
+    )
+    spec = wish.model_copy(update={"name": name, "cycles": snapshots or wish.cycles})
+    num_train = sum(facts.counts["train"])
+    budget = (
+        f"about {BUDGETS[device]:,} images in all for {num_train:,} training images, within {EPOCHS_RANGE[0]} to "
+        f"{EPOCHS_RANGE[1]}"
+    )
+    wanted = epochs_for(recipe, facts, device)
+    epochs = whole_epochs(spec, wanted)
+    if epochs != wanted:
+        decide("train.epochs", None, epochs, f"{wanted}, rounded up so that every cycle is made of whole epochs")
+    else:
+        decide("train.epochs", recipe.train.epochs, epochs, budget)
+    return spec.model_dump(), epochs
+
+
+def _decide_averaging(wish: TrainSpec, steps: int, decide: Decide) -> dict[str, Any]:
+    spec = wish.averaging
+    kind = decide(
+        "train.averaging.kind", spec.kind, AVERAGE, "the last weights of a falling rate are an average already"
+    )
+    decay = spec.ema_decay or math.exp(-1 / max(1.0, EMA_SHARE * steps))
+    if kind == "ema":
+        decide("train.averaging.ema_decay", spec.ema_decay, decay, f"a memory of a tenth of {steps} steps")
+    return {**spec.model_dump(), "kind": kind, "ema_decay": decay}
+
+
+def _decide_keeping(wish: TrainSpec, facts: Facts, epochs: int, cycles: int, decide: Decide) -> dict[str, Any]:
+    num_val = sum(facts.counts["val"])
+    is_enough = num_val >= LEAST_VAL
+    patience, why = max(3, epochs // 2), "half of the epochs without a lower val loss: the rate must have time to fall"
+    if cycles:
+        patience, why = cycles, "ends of cycles without a lower val loss: all cycles are wanted"
+    few = f"{num_val} val images {'are enough' if is_enough else f'(< {LEAST_VAL}) are too few'} to tell epochs apart"
+    is_uneven = uneven(facts.counts["train"])
+    return {
+        "patience": decide("train.patience", wish.patience, patience, why),
+        "keep": decide("train.keep", wish.keep, "best" if is_enough else "last", few),
+        "choose": decide(
+            "train.choose",
+            wish.choose,
+            "balanced" if is_uneven else "loss",
+            "classes are uneven, and each counts alike"
+            if is_uneven
+            else "classes are even, so every image counts alike",
+        ),
+    }
+
+
+def _decide_batch_norm(recipe: Recipe, facts: Facts, batch: int, decide: Decide) -> str:
+    has_batch_norm = facts.backbone.has_batch_norm
+    needs_own = has_batch_norm and (not recipe.pretrained or recipe.train.reinit > 0)
+    mode = decide(
+        "train.batch_norm",
+        recipe.train.batch_norm,
+        "train" if needs_own else "frozen",
+        "the backbone has no batch norm"
+        if not has_batch_norm
+        else "random weights need their own statistics"
+        if needs_own
+        else "the statistics of pretraining fit, and do not depend on the batch",
+    )
+    warning = small_batch_warning(batch, sum(facts.counts["train"]))
+    if mode != "frozen" and has_batch_norm and warning:
+        decide("train.batch_size", None, batch, warning)
+    return str(mode)
+
+
+def make_stages(strategy: str, train: dict[str, Any], facts: Facts) -> list[Stage]:
+    """The stages of a decided training: none for the probe, one for most, one per opened depth for `gradual`."""
+    if strategy == "probe":
+        return []
+    optimizer, total = train["optimizer"], len(facts.backbone.stages)
+    only: dict[str, Any] = {"norms": "norms", "biases": "biases", "lora": "lora"}
+    layers = tuple(train["layers"])
+    if strategy == "surgical":
+        layers = (max(facts.gradients, key=facts.gradients.__getitem__),)
+    whole = Stage.model_validate(
+        {
+            "name": strategy,
+            "trains": only.get(strategy, "all"),
+            "trainable_stages": min(train["depth"], total),
+            "layers": layers,
+            "freezes_first": train["freezes_first"],
+            "fresh_stages": train["reinit"],
+            "epochs": train["epochs"],
+            "lr_head": optimizer["lr"],
+            "lr_backbone": optimizer["lr"] * optimizer["backbone_lr_ratio"],
+            "layer_decay": optimizer["layer_decay"],
+            "schedule": train["schedule"],
+            "batch_norm": train["batch_norm"],
+        }
+    )
+    if strategy != "gradual":
+        return [whole]
+    steady = ScheduleSpec(name="constant", warmup_fraction=0.3)
+    opened = sorted({math.ceil(total * part / train["epochs"]) for part in range(1, train["epochs"])} - {total})
+    opened = opened if train["epochs"] < total else list(range(1, total))
+    early = [whole.model_copy(update={"trainable_stages": depth, "epochs": 1, "schedule": steady}) for depth in opened]
+    rest = whole_epochs(whole.schedule, train["epochs"] - len(early))  # cycles belong to the last stage alone
+    return [*early, whole.model_copy(update={"epochs": rest})]
+
+
+def training_faults(recipe: Recipe, facts: Facts) -> list[str]:
+    """Wishes for the training that contradict each other or the facts."""
+    train, stages = recipe.train, len(facts.backbone.stages)
+    strategy = train.strategy
+    faults = []
+    for key, value in (("depth", train.depth), ("reinit", train.reinit)):
+        if value is not None and value > stages:
+            faults.append(f"train.{key} is {value}, but {facts.backbone.name} has {stages} stages.")
+    for key, is_set in (("depth", train.depth is not None), ("layers", bool(train.layers))):
+        if is_set and strategy not in (None, "partial"):
+            faults.append(f"train.{key} belongs to strategy partial, not to {strategy}; remove one of the two.")
+    if train.layers and train.depth is not None:
+        faults.append("train.layers and train.depth both say what partial trains; remove one of the two.")
+    if not recipe.pretrained and strategy not in (None, "full"):
+        faults.append(f"pretrained is false, so strategy {strategy} would freeze random weights; use full.")
+    if not recipe.pretrained and recipe.regularization.l2_sp:
+        faults.append("pretrained is false, so there is nothing that regularization.l2_sp could pull back to.")
+    if strategy == "surgical" and not facts.gradients:
+        faults.append("train.strategy surgical compares gradients of the probe's loss, and there is no probe.")
+    if train.reinit:
+        faults += _reinit_faults(recipe)
+    averaging = train.averaging
+    if averaging.snapshots and train.schedule.name not in (None, "cyclic", "growing"):
+        faults.append(f"train.averaging.snapshots needs a schedule with cycles, but it is {train.schedule.name}.")
+    if averaging.kind == "swa" and (averaging.snapshots or train.schedule.name in ("cyclic", "growing", "one_cycle")):
+        faults.append("train.averaging.kind swa and a schedule with cycles both say where the rate ends; keep one.")
+    if strategy == "lora" and (averaging.snapshots or averaging.keep_last):
+        faults.append(
+            "train.strategy lora merges its matrices at the end, so no snapshots of them are kept; set both to 0."
+        )
+    return faults + _lbfgs_faults(recipe, facts)
+
+
+def _reinit_faults(recipe: Recipe) -> list[str]:
+    train, faults = recipe.train, []
+    if not recipe.pretrained:
+        faults.append("pretrained is false, so train.reinit has nothing to draw anew.")
+    if train.strategy not in (None, "partial", "full", "gradual"):
+        faults.append(f"train.reinit needs its stages trained whole, but the strategy is {train.strategy}.")
+    if train.depth is not None and train.depth < train.reinit:
+        faults.append(f"train.reinit is {train.reinit}, but train.depth trains only {train.depth} stages.")
+    if train.layers:
+        faults.append("train.reinit draws top stages anew, but train.layers names what trains; use train.depth.")
+    if recipe.head.init == "probe":
+        faults.append("head.init is probe, but the features it was fitted to are drawn anew; use zero.")
+    if train.batch_norm == "frozen":
+        faults.append("train.batch_norm is frozen, but fresh stages have no statistics yet; use train.")
+    return faults
+
+
+def _lbfgs_faults(recipe: Recipe, facts: Facts) -> list[str]:
+    """L-BFGS believes differences of gradients, so nothing may be random between two of them."""
+    if recipe.train.optimizer.name != "lbfgs":
+        return []
+    augment, rules, num_train = recipe.augment, recipe.regularization, sum(facts.counts["train"])
+    random = {
+        "augment.preset must be none": augment.preset != "none",
+        "augment.mixup and cutmix must be 0": bool(augment.mixup or augment.cutmix),
+        "head.dropout and drop_connect must be 0": bool(recipe.head.dropout or recipe.head.drop_connect),
+        "regularization must drop nothing": bool(rules.stochastic_depth or rules.channel_dropout),
+        f"train.batch_size must be at least {num_train}, all training images": recipe.train.batch_size < num_train,
+        "train.batch_norm must be frozen": recipe.train.batch_norm not in (None, "frozen"),
+        "train.imbalance.kind must draw every image": recipe.train.imbalance.kind == "sampler",
+    }
+    if recipe.train.optimizer.weight_decay:
+        random["train.optimizer.weight_decay must be 0, for it is no part of the loss"] = True
+    named = [what for what, is_so in random.items() if is_so]
+    return (
+        [f"train.optimizer.name is lbfgs, which needs the same loss at every look: {'; '.join(named)}."]
+        if named
+        else []
+    )
+
+
+def refuse_depth(recipe: Recipe, strategy: str, why: str) -> None:
+    """A depth, named layers or fresh stages where the advice is a strategy that has no use for them.
+
+    Raises:
+        RecipeError: if so.
+    """
+    for key, is_set in (("depth", recipe.train.depth is not None), ("layers", bool(recipe.train.layers))):
+        if is_set and strategy != "partial":
+            raise RecipeError(
+                f"train.{key} belongs to strategy partial, but the advice is {strategy}: {why}. "
+                f"Set train.strategy to partial, or remove train.{key}."
+            )
+    if recipe.train.reinit and strategy == "probe":
+        raise RecipeError(f"train.reinit needs its stages trained, but the advice is probe: {why}. Set train.strategy.")

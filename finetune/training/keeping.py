@@ -1,0 +1,195 @@
+"""Keeping: what is measured, chosen and written after each epoch of a stage."""
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from finetune.data.loading import Batches
+from finetune.models.batch_norm import exact_statistics, pooled_statistics
+from finetune.models.classifier import Classifier
+from finetune.models.units import measure_units
+from finetune.recipe.plan import Plan
+from finetune.recipe.runs import write_whole
+from finetune.recipe.schedules import cycle_ends
+from finetune.training.module import Finetuning, ValLoss, measure_loss
+from finetune.training.snapshots import keep_newest, save_member
+from finetune.training.watching import Curves, EarlyStop, is_clearly_worse
+
+POINTS_PER_EPOCH = 10
+"""Rows of rates and step losses that an epoch leaves in the curves."""
+DEAD_RISE = 0.1
+"""A rise of the share of dead units over that at the start that is worth a word."""
+
+
+class Keeper(pl.Callback):
+    """Seeds each epoch, measures val, keeps the best weights, and writes the state after each epoch."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        index: int,
+        train: Batches,
+        val: Batches,
+        checkpoint: Path,
+        curves: Curves,
+        *,
+        members: Path,
+        say: Callable[[str], None],
+        notify: Callable[[], None],
+    ) -> None:
+        self.plan, self.index, self.train, self.val = plan, index, train, val
+        self.checkpoint, self.curves, self.members, self.say, self.notify = checkpoint, curves, members, say, notify
+        stage, averaging = plan.stages[index], plan.train.averaging
+        has_cycles = stage.schedule.name in ("cyclic", "growing")
+        self._ends = cycle_ends(stage.schedule, stage.epochs) if has_cycles else ()
+        self._is_last = index + 1 == len(plan.stages)
+        self._snapshots = self._ends if self._is_last and averaging.snapshots else ()
+        self.stop = EarlyStop(
+            patience=int(plan.train.patience or 1), keeps_last=plan.train.keep == "last", cycle_ends=self._ends
+        )
+        self.best_state: dict[str, torch.Tensor] = {}
+        self.epoch, self.is_finished, self.start_top1, self.start_dead = -1, False, 0.0, 0.0
+        self.label = f"{index + 1}-{stage.name}"
+        self._began = 0.0
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's `keeper`."""
+        self.best_state, self.epoch, self.is_finished = state["best_state"], state["epoch"], state["is_finished"]
+        self.stop.best_epoch, self.stop.best_loss = state["best_epoch"], state["best_loss"]
+        self.start_top1, self.start_dead = state["start_top1"], state["start_dead"]
+
+    def verdict(self) -> str:
+        """Which epoch was kept, in words."""
+        kept = "the start, for no epoch did better" if self.stop.best_epoch < 0 else f"epoch {self.stop.best_epoch + 1}"
+        return f"{self.epoch + 1} epochs, kept {kept} (val loss at the best temperature {self.stop.best_loss:.4f})"
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Measure the starting point, which is the first candidate for the best."""
+        if self.epoch < 0:
+            self._measure(module, {})
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Everything random in this epoch follows (seed, stage, epoch)."""
+        epoch = trainer.current_epoch
+        key = hashlib.blake2b(f"{self.plan.seed} {self.index} {epoch}".encode(), digest_size=4).digest()
+        torch.manual_seed(int.from_bytes(key, "little"))
+        self.train.set_epoch(epoch)
+        self._began = time.perf_counter()
+        assert isinstance(module, Finetuning)
+        module.take_totals()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *rest: Any) -> None:
+        """Leave a few rows per epoch, so that a long one can be watched."""
+        assert isinstance(module, Finetuning)
+        every = max(1, len(self.train) // POINTS_PER_EPOCH)
+        if module.steps_done % every == 0:
+            values = {f"lr/{part}": rate for part, rate in module.rates.items()}
+            mean = module.totals["loss"] / max(1.0, module.totals["images"])
+            self.curves.append(
+                self.label, trainer.current_epoch, module.steps_done, {**values, "train/running_loss": mean}
+            )
+            self.notify()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Measure, keep the best, write the state, and stop if nothing more is to be had."""
+        assert isinstance(module, Finetuning)
+        self.epoch = trainer.current_epoch
+        seconds, totals = time.perf_counter() - self._began, module.take_totals()
+        values = {
+            "train/loss": totals["loss"] / totals["images"],
+            "train/top1": totals["hits"] / totals["images"],
+            "gradient_norm": totals["gradient_norm"] / totals["steps"],
+            "images_per_second": totals["images"] / seconds,
+        }
+        if totals.get("ratios"):
+            values["update_ratio"] = totals["update_ratio"] / totals["ratios"]
+        found = self._measure(module, values)
+        self._keep_members(module, found)
+        if module.plateau is not None and module.plateau.sees(found.chosen_by):
+            self.say(f"{self.label}  val does not improve: rates are now {module.plateau.factor:g} of the schedule's")
+        self.is_finished = self.stop.is_over(self.epoch) or self.epoch + 1 == self.plan.stages[self.index].epochs
+        write_whole(self.checkpoint, lambda path: trainer.save_checkpoint(path))
+        trainer.should_stop = self.is_finished
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the best weights and the rule's state."""
+        checkpoint["keeper"] = {
+            "best_state": self.best_state,
+            "epoch": self.epoch,
+            "is_finished": self.is_finished,
+            "best_epoch": self.stop.best_epoch,
+            "best_loss": self.stop.best_loss,
+            "start_top1": self.start_top1,
+            "start_dead": self.start_dead,
+        }
+
+    def _measure(self, module: pl.LightningModule, values: dict[str, float]) -> ValLoss:
+        """Judge what would be shipped, keep it if it is the best, and leave rows in the curves."""
+        assert isinstance(module, Finetuning)
+        hardware, train = self.plan.hardware, self.plan.train
+        judged = (self.val, str(hardware.devices), str(hardware.precision))
+        is_averaged = module.average is not None and module.average.num_shown > 0
+        if is_averaged:
+            raw = measure_loss(module.classifier, *judged)
+            values = {**values, "val/raw_loss": raw.loss, "val/raw_top1": raw.top1}
+        with self._shipped(module):
+            found = measure_loss(module.classifier, *judged, choose=str(train.choose))
+            dead = self._dead_share(module.classifier)
+            if self.epoch < 0:
+                self.start_top1, self.start_dead = found.top1, dead
+            is_harmed = is_clearly_worse(found.top1, self.start_top1, len(self.val.indices))
+            if self.stop.sees(self.epoch, found.chosen_by, is_harmed=is_harmed):
+                state = module.classifier.state_dict()
+                self.best_state = {name: value.detach().cpu().clone() for name, value in state.items()}
+        values = {**values, "val/loss": found.loss, "val/tempered_loss": found.chosen_by, "val/top1": found.top1}
+        if train.choose == "balanced":
+            values["val/balanced_top1"] = found.balanced_top1
+        self.curves.append(self.label, self.epoch, module.steps_done, {**values, "dead_units": dead})
+        self.notify()
+        if dead > self.start_dead + DEAD_RISE:
+            self.say(
+                f"{self.label}  {dead:.0%} of the units never fire on val, {self.start_dead:.0%} did not at the start; "
+                "a lower train.optimizer.lr keeps them awake"
+            )
+        epochs = self.plan.stages[self.index].epochs
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        where = f"epoch {self.epoch + 1}/{epochs}" if self.epoch >= 0 else "start"
+        self.say(f"{self.label}  {where}  {shown}{'  *' if self.stop.best_epoch == self.epoch else ''}")
+        return found
+
+    @contextlib.contextmanager
+    def _shipped(self, module: Finetuning) -> Iterator[None]:
+        """The averaged weights in place, with statistics of their own, where there is an average; else as it is."""
+        if module.average is None or module.average.num_shown == 0:
+            yield
+            return
+        with module.average.swapped(module.classifier, self._renew_statistics):
+            yield
+
+    def _renew_statistics(self, classifier: nn.Module) -> None:
+        """Batch-norm statistics of trained stages anew, from the training images as training sees them."""
+        take = exact_statistics if self.plan.train.averaging.batch_norm == "exact" else pooled_statistics
+        take(classifier, self.train, device=str(self.plan.hardware.devices))
+
+    def _dead_share(self, classifier: Classifier) -> float:
+        """Share of units that never fire, on the first val batch."""
+        images = next(iter(self.val))[0]
+        layers = measure_units(classifier, [images], device=str(self.plan.hardware.devices))
+        mortal = [layer for layer in layers if layer.can_die and not layer.is_silent]
+        return sum(len(layer.dead) for layer in mortal) / max(1, sum(layer.num_units for layer in mortal))
+
+    def _keep_members(self, module: Finetuning, found: ValLoss) -> None:
+        epoch, most = self.epoch + 1, self.plan.train.averaging.keep_last if self._is_last else 0
+        facts = {"epoch": epoch, "val_loss": found.loss, "val_top1": found.top1}
+        if epoch in self._snapshots:
+            save_member(self.members, f"cycle-{self._snapshots.index(epoch) + 1}", module.classifier, facts)
+        if most:
+            save_member(self.members, f"last-{epoch}", module.classifier, facts)
+            keep_newest(self.members, "last", most)

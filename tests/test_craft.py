@@ -1,0 +1,245 @@
+"""The options of a training, each from a recipe to a judged run; what a piece does alone stands in its own file."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import finetune as ft
+from finetune.data.augmentation import Augmentation
+from finetune.errors import RecipeError, RunError
+from finetune.evaluation.prediction import load_final
+from finetune.recipe.schedules import rate_factor
+from finetune.training.snapshots import read_members
+
+SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=3", "tracking.enabled=false"]
+
+
+def start(shapes, tmp_path, *wishes, say=lambda text: None, **rest):
+    recipe = ft.load_recipe(None, [f"data.root={shapes}", *SMALL, *wishes])
+    return ft.train(recipe, runs=tmp_path / "runs", say=say, **rest)
+
+
+def curve(run, name):
+    rows = [line.split(",") for line in run.file("curves.csv").read_text().splitlines()[1:]]
+    return [float(value) for _, _, _, own, value in rows if own == name]
+
+
+def moved(run):
+    """Names of the tensors in which the first and the last state of the network differ."""
+    plan = run.plan
+    recipe = ft.load_recipe(run.file("recipe.yaml"))
+    from finetune.models.backbones import load_backbone
+    from finetune.recipe.shelf import read_zoo
+
+    before = load_backbone(plan.backbone, zoo=read_zoo(), pretrained=recipe.pretrained).state_dict()
+    after = load_file(run.final_weights())
+    return {name for name, value in before.items() if not torch.equal(value, after[f"backbone.{name}"])}
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        ["train.strategy=full", "head.kind=mlp", "head.hidden=16", "head.activation=gelu", "head.dropout=0.2"],
+        ["train.strategy=full", "head.kind=cosine", "augment.mixup=0.2", "augment.cutmix=1"],
+        ["train.strategy=full", "regularization.stochastic_depth=0.2", "regularization.channel_dropout=0.1"],
+        ["train.strategy=partial", "regularization.l2_sp=0.01", "regularization.label_smoothing=0.1"],
+        ["train.strategy=full", "train.optimizer.name=nesterov", "train.schedule.name=one_cycle"],
+        ["train.strategy=full", "train.optimizer.name=timm/lamb", "train.schedule.name=plateau"],
+        ["train.strategy=full", "train.imbalance.kind=sampler", "train.choose=balanced"],
+        ["train.strategy=full", "augment.policy=trivial", "augment.pca_color=0.1", "augment.crop=scale"],
+    ],
+    ids=lambda wishes: wishes[1].partition(".")[2],
+)
+def test_every_option_runs_to_its_end_and_predicts_what_it_was_judged_by(shapes, tmp_path, wishes):
+    run = start(shapes, tmp_path, *wishes)
+    assert run.read_json("scores.json")["test"]["top1"]["value"] > 0.5  # of three classes
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    again = load_final(run)
+    with torch.inference_mode():
+        assert torch.equal(again(images), again(images))
+
+
+def test_a_recipe_that_uses_every_option_is_checked_and_is_planned(shapes, tmp_path):
+    text = f"""
+name: all
+data: {{root: {shapes}, image_size: 32, invariances: [hflip]}}
+augment: {{preset: heavy, domain: fine, crop: scale, rotate_degrees: 10, pca_color: 0.1, policy: rand, cutout: 0.2,
+          mixup: 0.2, cutmix: 1.0}}
+head: {{kind: mlp, hidden: 32, activation: leaky_relu, init: xavier, bias: 0.01, dropout: 0.5, drop_connect: 0.2}}
+regularization: {{label_smoothing: 0.1, stochastic_depth: 0.1, channel_dropout: 0.1, l2_sp: 0.01}}
+train:
+  strategy: gradual
+  reinit: 1
+  freezes_first: true
+  epochs: 4
+  batch_size: 16
+  optimizer: {{name: adam, lr: 0.001, backbone_lr_ratio: 0.5, layer_decay: 0.8, weight_decay: 0.01, decay: coupled,
+              betas: [0.9, 0.99], eps: 1.0e-7}}
+  schedule: {{name: cyclic, warmup_fraction: 0.1, end: 0.01}}
+  averaging: {{kind: ema, ema_decay: 0.9, snapshots: 2, keep_last: 2, batch_norm: exact}}
+  imbalance: {{kind: effective, beta: 0.99}}
+  patience: 4
+  keep: best
+  choose: balanced
+  clip_norm: 5.0
+  stop_ratio: 4.0
+  batch_norm: train
+evaluate: {{views: ten}}
+"""
+    path = tmp_path / "all.yaml"
+    path.write_text(text)
+    from typer.testing import CliRunner
+
+    from finetune.cli import app
+
+    checked = CliRunner().invoke(app, ["recipes", "check", str(path)])
+    assert checked.exit_code == 0, checked.output
+    run = ft.train(ft.load_recipe(path, ["tracking.enabled=false"]), runs=tmp_path / "runs", say=lambda text: None)
+    names = [member.name for member in read_members(run.file("snapshots"))]
+    assert names == ["cycle-1", "cycle-2", "last-1", "last-2"]
+    assert run.read_json("scores.json")["test"]["top1"]["n"] > 0
+
+
+def test_gradual_training_opens_one_stage_of_the_backbone_after_the_other(shapes, tmp_path):
+    run = start(shapes, tmp_path, "train.strategy=gradual", "train.epochs=7", "train.keep=last")
+    stages = run.plan.stages
+    total = max(stage.trainable_stages for stage in stages)
+    assert [stage.trainable_stages for stage in stages] == [*range(1, len(stages)), total]
+    assert sum(stage.epochs for stage in stages) == 7
+    first = load_file(run.stage_folder(0) / "weights.safetensors")
+    second = load_file(run.stage_folder(1) / "weights.safetensors")
+    changed = {name for name, value in first.items() if not torch.equal(value, second[name])}
+    lowest = load_final(run).backbone
+    opened = {lowest.stage_of[name.removeprefix("backbone.")] for name in changed if name.startswith("backbone.")}
+    assert opened == {len(lowest.stages) - 2, len(lowest.stages) - 1}
+
+
+@pytest.mark.parametrize(("strategy", "is_one"), [("norms", "norm"), ("biases", "bias")])
+def test_norms_and_biases_move_alone(shapes, tmp_path, strategy, is_one):
+    run = start(shapes, tmp_path, f"train.strategy={strategy}")
+    names = moved(run)
+    assert names
+    backbone = load_final(run).backbone
+    for name in names:
+        owner = backbone.get_submodule(name.rpartition(".")[0])
+        assert name.endswith(".bias") or (is_one == "norm" and isinstance(owner, nn.modules.batchnorm._BatchNorm))
+
+
+def test_surgery_trains_the_stage_with_the_largest_gradients_for_its_weights(shapes, tmp_path):
+    run = start(shapes, tmp_path, "train.strategy=surgical", "train.keep=last")
+    ratios = run.read_json("facts.json")["gradients"]
+    stage = max(ratios, key=ratios.get)
+    backbone = load_final(run).backbone
+    assert {backbone.stages[backbone.stage_of[name]] for name in moved(run)} == {stage}
+
+
+@pytest.mark.technique("T012")
+def test_fresh_stages_have_their_own_statistics_and_lower_ones_stay(shapes, tmp_path):
+    run = start(shapes, tmp_path, "train.strategy=partial", "train.depth=2", "train.reinit=1", "train.epochs=4")
+    backbone = load_final(run).backbone
+    top = len(backbone.stages) - 1
+    assert {backbone.stage_of[name] for name in moved(run)} == {top - 1, top}
+    stage = run.plan.stages[0]
+    assert (stage.fresh_stages, stage.batch_norm) == (1, "train")
+    assert run.plan.head.init == "zero"
+
+
+@pytest.mark.technique("T161")
+def test_an_average_is_judged_and_shipped_and_the_raw_weights_are_shown_beside_it(shapes, tmp_path):
+    wishes = ["train.strategy=full", "train.keep=last", "seed=3"]
+    plain = start(shapes, tmp_path / "plain", *wishes)
+    run = start(shapes, tmp_path / "ema", *wishes, "train.averaging.kind=ema", "train.averaging.ema_decay=0.8")
+    assert curve(run, "val/raw_loss") == pytest.approx(curve(plain, "val/loss")[1:], rel=1e-6)  # training is the same
+    assert curve(run, "val/loss")[1:] != curve(run, "val/raw_loss")
+    raw, averaged = load_file(plain.final_weights()), load_file(run.final_weights())
+    assert not torch.equal(raw["head.linear.weight"], averaged["head.linear.weight"])
+
+
+@pytest.mark.technique("T159")
+@pytest.mark.technique("T160")
+def test_snapshots_are_taken_where_the_rate_has_fallen_and_epochs_are_whole_cycles(shapes, tmp_path):
+    run = start(shapes, tmp_path, "train.strategy=full", "train.epochs=5", "train.averaging.snapshots=3")
+    stage = run.plan.stages[0]
+    assert (stage.epochs, stage.schedule.name, stage.schedule.cycles) == (6, "cyclic", 3)
+    members = read_members(run.file("snapshots"))
+    assert [(member.name, member.facts["epoch"]) for member in members] == [
+        ("cycle-1", 2),
+        ("cycle-2", 4),
+        ("cycle-3", 6),
+    ]
+    losses = dict(enumerate(curve(run, "val/loss")))  # 0 is the start
+    assert [member.facts["val_loss"] for member in members] == [losses[2], losses[4], losses[6]]
+    last, restart = (rate_factor(stage.schedule, step, epochs=6, steps_per_epoch=10) for step in (19, 20))
+    assert last < 0.1 < restart
+
+
+def test_the_last_epochs_are_kept_where_asked(shapes, tmp_path):
+    run = start(shapes, tmp_path, "train.strategy=full", "train.keep=last", "train.averaging.keep_last=2")
+    assert [member.name for member in read_members(run.file("snapshots"))] == ["last-2", "last-3"]
+
+
+def test_lbfgs_lowers_the_loss_where_nothing_is_random_and_is_refused_elsewhere(shapes, tmp_path):
+    wishes = ["train.strategy=partial", "train.optimizer.name=lbfgs", "data.max_train_per_class=8"]
+    with pytest.raises(RecipeError, match=r"lbfgs, which needs the same loss .* augment.preset must be none"):
+        start(shapes, tmp_path, *wishes)
+    run = start(shapes, tmp_path, *wishes, "augment.preset=none", "train.batch_size=24")
+    losses = curve(run, "train/loss")
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.technique("T082")
+@pytest.mark.technique("T081")
+def test_a_training_that_explodes_goes_back_once_and_then_ends_with_advice(shapes, tmp_path):
+    said = []
+    wishes = ["train.strategy=full", "train.optimizer.name=sgd", "train.optimizer.lr=10", "train.clip_norm=1e9"]
+    with pytest.raises(RunError, match=r"diverged again.*train.optimizer.lr"):
+        start(shapes, tmp_path, *wishes, "train.optimizer.backbone_lr_ratio=1", "train.epochs=12", say=said.append)
+    assert any("diverged" in line and "going back to the last good state" in line for line in said)
+
+
+def test_a_users_own_view_is_drawn_and_its_absence_stops_a_resume(shapes, tmp_path, monkeypatch):
+    seen = []
+
+    def darken(pixels, random):
+        seen.append(pixels.shape)
+        return (pixels * 0.5).astype("uint8")
+
+    run = start(shapes, tmp_path, "train.strategy=full", "train.epochs=1", vary=darken)
+    assert seen
+    run.final_weights().unlink()
+    (run.stage_folder(0) / "last.ckpt").unlink()
+    run.file("scores.json").unlink()
+    with pytest.raises(RunError, match=r"begun with .*darken.*resumed with none"):
+        ft.resume(run.path)
+
+
+def test_uneven_classes_change_loss_and_choice(shapes, tmp_path):
+    import shutil
+
+    few = tmp_path / "uneven"
+    shutil.copytree(shapes, few)
+    for path in sorted((few / "disc").iterdir())[6:]:
+        path.unlink()
+    said = []
+    recipe = ft.load_recipe(None, [f"data.root={few}", *SMALL, "train.strategy=full"])
+    run = ft.train(recipe, runs=tmp_path / "runs", say=said.append)
+    plan = run.plan
+    assert (plan.train.imbalance.kind, plan.train.choose) == ("logits", "balanced")
+    assert curve(run, "val/balanced_top1")
+    # the probe's bias gives back the priors that the loss adds, so the first training loss is that of the probe
+    assert curve(run, "train/loss")[0] < math.log(3)
+
+
+def test_what_training_sees_is_drawn(shapes, tmp_path):
+    from PIL import Image
+
+    from finetune.pipeline import show_images
+
+    recipe = ft.load_recipe(None, [f"data.root={shapes}", *SMALL, "train.strategy=full", "augment.preset=heavy"])
+    sheet = show_images(recipe, tmp_path / "sheet.png", say=lambda text: None)
+    with Image.open(sheet) as image:
+        assert min(image.size) > 200
+    assert Augmentation("heavy", size_pixels=32, interpolation="bilinear", invariances=()).describe()
