@@ -1,5 +1,6 @@
 """Evaluation: what the final model and the probe say of val and test, with intervals, side by side."""
 
+import csv
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from finetune.evaluation.prediction import load_final, predict_probabilities, temper
 from finetune.evaluation.views import permitted_views
 from finetune.features.survey import Look
+from finetune.recipe.ladder import next_experiment
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder, write_whole
 from finetune.scores.calibration import fit_temperature, log_probabilities
@@ -49,9 +51,29 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
                 role: _pair(tempered[role], tempered_probe[role], labels[role]) for role in JUDGED if len(labels[role])
             }
         arrays |= {f"probe_{role}_probabilities": rows.numpy() for role, rows in tempered_probe.items()}
+    scores["next"] = _propose(run, look)
     write_whole(run.file("predictions.npz"), lambda path: _save(path, arrays))
     run.write_json("scores.json", scores)
     return scores
+
+
+def _propose(run: RunFolder, look: Look) -> dict[str, str] | None:
+    """The one change to try next, from how training and val stood after the last epoch."""
+    last: dict[str, float] = {}
+    with run.file("curves.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["name"] in ("train/top1", "val/top1") and row["value"]:
+                last[row["name"]] = float(row["value"])
+    if "train/top1" not in last:
+        return None
+    found = next_experiment(
+        run.plan,
+        train_top1=last["train/top1"],
+        val_top1=last["val/top1"],
+        num_train=len(look.indices("train")),
+        num_val=len(look.indices("val")),
+    )
+    return asdict(found) if found else None
 
 
 def _probe_probabilities(look: Look) -> dict[str, torch.Tensor] | None:

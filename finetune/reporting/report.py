@@ -278,7 +278,9 @@ def plain(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, list | tuple):
         return figures.shorten(", ".join(plain(v) for v in value), 160) or "none"
-    text = json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):  # a part of a plan goes by its name
+        value = value.get("name") or json.dumps(value, ensure_ascii=False)
+    text = str(value)
     return figures.shorten(text, 240)
 
 

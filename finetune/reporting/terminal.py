@@ -200,6 +200,9 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         lines.append(
             f"  final minus probe on test: {percent({**pair, 'value': pair['difference']}, signed=True)}{_judge(pair)}"
         )
+    if found := scores.get("next"):
+        said = f"next to try: {found['key']}={found['value']}, for {found['why']}"
+        lines += textwrap.wrap(said, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)
 
 

@@ -1,0 +1,100 @@
+"""The next experiment after a run: one change, where it is most likely to help. A prior, not a proof.
+
+A run that knows its training images much better than val wants one more regulariser, and only one: all of them at once
+would tell nothing. A run that does not even know its training images wants to learn more, not less.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.recipe.plan import Plan
+
+OVERFIT_GAP = 0.1
+"""Accuracy on training images above that on val from which regularisation is worth trying."""
+LEARNED = 0.95
+"""Accuracy on training images below which there is more to learn from them."""
+MIXING_UP_TO = 20_000
+"""Training images up to which mixed and cut images are worth trying; larger sets rarely need them."""
+STRONGER = {"none": "light", "light": "medium", "medium": "heavy"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One change of the recipe."""
+
+    key: str
+    value: str
+    why: str
+
+
+def next_experiment(
+    plan: Plan, *, train_top1: float, val_top1: float, num_train: int, num_val: int
+) -> Experiment | None:
+    """What to change next, in one key; None where neither more nor less regularisation is called for.
+
+    Args:
+        plan: of the run.
+        train_top1: accuracy on training images in the last epoch, as training sees them.
+        val_top1: accuracy on val at the end of the same epoch.
+        num_train: training images.
+        num_val: val images; a gap that their number cannot show is none.
+    """
+    if not plan.stages:
+        return None
+    gap = train_top1 - val_top1
+    noise = 2 * math.sqrt(max(1e-9, val_top1 * (1 - val_top1)) / max(1, num_val))
+    if gap > max(OVERFIT_GAP, noise):
+        seen = f"{100 * train_top1:.0f} % of training and {100 * val_top1:.0f} % of val images are right"
+        free = _rungs(plan, num_train)
+        return Experiment(key=free[0][0], value=free[0][1], why=f"{seen}: {free[0][2]}") if free else None
+    if train_top1 < LEARNED and gap < noise:
+        return _learn_more(plan, f"only {100 * train_top1:.0f} % of training images are right, and val does not suffer")
+    return None
+
+
+def _rungs(plan: Plan, num_train: int) -> list[tuple[str, str, str]]:
+    """Every rung that is still free, the first to be tried first."""
+    train, augment, rules = plan.train, plan.augment, plan.regularization
+    rungs: list[tuple[str, Any, str, bool]] = [
+        (
+            "augment.preset",
+            STRONGER.get(str(augment.preset)),
+            "more variation is the surest regulariser",
+            str(augment.preset) in STRONGER,
+        ),
+        ("train.strategy", "partial", "fewer stages that move can learn less by heart", train.strategy == "full"),
+        (
+            "train.optimizer.weight_decay",
+            f"{3 * (train.optimizer.weight_decay or 0):g}",
+            "a stronger pull to zero",
+            0 < (train.optimizer.weight_decay or 0) < 0.1,
+        ),
+        (
+            "head.dropout",
+            "0.5",
+            "its wide hidden layer can learn by heart",
+            plan.head.kind == "mlp" and not plan.head.dropout,
+        ),
+        (
+            "regularization.stochastic_depth",
+            "0.1",
+            "shorter networks in training, averaged by the whole one",
+            not rules.stochastic_depth and train.strategy != "probe",
+        ),
+        (
+            "augment.mixup",
+            "0.2",
+            "blends of images help small sets",
+            not augment.mixup and not augment.cutmix and num_train <= MIXING_UP_TO,
+        ),
+        ("train.averaging.snapshots", "5", "several models of one run, averaged", not train.averaging.snapshots),
+    ]
+    return [(key, str(value), why) for key, value, why, is_free in rungs if is_free]
+
+
+def _learn_more(plan: Plan, seen: str) -> Experiment:
+    if plan.train.strategy == "partial":
+        return Experiment(key="train.strategy", value="full", why=f"{seen}: let more of the network move")
+    more = 2 * int(plan.train.epochs or 1)
+    return Experiment(key="train.epochs", value=str(more), why=f"{seen}: train longer")
