@@ -1,0 +1,71 @@
+"""The door: one verb per public function, nothing decided here.
+
+A verb takes a recipe, a folder of images or a run, then overrides `section.key=value`. With `--json`
+standard output holds one JSON object and nothing else; everything for people goes to standard error.
+Exit codes: 0 done, 1 a check found something, 2 you can mend it, 3 our bug, 130 interrupted.
+"""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from finetune.cli import judging, training
+from finetune.cli.catalogue import recipes_app, zoo_app
+from finetune.errors import FinetuneError
+
+app = typer.Typer(
+    name="finetune",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+    help="Fine-tuning without surprises: measured choices, right defaults, honest scores.",
+)
+for verb in (
+    training.demo,
+    training.train,
+    training.plan,
+    training.resume,
+    judging.evaluate,
+    judging.predict,
+    judging.report,
+    judging.ui,
+):
+    app.command()(verb)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(zoo_app, name="zoo")
+
+
+def main() -> None:
+    """Run the command line and exit by the rules above."""
+    try:
+        code = app(standalone_mode=False)
+    except FinetuneError as fault:
+        print(f"finetune: {fault}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as fault:  # noqa: BLE001 - whatever else there is, is ours
+        if hasattr(fault, "format_message"):  # a wrong word on the command line, as click reports it
+            print(f"finetune: {fault.format_message()} `finetune --help` lists the verbs.", file=sys.stderr)
+            sys.exit(2)
+        import traceback
+
+        traceback.print_exc()
+        print("finetune: this is our bug; please report it with the lines above.", file=sys.stderr)
+        sys.exit(3)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from finetune import __version__
+
+        print(f"finetune {__version__}")
+        raise typer.Exit()
