@@ -149,8 +149,8 @@ def run_all(shared: Path, work: Path, only: list[str] | None) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True
     )
-    for variant in only or VARIANTS:
-        for seed in SEEDS:
+    for seed in SEEDS:
+        for variant in only or VARIANTS:
             for name in PIXELS:
                 if any((r["set"], r["seed"], r["variant"]) == (name, str(seed), variant) for r in read_rows()):
                     continue

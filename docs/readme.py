@@ -5,6 +5,7 @@
         data.image_size=96 > plan.txt
     python docs/readme.py demo.txt plan.txt
 
+Without files the demo and the plan stay as they are.
 What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what was measured; nothing is typed by hand.
 """
 
@@ -106,8 +107,9 @@ def plan(path: Path) -> str:
     return "```\n" + "\n".join(shown).strip() + "\n```"
 
 
-def regret() -> str:
-    path = ROOT / "benchmarks" / "results" / "advice.md"
+def result(name: str) -> str:
+    """What a benchmark left, as it is."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.md"
     return path.read_text(encoding="utf-8").strip() if path.exists() else "Not measured on this version yet."
 
 
@@ -116,7 +118,11 @@ def main() -> None:
     for name, make, path in zip(("demo", "plan"), (demo, plan), sys.argv[1:], strict=False):
         parts[name] = make(Path(path))
     write(ROOT / "README.md", parts)
-    write(ROOT / "docs" / "advice.md", {"regret": regret()})
+    write(ROOT / "docs" / "advice.md", {"regret": result("advice")})
+    write(
+        ROOT / "docs" / "training.md", {name: result(name) for name in ("craft", "snapshots", "imbalance", "overhead")}
+    )
+    write(ROOT / "docs" / "judging.md", {"judging": result("judging")})
 
 
 def write(readme: Path, parts: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from finetune import zoo
-    from finetune.evaluation.prediction import predict
+    from finetune.evaluation.serving import predict
     from finetune.features.survey import survey
     from finetune.pipeline import evaluate, report, resume, train
     from finetune.recipe.plan import Plan
@@ -29,7 +29,7 @@ _HOMES = {
     "resume": "finetune.pipeline",
     "RunFolder": "finetune.recipe.runs",
     "evaluate": "finetune.pipeline",
-    "predict": "finetune.evaluation.prediction",
+    "predict": "finetune.evaluation.serving",
     "report": "finetune.pipeline",
 }
 

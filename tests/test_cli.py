@@ -41,7 +41,7 @@ def test_the_version_and_the_lists_answer(tmp_path):
         (["zoo", "rank", "--among", "tiny_resnet18.cifar1"], "Nearest: tiny_resnet18.cifar10"),
         (["zoo", "add", "tiny_resnet18.cifar1", "--statistics", "/nowhere"], "Nearest: tiny_resnet18.cifar10"),
         (["recipes", "show", "quik"], "Nearest: quick"),
-        (["evaluate", "/nowhere", "--views", "nine"], "may be center, five or ten"),
+        (["evaluate", "/nowhere", "--views", "nine"], "may be center, flip, five, ten"),
         (["evaluate", "/nowhere"], "is no folder"),
     ],
 )

@@ -24,6 +24,7 @@ ROOMS = [
     "reporting",
     "piloting",
     "pipeline",
+    "combining",
     "zoo",
     "demo",
     "cli",
@@ -138,7 +139,18 @@ def test_verbs_are_frozen():
     def verbs(group):
         return {command.name or command.callback.__name__ for command in group.registered_commands}
 
-    assert verbs(app) == {"demo", "train", "plan", "resume", "evaluate", "predict", "report", "ui"}
+    assert verbs(app) == {
+        "demo",
+        "train",
+        "plan",
+        "resume",
+        "evaluate",
+        "predict",
+        "compare",
+        "ensemble",
+        "report",
+        "ui",
+    }
     assert verbs(recipes_app) == {"list", "show", "copy", "check"}
     assert verbs(zoo_app) == {"list", "show", "add", "verify", "rank"}
 

@@ -1,10 +1,46 @@
+"""Views: what is cut out of a test image, what networks say of it, and how that is averaged."""
+
+import copy
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
 from torchvision.transforms import functional
 
-from finetune.evaluation.views import VIEWS, average_views, permitted_views, view_crops, view_names
+import finetune as ft
+from finetune.data import loading
+from finetune.data.decoding import center_crop, decode
+from finetune.data.loading import ImageStore, normalize
+from finetune.data.sources import open_source
+from finetune.errors import RecipeError, RunError
+from finetune.evaluation import prediction
+from finetune.evaluation.prediction import (
+    Viewer,
+    load_final,
+    predict_draws,
+    predict_probabilities,
+    predict_views,
+)
+from finetune.evaluation.views import (
+    average_views,
+    list_crops,
+    permitted_views,
+    unmirror,
+    view_crops,
+    view_names,
+)
+from finetune.models.backbones import load_backbone
+from finetune.models.classifier import Classifier
+from finetune.models.heads import make_head
+from finetune.recipe.cards import Card, View
 from finetune.scores.metrics import log_loss
+
+ONE_SCALE = ("center", "flip", "five", "ten")
 
 SHAPES = [(9, 12), (12, 9), (11, 8), (8, 11), (10, 13), (13, 10), (8, 8), (9, 9), (21, 15)]
 
@@ -70,10 +106,10 @@ def test_mirrored_views_are_mirrors_of_the_first_five_with_the_sides_exchanged()
     )
 
 
-@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("views", ONE_SCALE)
 def test_every_crop_has_a_name_of_its_own_and_plain_memory(views):
     crops = view_crops(_image(9, 12), 8, views)
-    assert len(crops) == len(set(view_names(views))) == {"center": 1, "five": 5, "ten": 10}[views]
+    assert len(crops) == len(set(view_names(views))) == {"center": 1, "flip": 2, "five": 5, "ten": 10}[views]
     assert all(crop.shape == (8, 8, 3) and crop.flags.c_contiguous and crop.dtype == np.uint8 for crop in crops)
 
 
@@ -91,15 +127,19 @@ def test_an_image_below_the_crop_and_unknown_views_are_refused():
         lambda: view_crops(_image(9, 9), 8, "six"),
         lambda: view_names("six"),
         lambda: permitted_views("six", []),
+        lambda: unmirror(torch.ones(1, 1, 1), "six", [0]),
     ):
-        with pytest.raises(ValueError, match="views must be one of center, five, ten, got 'six'"):
+        with pytest.raises(RecipeError, match=r"views: 'six' is unknown\. Give center, flip, five, ten, multiscale"):
             call()
+    for views in ("multiscale", "fully_convolutional", "resolutions", "center@9", "center/9"):
+        with pytest.raises(ValueError, match="cannot be cut out of one resized image"):
+            view_crops(_image(9, 9), 8, views)
 
 
 @pytest.mark.technique("T155")
 def test_the_views_are_a_fixed_set():
     image = _image(21, 15)
-    for views in VIEWS:
+    for views in ONE_SCALE:
         first, second = view_crops(image.copy(), 8, views), view_crops(image.copy(), 8, views)
         assert all(np.array_equal(one, other) for one, other in zip(first, second, strict=True))
     assert np.array_equal(image, _image(21, 15))
@@ -113,6 +153,17 @@ def test_ten_views_fall_back_to_five_with_a_reason_where_mirroring_is_not_declar
     assert permitted_views("ten", ["hflip"]) == ("ten", None)
     assert permitted_views("five", []) == ("five", None)
     assert permitted_views("center", []) == ("center", None)
+    for views, left in [
+        ("flip", "center"),
+        ("multiscale", "multiscale_five"),
+        ("fully_convolutional", "fully_convolutional_unmirrored"),
+        ("center@256, ten@320,flip/288", "center@256, five@320,center/288"),
+    ]:
+        found, reason = permitted_views(views, ["vflip"])
+        assert found == left and reason.startswith(f"{left} views instead of {views}: hflip is not declared")
+        assert view_names(left) == tuple(name for name in view_names(views) if "mirrored" not in name)
+        assert permitted_views(views, ["hflip"]) == (views, None)
+    assert permitted_views("resolutions", []) == ("resolutions", None)
 
 
 @pytest.mark.technique("T154")
@@ -157,3 +208,345 @@ def test_no_average_of_nothing_or_in_an_unknown_way():
         average_views(torch.empty(0, 2, 2))
     with pytest.raises(ValueError, match="probability, logit, got 'median'"):
         average_views(_probabilities(), "median")
+
+
+@pytest.mark.technique("T153")
+def test_multiscale_is_ten_crops_at_five_scales_from_small_to_large():
+    names = view_names("multiscale")
+    assert len(names) == len(set(names)) == 50
+    assert names[:2] == ("224 px top-left", "224 px top-right") and "384 px mirrored top-left" in names
+    for place, side in enumerate([224, 256, 384, 480, 640]):
+        assert names[10 * place : 10 * place + 10] == tuple(f"{side} px {name}" for name in view_names("ten"))
+    assert view_names("multiscale_five") == tuple(name for name in names if "mirrored" not in name)
+    assert view_names("multiscale", 112)[-1] == "320 px mirrored center"
+    assert {crop.shorter_pixels for crop in list_crops("multiscale", 32)} == {32, 37, 55, 69, 91}
+
+
+def test_the_other_names_stand_for_what_is_documented():
+    assert view_names("flip") == ("center", "mirrored center")
+    assert view_names("fully_convolutional")[:3] == ("224 px whole", "224 px mirrored whole", "256 px whole")
+    assert len(view_names("fully_convolutional")) == 10
+    assert view_names("resolutions") == ("center", "center at 256 px", "center at 288 px")
+    assert view_names("resolutions", 32) == ("center", "center at 36 px", "center at 40 px")
+    assert view_names("resolutions", 384) == ("center", "center at 448 px", "center at 512 px")
+
+
+def test_a_list_of_words_gives_its_views_in_its_order():
+    assert view_names("flip, center@256,five/288") == (
+        *("center", "mirrored center", "256 px center"),
+        *(f"{place} at 288 px" for place in view_names("five")),
+    )
+    assert view_names("center@320/288") == ("320 px center at 288 px",)
+
+
+@pytest.mark.parametrize(
+    ("views", "message"),
+    [
+        ("", "'' is unknown"),
+        ("center,,ten", "'' is unknown"),
+        ("center@", "'center@' is unknown"),
+        ("center@0", "'center@0' is unknown"),
+        ("multiscale@256", "'multiscale@256' is unknown"),
+        ("whole/256", "'whole/256' is unknown"),
+        ("center/256@300", "is unknown"),
+        ("center,flip", "'center,flip' holds center twice"),
+        ("multiscale,center@384", "holds 384 px center twice"),
+    ],
+)
+def test_words_that_make_no_sense_are_refused(views, message):
+    with pytest.raises(RecipeError, match=message):
+        list_crops(views)
+
+
+def test_views_at_several_scales_are_unmirrored_where_they_are_mirrored():
+    for views in ("multiscale", "fully_convolutional", "resolutions", "center@256,flip@300"):
+        names = view_names(views)
+        rows = torch.rand(len(names), 3, 2)
+        answer = unmirror(rows, views, (1, 0))
+        for name, before, after in zip(names, rows, answer, strict=True):
+            assert torch.equal(after, before.flip(1) if "mirrored" in name else before)
+
+
+def _negative_log_likelihood(probabilities, labels):
+    return float(-probabilities.gather(1, labels[:, None]).log().mean())
+
+
+@pytest.mark.technique("T154")
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(
+    v=st.integers(1, 12),
+    n=st.integers(1, 9),
+    num_classes=st.integers(2, 6),
+    spread=st.floats(0.1, 8),
+    seed=st.integers(0, 10**6),
+    data=st.data(),
+)
+def test_for_any_views_the_mean_loses_no_more_and_does_not_know_their_order(v, n, num_classes, spread, seed, data):
+    probabilities = _probabilities(v, n, num_classes, seed, spread)
+    labels = torch.arange(n) % num_classes
+    order = data.draw(st.permutations(range(v)))
+    for how in ("probability", "logit"):
+        average = average_views(probabilities, how)
+        mean_loss = sum(_negative_log_likelihood(view, labels) for view in probabilities) / v
+        assert _negative_log_likelihood(average, labels) <= mean_loss + 1e-9
+        torch.testing.assert_close(average_views(probabilities[order], how), average, atol=1e-6, rtol=0)
+        torch.testing.assert_close(average.sum(1), torch.ones(n, dtype=torch.float64))
+
+
+WISHES = ["data.image_size=32", "train.batch_size=16", "train.epochs=1", "train.strategy=probe"]
+
+
+@pytest.fixture(scope="module")
+def run(shapes, tmp_path_factory):
+    recipe = ft.load_recipe(None, [f"data.root={shapes}", *WISHES, "tracking.enabled=false"])
+    return ft.train(recipe, runs=tmp_path_factory.mktemp("views"), say=lambda text: None)
+
+
+@pytest.fixture(scope="module")
+def classifier(run):
+    return load_final(run)
+
+
+@pytest.fixture(scope="module")
+def items(shapes, tmp_path_factory):
+    """Drawn images of several shapes, wide and tall."""
+    folder = tmp_path_factory.mktemp("wide") / "images"
+    for number, file in enumerate(sorted(shapes.rglob("*.png"))[::6]):
+        image = Image.open(file).resize((60 + 7 * (number % 3), 90 - 20 * (number % 4)))
+        (folder / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        image.save(folder / "ab"[number % 2] / f"{number}.png")
+    return open_source(folder).items
+
+
+@pytest.fixture
+def store(run, items):
+    return ImageStore(items, run.plan.view, limit_bytes=0)
+
+
+def _rows(answers, names, name):
+    return answers[:, names.index(name)]
+
+
+@pytest.mark.technique("T150")
+@pytest.mark.parametrize("how", ["probability", "logit"])
+def test_one_view_is_the_plain_forward_bit_for_bit(run, classifier, store, how):
+    plan, many = run.plan, range(len(store.items))
+    crops = np.stack([center_crop(store.get(index), plan.view.size_pixels) for index in many])
+    with torch.inference_mode():
+        plain = classifier(normalize(torch.from_numpy(crops), plan.view)).softmax(1)
+    assert torch.equal(predict_probabilities(classifier, store, many, plan, "center", how), plain)
+    assert torch.equal(predict_views(classifier, store, many, plan, "center")[:, 0], plain)
+
+
+@pytest.mark.technique("T151", "T152")
+@pytest.mark.parametrize("views", ["five", "ten"])
+def test_several_views_of_one_scale_are_one_forward_bit_for_bit(run, classifier, store, views):
+    plan, many = run.plan, range(len(store.items))
+    crops = [crop for index in many for crop in view_crops(store.get(index), plan.view.size_pixels, views)]
+    with torch.inference_mode():
+        plain = classifier(normalize(torch.from_numpy(np.stack(crops)), plan.view)).softmax(1)
+    plain = plain.view(len(many), -1, 3)
+    assert torch.equal(predict_views(classifier, store, many, plan, views), plain)
+    assert torch.equal(
+        predict_probabilities(classifier, store, many, plan, views), average_views(plain.transpose(0, 1))
+    )
+
+
+def test_no_images_give_no_rows(run, classifier, store):
+    assert predict_views(classifier, store, [], run.plan, "ten").shape == (0, 10, 3)
+    assert predict_probabilities(classifier, store, [], run.plan, "ten").shape == (0, 3)
+
+
+@pytest.mark.technique("T153")
+def test_multiscale_views_are_torchvisions_ten_crops_of_each_scale(run, classifier, store):
+    viewer, view = Viewer(classifier, run.plan, "multiscale"), run.plan.view
+    for index in (0, 1, 2):
+        crops, data = viewer.read(store, index), store.items[index].file.read_bytes()
+        for place, scale in enumerate([32, 37, 55, 69, 91]):
+            alone, _ = decode(data, shorter_pixels=scale, interpolation=view.interpolation)
+            pixels = alone if scale == 91 else np.array(_resized(store, index, scale))
+            assert pixels.shape == alone.shape
+            tens = functional.ten_crop(Image.fromarray(pixels), view.size_pixels)
+            for ours, theirs in zip(crops[10 * place : 10 * place + 10], tens, strict=True):
+                assert np.array_equal(ours, np.array(theirs))
+
+
+def _resized(store, index, scale):
+    """As torchvision resizes a PIL image: the largest scale to a smaller one."""
+    view = store.view
+    largest, _ = decode(store.items[index].file.read_bytes(), shorter_pixels=91, interpolation=view.interpolation)
+    mode = functional.InterpolationMode(view.interpolation)
+    alone, _ = decode(store.items[index].file.read_bytes(), shorter_pixels=scale, interpolation=view.interpolation)
+    return functional.resize(Image.fromarray(largest), list(alone.shape[:2]), mode)
+
+
+@pytest.mark.technique("T153")
+@pytest.mark.parametrize("views", ["multiscale", "fully_convolutional", "resolutions", "center,ten@40,whole@50"])
+def test_an_image_is_decoded_once_however_many_views_are_taken(run, classifier, store, monkeypatch, views):
+    sides = []
+
+    def counted(data, *, shorter_pixels, interpolation):
+        sides.append(shorter_pixels)
+        return decode(data, shorter_pixels=shorter_pixels, interpolation=interpolation)
+
+    monkeypatch.setattr(loading, "decode", counted)
+    monkeypatch.setattr(prediction, "decode", counted)
+    answers = predict_views(classifier, store, [0, 3, 5], run.plan, views)
+    crops = list_crops(views, 32)
+    assert answers.shape == (3, len(crops), 3)
+    assert sides == [max(crop.scale_pixels(run.plan.view) for crop in crops)] * 3
+
+
+def test_a_scale_made_from_the_largest_looks_as_if_decoded_alone(tmp_path):
+    y, x = np.mgrid[:300, :400] / 40
+    pixels = np.stack([127 + 120 * np.sin(x * k + y) for k in (1, 2, 3)], axis=2).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "smooth.png")
+    data = (tmp_path / "smooth.png").read_bytes()
+    images = prediction._decode_at_scales(data, [160, 120, 64], "bicubic")
+    for scale, image in images.items():
+        alone, _ = decode(data, shorter_pixels=scale, interpolation="bicubic")
+        assert np.abs(image.astype(int) - alone).mean() < 1
+
+
+def test_views_of_the_stores_scale_come_out_of_the_store(run, classifier, items, monkeypatch):
+    view = run.plan.view
+    store = ImageStore(items, view, limit_bytes=10**8)
+    store.get(0)
+    monkeypatch.setattr(loading, "decode", None)  # would raise if it were called
+    for views in (*ONE_SCALE, "whole", f"five@{view.shorter_pixels}"):
+        predict_views(classifier, store, [0], run.plan, views)
+
+
+@pytest.mark.technique("T153")
+def test_every_view_keeps_its_answer_in_whatever_list_it_stands(run, classifier, store):
+    plan, many = run.plan, range(6)
+    words = ["ten@40", "center@91", "whole@50", "flip@64/48"]
+    answers = []
+    for order in itertools.islice(itertools.permutations(words), 0, None, 7):
+        views = ",".join(order)
+        names, rows = view_names(views, 32), predict_views(classifier, store, many, plan, views)
+        answers.append({name: _rows(rows, names, name) for name in names})
+        mean = predict_probabilities(classifier, store, many, plan, views)
+        torch.testing.assert_close(mean, rows.mean(1), atol=1e-6, rtol=0)
+        labels = torch.arange(6) % 3
+        assert (
+            log_loss(mean, labels) <= sum(log_loss(rows[:, v], labels) for v in range(len(names))) / len(names) + 1e-6
+        )
+    for one in answers[1:]:
+        assert set(one) == set(answers[0])
+        for name, row in one.items():
+            torch.testing.assert_close(row, answers[0][name], atol=1e-6, rtol=0)
+
+
+def test_whole_images_of_different_shapes_are_each_looked_at_whole(run, classifier, store):
+    rows = predict_views(classifier, store, [0, 1, 2, 3], run.plan, "whole_flip@48")
+    for place, index in enumerate([0, 1, 2, 3]):
+        pixels, _ = decode(store.items[index].file.read_bytes(), shorter_pixels=48, interpolation="bilinear")
+        for number, image in enumerate([pixels, pixels[:, ::-1].copy()]):
+            with torch.inference_mode():
+                alone = classifier(normalize(torch.from_numpy(image[None]), run.plan.view)).softmax(1)
+            torch.testing.assert_close(rows[place, number], alone[0], atol=1e-5, rtol=0)
+
+
+def test_a_crop_larger_than_its_image_is_refused_before_anything_is_read(run, classifier):
+    with pytest.raises(RecipeError, match=r"'31 px center' cuts 32 x 32 px .* shorter side is 31 px; .* at least 32"):
+        Viewer(classifier, run.plan, "ten,center@31")
+    with pytest.raises(RecipeError, match="at least 64"):
+        Viewer(classifier, run.plan, "center@48/64")
+
+
+STRICT = {
+    "vit": ("test_vit", {"dynamic_img_size": False}, 160),
+    "dynamic": ("test_vit", {"dynamic_img_size": True}, 160),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (1, 2), "num_heads": (1, 2)},
+        64,
+    ),
+}
+
+
+def _other(run, name):
+    """A classifier on a small transformer with random weights, and a plan for it."""
+    arch, options, size = STRICT[name]
+    torch.manual_seed(0)
+    card = Card(name=name, arch=arch, arch_kwargs=options, num_classes=5, input_size=(3, size, size))
+    backbone = load_backbone(name, zoo={name: card}, pretrained=False)
+    head = make_head(backbone.num_features, 3, init="small")
+    data = run.plan.data.model_copy(update={"image_size": size, "crop_pct": 1.0})
+    return Classifier(backbone, head).eval(), run.plan.model_copy(update={"data": data})
+
+
+@pytest.mark.parametrize(("name", "replaced"), [("vit", "pos_embed"), ("swin", "bias_table"), ("dynamic", None)])
+def test_position_embeddings_are_interpolated_for_other_sizes_and_the_network_stays_as_it_was(
+    run, items, name, replaced
+):
+    classifier, plan = _other(run, name)
+    store = ImageStore(items, plan.view, limit_bytes=0)
+    before = {key: value.clone() for key, value in classifier.state_dict().items()}
+    rows = predict_views(classifier, store, range(3), plan, "resolutions")
+    viewer = Viewer(classifier, plan, "resolutions")
+    crops = np.stack([viewer.read(store, index)[0] for index in range(3)])
+    with torch.inference_mode():
+        assert torch.equal(rows[:, 0], classifier(normalize(torch.from_numpy(crops), plan.view)).softmax(1))
+    assert torch.isfinite(rows).all() and all(not torch.equal(rows[:, 0], rows[:, view]) for view in (1, 2))
+    after = classifier.state_dict()
+    assert list(after) == list(before) and all(torch.equal(value, after[key]) for key, value in before.items())
+    own = {id(parameter) for parameter in classifier.parameters()}
+    fresh = [
+        key
+        for network in viewer._networks.values()
+        for key, parameter in network.named_parameters()
+        if id(parameter) not in own
+    ]
+    assert bool(fresh) is bool(replaced) and all(key.endswith(str(replaced)) for key in fresh)
+
+
+def test_a_network_that_takes_one_size_is_refused_others_with_the_way_out(run):
+    classifier, plan = _other(run, "vit")
+    with pytest.raises(RecipeError, match=r"whole images have many sizes, and vit does not take any size .*Use ten"):
+        Viewer(classifier, plan, "fully_convolutional")
+    classifier.backbone.model = _NoResizing(classifier.backbone.model)
+    with pytest.raises(RecipeError, match=r"vit was trained on 160 px and cannot look at 176 px \(.*176"):
+        Viewer(classifier, plan, "resolutions")
+    Viewer(classifier, plan, "multiscale")
+
+
+class _NoResizing(torch.nn.Module):
+    """A transformer whose maker did not think of other sizes."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+
+
+def test_a_network_that_pools_to_several_places_is_refused_whole_images(run, classifier):
+    other = copy.deepcopy(classifier)
+    other.backbone.add_module("pool", torch.nn.AdaptiveAvgPool2d((7, 7)))
+    with pytest.raises(RecipeError, match=r"pools to \(7, 7\) places and not to one"):
+        Viewer(other, run.plan, "whole")
+    Viewer(other, run.plan, "resolutions")
+
+
+def test_draws_of_the_heads_dropout_repeat_by_seed_and_need_dropout(run, classifier, store):
+    with pytest.raises(RunError, match="no dropout, so draws of it would all be the same"):
+        predict_draws(classifier, store, [0], run.plan)
+    torch.manual_seed(0)
+    backbone = classifier.backbone
+    noisy = Classifier(backbone, make_head(backbone.num_features, 3, init="model", dropout=0.5)).eval()
+    first = predict_draws(noisy, store, range(4), run.plan, draws=5, seed=1)
+    assert first.shape == (4, 5, 3)
+    assert torch.equal(predict_draws(noisy, store, range(4), run.plan, draws=5, seed=1), first)
+    assert not torch.equal(predict_draws(noisy, store, range(4), run.plan, draws=5, seed=2), first)
+    assert first.std(1).max() > 0
+
+
+def test_a_view_keeps_the_share_of_the_image_at_other_sizes():
+    view = View(size_pixels=224, shorter_pixels=256, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert [crop.scale_pixels(view) for crop in list_crops("resolutions")] == [256, 293, 329]
+    full = replace(view, shorter_pixels=224)
+    assert [crop.scale_pixels(full) for crop in list_crops("resolutions")] == [224, 256, 288]
+    assert [crop.scale_pixels(full) for crop in list_crops("center@256,whole,whole@300")] == [256, 224, 300]

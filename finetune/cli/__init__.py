@@ -30,6 +30,8 @@ for verb in (
     training.resume,
     judging.evaluate,
     judging.predict,
+    judging.compare,
+    judging.ensemble,
     judging.report,
     judging.ui,
 ):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,37 +14,108 @@ from finetune.errors import RunError
 
 
 def evaluate(
-    run: Run,
-    views: Annotated[str | None, typer.Option(help="center, five or ten; as planned if not given.")] = None,
+    run: Annotated[Path | None, typer.Argument(help="A run folder.")] = None,
+    views: Annotated[
+        str | None,
+        typer.Option(help="center, flip, five, ten, multiscale, ... or a list; as planned if not given."),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Other images than the run's own.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Instead of a run: a backbone with the classifier it came with, on --data.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Judge a finished run again, perhaps in other views."""
-    if views not in (None, "center", "five", "ten"):
-        raise RunError(f"--views is {views!r}; it may be center, five or ten.")
-    from finetune.pipeline import evaluate as judge
+    """Judge a finished run again, perhaps in other views or on other images; or a backbone as it comes."""
+    from finetune.machine import tune_process
+    from finetune.recipe.schema import VIEWS_PATTERN
     from finetune.reporting.terminal import scores_text
 
-    scores = judge(run, views=views)
+    if (run is None) == (backbone is None) or (backbone is not None and data is None):
+        raise RunError("name a run folder, or --backbone NAME with --data FOLDER.")
+    if views is not None and not re.fullmatch(VIEWS_PATTERN, views):
+        raise RunError(f"--views is {views!r}; it may be center, flip, five, ten, multiscale or a list of views.")
+    if data is not None:
+        from finetune.evaluation.elsewhere import evaluate_backbone, evaluate_elsewhere
+        from finetune.recipe.runs import RunFolder
+        from finetune.reporting.terminal import elsewhere_text
+
+        tune_process()
+        if backbone is not None:
+            found = evaluate_backbone(backbone, data, views=views or "center")
+        else:
+            found = evaluate_elsewhere(RunFolder.open(str(run)), data, views=views)
+        finish(found, as_json, elsewhere_text(found))
+        return
+    from finetune.pipeline import evaluate as judge
+
+    scores = judge(str(run), views=views)
     finish(scores, as_json, scores_text(scores))
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more finished runs on the same images.")],
+    as_json: Json = False,
+) -> None:
+    """Which run is better, as far as their test images can tell."""
+    from finetune.evaluation.comparing import compare as weigh
+    from finetune.recipe.runs import RunFolder
+    from finetune.reporting.comparison_text import comparison_text
+
+    found = weigh([RunFolder.open(run) for run in runs])
+    finish(found, as_json, comparison_text(found))
+
+
+def ensemble(
+    runs_to_join: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs on the same images.")],
+    how: Annotated[str, typer.Option(help="average, greedy, soup, greedy_soup or wise.")] = "average",
+    members: Annotated[str, typer.Option(help="Of each run: final, snapshots, last or all.")] = "final",
+    average: Annotated[str, typer.Option(help="Of predictions: probability or logit.")] = "probability",
+    as_json: Json = False,
+    runs: Runs = None,
+) -> None:
+    """Several runs, or several members of one, as one run that is judged like any other."""
+    from finetune.combining import ensemble as join
+    from finetune.reporting.terminal import scores_text
+
+    made = join(runs_to_join, how=how, members=members, average=average, runs=runs)
+    scores = made.read_json("scores.json")
+    finish({"run": str(made.path), "scores": scores}, as_json, f"{scores_text(scores)}\n{made.path}")
 
 
 def predict(
     run: Run,
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    images: Annotated[
+        list[str], typer.Argument(help="Image files, folders, patterns, or - for names on standard input.")
+    ],
+    top: Annotated[int | None, typer.Option(help="How many of the likeliest classes to tell.")] = None,
+    sets: Annotated[float | None, typer.Option(help="Prediction sets of this coverage, such as 0.9.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A file to write: .csv, .jsonl or .parquet.")] = None,
     as_json: Json = False,
 ) -> None:
     """Class and probability of new images."""
     from dataclasses import asdict
 
-    from finetune.evaluation.prediction import predict as look_at
+    from finetune.evaluation.serving import predict_stream, save_predictions
     from finetune.machine import tune_process
     from finetune.recipe.runs import RunFolder
 
     tune_process()
-    answers = look_at(RunFolder.open(run), images)
-    lines = [f"{a.name}\t{a.label or '-'}\t{a.probability if a.fault is None else a.fault}" for a in answers]
-    finish({"predictions": [asdict(answer) for answer in answers]}, as_json, "\n".join(lines))
-    if any(answer.fault for answer in answers):
+    answers = predict_stream(RunFolder.open(run), images, top_k=top, coverage=sets)
+    if out is not None:
+        faults = save_predictions(answers, out)
+        finish({"out": str(out), "faults": faults}, as_json, str(out))
+    elif as_json:
+        found = [asdict(answer) for answer in answers]
+        faults = sum(answer["fault"] is not None for answer in found)
+        finish({"predictions": found}, as_json, "")
+    else:
+        faults = 0
+        for answer in answers:  # as they come
+            faults += answer.fault is not None
+            several = "" if answer.labels is None else "\t{" + ", ".join(answer.labels) + "}"
+            told = answer.fault if answer.fault is not None else f"{answer.probability:.4f}{several}"
+            print(f"{answer.name}\t{answer.label or '-'}\t{told}")
+    if faults:
         raise typer.Exit(1)
 
 

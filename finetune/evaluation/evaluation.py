@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.evaluation.comparing import selection_flags
+from finetune.evaluation.ensembles import score_members, selection_note
 from finetune.evaluation.prediction import load_final, predict_probabilities, temper
 from finetune.evaluation.views import permitted_views
 from finetune.features.survey import Look
@@ -15,6 +17,7 @@ from finetune.recipe.ladder import next_experiment
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder, write_whole
 from finetune.scores.calibration import fit_temperature, log_probabilities
+from finetune.scores.conformal import describe, fit_threshold
 from finetune.scores.intervals import paired_difference
 from finetune.scores.metrics import score_predictions
 
@@ -39,6 +42,8 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
     scores: dict[str, Any] = {"views": views, "views_note": fallback, "classes": list(plan.classes)}
     tempered, scores["temperature"] = _calibrate(plan, final, labels)
     scores |= _score(tempered, labels, plan.classes)
+    if len(labels["calibration"]):
+        scores["conformal"] = _promise(plan, final, labels)
     arrays = _arrays(tempered, labels, look)
     if views != "center":
         single = _final_probabilities(run, look, plan, "center")
@@ -52,6 +57,12 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
             }
         arrays |= {f"probe_{role}_probabilities": rows.numpy() for role, rows in tempered_probe.items()}
     scores["next"] = _propose(run, look)
+    probe_facts = look.facts.probe
+    scores["chosen_by_val"] = selection_flags(plan, probe_chosen_by=probe_facts.chosen_by if probe_facts else "val")
+    if note := selection_note(run):
+        scores["chosen_by_val"].append(note)
+    if run.file("ensemble.json").exists():
+        scores["members"] = score_members(run, look, views)
     write_whole(run.file("predictions.npz"), lambda path: _save(path, arrays))
     run.write_json("scores.json", scores)
     return scores
@@ -85,7 +96,7 @@ def _probe_probabilities(look: Look) -> dict[str, torch.Tensor] | None:
 def _final_probabilities(run: RunFolder, look: Look, plan: Plan, views: str) -> dict[str, torch.Tensor]:
     classifier = load_final(run)
     return {
-        role: predict_probabilities(classifier, look.store, look.indices(role), plan, views)
+        role: predict_probabilities(classifier, look.store, look.indices(role), plan, views, plan.evaluate.average)
         for role in (*JUDGED, "calibration")
     }
 
@@ -99,6 +110,23 @@ def _calibrate(
     fitted = fit_temperature(log_probabilities(probabilities["calibration"]), labels["calibration"])
     tempered = {role: temper(rows, fitted.value or 1.0) for role, rows in probabilities.items()}
     return tempered, asdict(fitted)
+
+
+def _promise(
+    plan: Plan, probabilities: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Prediction sets at the planned coverage, and what they are like on test.
+
+    From probabilities before the temperature: the calibration images served to fit that.
+    """
+    coverage, count = plan.evaluate.coverage, len(labels["calibration"])
+    threshold = fit_threshold(probabilities["calibration"], labels["calibration"], coverage)
+    found: dict[str, Any] = {"coverage": coverage, "threshold": threshold, "num_calibration": count}
+    if len(labels["test"]):
+        found["test"] = describe(
+            probabilities["test"], labels["test"], threshold, coverage=coverage, num_calibration=count
+        )
+    return found
 
 
 def _score(

@@ -4,30 +4,185 @@ Training draws crops and flips at random; testing takes a fixed set of them and 
 al., NeurIPS 2012, section 4.1). Only what the data forgive may be used: without `hflip` among the
 allowed changes ten views become five, for a mirrored left hand is a right hand. Where the recipe says
 so of the classes, mirrored views are used, and what they say of left counts for right.
+
+Views are a list of words with commas: `KIND`, `KIND@SHORTER` or `KIND/SIZE`, such as
+`center@256,ten@320,flip`. KIND is center, flip (the centre and that of the mirrored image), five, ten,
+whole or whole_flip; SHORTER is the length in pixels to which the image's shorter side is resized; SIZE
+is another height and width in pixels of what the network sees. Three names stand for lists: multiscale,
+fully_convolutional and resolutions. Views that need no mirror have names of their own.
 """
 
+import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from finetune.errors import RecipeError
+from finetune.recipe.cards import View
 from finetune.scores.calibration import log_probabilities
 
-VIEWS = ("center", "five", "ten")
+VIEWS = ("center", "flip", "five", "ten", "multiscale", "fully_convolutional", "resolutions")
+"""Names; any list of words is the other way to say what to look at."""
 AVERAGES = ("probability", "logit")
-_MIRRORED = "mirrored "
+SCALES = (224, 256, 384, 480, 640)
+"""Shorter sides for a network that looks at 224 pixels (He et al., CVPR 2016, section 3.4,
+https://arxiv.org/abs/1512.03385); in proportion for others."""
 _FIVE = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
+_PLACES = {
+    "center": ("center",),
+    "flip": ("center",),
+    "five": _FIVE,
+    "ten": _FIVE,
+    "whole": ("whole",),
+    "whole_flip": ("whole",),
+}
+_AT_SCALES = {
+    "multiscale": "ten",
+    "multiscale_five": "five",
+    "fully_convolutional": "whole_flip",
+    "fully_convolutional_unmirrored": "whole",
+}
+_UNMIRRORED = {
+    "flip": "center",
+    "ten": "five",
+    "whole_flip": "whole",
+    "multiscale": "multiscale_five",
+    "fully_convolutional": "fully_convolutional_unmirrored",
+}
+_STEPS = (32, 16, 14, 8, 4, 2, 1)
+"""Test resolutions are multiples of one of these where that of training is: networks look in patches."""
+_WORD = re.compile(r"([a-z_]+)(?:@([1-9]\d{0,4}))?(?:/([1-9]\d{0,4}))?")
 
 
-def view_names(views: str) -> tuple[str, ...]:
-    """The name of each crop, in the order of `view_crops`; orders differ between tools, names do not.
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """One view of an image: what is cut out of it, at which scale, and whether of its mirror image."""
+
+    place: str
+    """A corner such as top-left, center, or whole."""
+    is_mirrored: bool
+    shorter_pixels: int | None = None
+    """Where the words say it, the length to which the image's shorter side is resized."""
+    size_pixels: int | None = None
+    """Where the words say it, the height and width of what the network sees."""
+
+    @property
+    def name(self) -> str:
+        """Such as `384 px mirrored top-left`, or `center at 288 px` where that is what the network sees."""
+        scale = f"{self.shorter_pixels} px " if self.shorter_pixels else ""
+        size = f" at {self.size_pixels} px" if self.size_pixels else ""
+        return f"{scale}{'mirrored ' if self.is_mirrored else ''}{self.place}{size}"
+
+    def scale_pixels(self, view: View) -> int:
+        """Length of the image's shorter side; for another size the crop keeps the share that `view` has."""
+        if self.shorter_pixels is not None:
+            return self.shorter_pixels
+        if self.size_pixels is None:
+            return view.shorter_pixels
+        return max(self.size_pixels, round(self.size_pixels * view.shorter_pixels / view.size_pixels))
+
+    def cut(self, pixels: np.ndarray, view: View) -> np.ndarray:
+        """This crop of an image (H, W, 3) at its scale: (size, size, 3), or (H, W, 3) if whole; contiguous.
+
+        Raises:
+            ValueError: if the image is smaller than the crop.
+        """
+        image = pixels[:, ::-1] if self.is_mirrored else pixels
+        if self.place != "whole":
+            image = _cut(image, self.place, self.size_pixels or view.size_pixels)
+        return np.ascontiguousarray(image)  # torch.from_numpy refuses the negative strides of a mirrored array
+
+
+def list_crops(views: str, size_pixels: int = 224) -> tuple[Crop, ...]:
+    """The crops that `views` means, in a fixed order.
+
+    A kind gives its crops, then the same of the mirrored image; a list goes word by word. `multiscale` is ten at each
+    of five scales, from small to large: 50. `fully_convolutional` is the whole image and its mirror image at each of
+    them: 10. `resolutions` is the centre as the network saw it in training, then at sizes about 1/7 and 2/7 larger: 3.
+
+    Args:
+        views: one of `VIEWS`, or words with commas as in `center@256,ten@320,flip`.
+        size_pixels: height and width of what the network saw in training; fixes scales and resolutions.
+
+    Raises:
+        RecipeError: if a word is unknown, or a view comes twice.
+    """
+    crops = _crops_of(views, size_pixels)
+    names = [crop.name for crop in crops]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(f"views: {views!r} holds {', '.join(twice)} twice, which would count double; name it once.")
+    return crops
+
+
+def _crops_of(views: str, size_pixels: int = 224) -> tuple[Crop, ...]:
+    """As `list_crops`; how many there are and which are mirrored does not depend on `size_pixels`."""
+    crops: list[Crop] = []
+    for word in _words(views, size_pixels):
+        found = _WORD.fullmatch(word)
+        kind, shorter, size = found.groups() if found else ("", None, None)
+        if kind not in _PLACES or (size and kind.startswith("whole")):
+            raise RecipeError(
+                f"views: {word!r} is unknown. Give {', '.join(VIEWS)}, or words with commas: center, flip, five, ten, "
+                "whole or whole_flip, with @PIXELS for the image's shorter side or (unless whole) /PIXELS for what the "
+                "network sees, such as center@256,ten@320,flip."
+            )
+        crops += [
+            Crop(
+                place=place,
+                is_mirrored=is_mirrored,
+                shorter_pixels=int(shorter) if shorter else None,
+                size_pixels=int(size) if size else None,
+            )
+            for is_mirrored in ((False, True) if kind in _UNMIRRORED else (False,))
+            for place in _PLACES[kind]
+        ]
+    return tuple(crops)
+
+
+def _words(views: str, size_pixels: int) -> list[str]:
+    words: list[str] = []
+    for word in views.split(","):
+        if kind := _AT_SCALES.get(word.strip()):
+            words += [f"{kind}@{round(size_pixels * scale / SCALES[0])}" for scale in SCALES]
+        elif word.strip() == "resolutions":
+            words += ["center", *(f"center/{larger}" for larger in _resolutions(size_pixels))]
+        else:
+            words.append(word.strip())
+    return words
+
+
+def _resolutions(size_pixels: int) -> tuple[int, int]:
+    step = next(step for step in _STEPS if step == 1 or (size_pixels % step == 0 and 7 * step <= size_pixels))
+    first = size_pixels + step * max(1, round(size_pixels / 7 / step))
+    return first, first + step * max(1, round(size_pixels / 7 / step))
+
+
+def check_crops(crops: Sequence[Crop], view: View) -> None:
+    """Nothing, if every crop fits into every image at its scale.
+
+    Raises:
+        RecipeError: if one is larger than the shorter side of its image.
+    """
+    for crop in crops:
+        size, scale = crop.size_pixels or view.size_pixels, crop.scale_pixels(view)
+        if crop.place != "whole" and scale < size:
+            raise RecipeError(
+                f"views: {crop.name!r} cuts {size} x {size} px out of an image whose shorter side is {scale} px; "
+                f"make that at least {size}."
+            )
+
+
+def view_names(views: str, size_pixels: int = 224) -> tuple[str, ...]:
+    """The name of each crop, in the order of `list_crops`; orders differ between tools, names do not.
 
     "mirrored top-left" is the top left of the mirrored image: the picture's right side.
+
+    Raises:
+        RecipeError: if `views` is unknown.
     """
-    _check_views(views)
-    if views == "center":
-        return ("center",)
-    return _FIVE if views == "five" else _FIVE + tuple(_MIRRORED + name for name in _FIVE)
+    return tuple(crop.name for crop in list_crops(views, size_pixels))
 
 
 def view_crops(pixels: np.ndarray, size: int, views: str) -> list[np.ndarray]:
@@ -41,37 +196,44 @@ def view_crops(pixels: np.ndarray, size: int, views: str) -> list[np.ndarray]:
     Args:
         pixels: (H, W, 3), already resized; no side below `size`.
         size: height and width of a crop, in pixels.
-        views: one of `VIEWS`.
+        views: center, flip, five or ten; the others need images at several scales.
 
     Raises:
-        ValueError: if `views` is unknown, `size` is not positive, or the image is smaller than it.
+        RecipeError: if `views` is unknown.
+        ValueError: if `views` are of several scales, `size` is not positive, or the image is smaller than it.
     """
-    _check_views(views)
-    height, width = pixels.shape[:2]
+    crops = list_crops(views, size)
+    if any(crop.place == "whole" or crop.shorter_pixels or crop.size_pixels for crop in crops):
+        raise ValueError(f"{views} cannot be cut out of one resized image; `predict_views` makes the others.")
+    images = {False: pixels, True: pixels[:, ::-1]}
+    return [np.ascontiguousarray(_cut(images[crop.is_mirrored], crop.place, size)) for crop in crops]
+
+
+def _cut(image: np.ndarray, place: str, size: int) -> np.ndarray:
+    height, width = image.shape[:2]
     if not 1 <= size <= min(height, width):
         raise ValueError(f"cannot crop {size} x {size} pixels from an image of {width} x {height}; resize it first.")
-    images = (pixels, pixels[:, ::-1]) if views == "ten" else (pixels,)
     bottom, right = height - size, width - size
-    middle = (round(bottom / 2), round(right / 2))  # rounds halves to even, as torchvision does
-    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)] if views != "center" else []
-    # torch.from_numpy refuses the negative strides of a mirrored array, hence the copies
-    return [
-        np.ascontiguousarray(image[top : top + size, left : left + size])
-        for image in images
-        for top, left in [*corners, middle]
-    ]
+    top, left = {
+        "top-left": (0, 0),
+        "top-right": (0, right),
+        "bottom-left": (bottom, 0),
+        "bottom-right": (bottom, right),
+        "center": (round(bottom / 2), round(right / 2)),  # rounds halves to even, as torchvision does
+    }[place]
+    return image[top : top + size, left : left + size]
 
 
 def permitted_views(views: str, changes: Collection[str]) -> tuple[str, str | None]:
     """The views that the allowed changes permit, and the reason where they are not those asked for.
 
     Raises:
-        ValueError: if `views` is unknown.
+        RecipeError: if `views` is unknown.
     """
-    _check_views(views)
-    if views == "ten" and "hflip" not in changes:
-        return "five", "five views instead of ten: hflip is not declared in data.invariances, so no view is mirrored"
-    return views, None
+    if "hflip" in changes or not any(crop.is_mirrored for crop in _crops_of(views)):
+        return views, None
+    left = re.sub("[a-z_]+", lambda word: _UNMIRRORED.get(word[0], word[0]), views)
+    return left, f"{left} views instead of {views}: hflip is not declared in data.invariances, so no view is mirrored"
 
 
 def unmirror(probabilities: torch.Tensor, views: str, mirror_classes: Sequence[int]) -> torch.Tensor:
@@ -79,21 +241,22 @@ def unmirror(probabilities: torch.Tensor, views: str, mirror_classes: Sequence[i
 
     Args:
         probabilities: (V, N, K), in the order of `view_names`.
-        views: one of `VIEWS`.
+        views: as in `list_crops`.
         mirror_classes: K numbers; by class, the class of its mirror image.
 
     Raises:
-        ValueError: if `views` is unknown, or V or K are not those of `views` and `mirror_classes`.
+        RecipeError: if `views` is unknown.
+        ValueError: if V or K are not those of `views` and `mirror_classes`.
     """
-    names = view_names(views)
-    if probabilities.shape[::2] != (len(names), len(mirror_classes)):
+    crops = _crops_of(views)
+    if probabilities.shape[::2] != (len(crops), len(mirror_classes)):
         raise ValueError(
-            f"probabilities ({len(names)}, N, {len(mirror_classes)}) are needed, got {tuple(probabilities.shape)}."
+            f"probabilities ({len(crops)}, N, {len(mirror_classes)}) are needed, got {tuple(probabilities.shape)}."
         )
     columns, answer = list(mirror_classes), probabilities.clone()
-    for view, name in enumerate(names):
-        if name.startswith(_MIRRORED):
-            answer[view] = probabilities[view][:, columns]
+    for number, crop in enumerate(crops):
+        if crop.is_mirrored:
+            answer[number] = probabilities[number][:, columns]
     return answer
 
 
@@ -122,8 +285,3 @@ def average_views(probabilities: torch.Tensor, how: str = "probability") -> torc
     else:
         mean = log_probabilities(probabilities).mean(dim=0).softmax(dim=-1)
     return mean.to(probabilities.dtype)
-
-
-def _check_views(views: str) -> None:
-    if views not in VIEWS:
-        raise ValueError(f"views must be one of {', '.join(VIEWS)}, got {views!r}.")

@@ -305,7 +305,7 @@ def divide(recipe: Recipe, source: Source, digests: Sequence[str], kept: Sequenc
         val=spec.val,
         calibration=spec.calibration,
         test=spec.test,
-        seed=recipe.seed,
+        seed=recipe.seed if spec.seed is None else spec.seed,
         max_train_per_class=None if limit == "all" else limit,
     )
 

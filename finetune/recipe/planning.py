@@ -183,6 +183,7 @@ def _decide_data(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
         decide("data.label_swap", wish.label_swap, None, "")
     return {
         **wish.model_dump(),
+        "split": {**wish.split.model_dump(), "seed": recipe.seed if wish.split.seed is None else wish.split.seed},
         "root": facts.root,
         "image_size": size,
         "crop_pct": facts.crop_pct,
@@ -251,7 +252,7 @@ def _decide_evaluate(recipe: Recipe, facts: Facts, invariances: Any, decide: Any
         calibrate = False
         why = f"{count} calibration images, fewer than {LEAST_CALIBRATION}, say too little about a temperature"
         decide("evaluate.calibrate", None, calibrate, why)
-    return {"views": views, "calibrate": calibrate}
+    return {**wish.model_dump(), "views": views, "calibrate": calibrate}
 
 
 def _words(value: Any) -> str:

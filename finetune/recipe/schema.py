@@ -16,6 +16,12 @@ def _as_text(value: object) -> object:
 
 
 Text = Annotated[str, BeforeValidator(_as_text)]
+_VIEW = (
+    r"((center|flip|five|ten|whole|whole_flip)(@\d+)?(/\d+)?|resolutions|"
+    r"multiscale(_five)?|fully_convolutional(_unmirrored)?)"
+)
+VIEWS_PATTERN = rf"^{_VIEW}(,{_VIEW})*$"
+"""Names of views with commas; `@` gives the size of a crop and `/` the shorter side it is cut from."""
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Preset = Literal["none", "light", "medium", "heavy"]
@@ -39,6 +45,8 @@ class SplitSpec(Section):
     """Share of each class used for the temperature alone."""
     test: Share = 0.15
     """Share of each class read once, at the end."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Of the division; null takes the recipe's own. Set it where runs of several seeds shall share their images."""
 
     @model_validator(mode="after")
     def _leave_something(self) -> "SplitSpec":
@@ -276,8 +284,13 @@ class TrainSpec(Section):
 class EvaluateSpec(Section):
     """How the model is judged."""
 
-    views: Literal["center", "five", "ten"] = "center"
-    """Crops whose probabilities are averaged; ten needs `data.label_swap`, or `hflip` among `data.invariances`."""
+    views: Annotated[Text, Field(pattern=VIEWS_PATTERN)] = "center"
+    """Crops whose probabilities are averaged: center, flip, five, ten, multiscale, fully_convolutional, resolutions, or
+    a list such as `center@256,ten@320`. Mirrored ones need `data.label_swap`, or `hflip` among `data.invariances`."""
+    average: Literal["probability", "logit"] = "probability"
+    """Of views: the mean of their probabilities, or of their logits."""
+    coverage: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    """Share of images whose prediction set is to hold the true class."""
     calibrate: bool = True
     """Fit one temperature on the calibration images."""
 

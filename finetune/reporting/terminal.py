@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from finetune.recipe.advice import UNMEASURED
@@ -11,8 +11,11 @@ from finetune.recipe.plan import Advice, Plan, Stage
 from finetune.recipe.schedules import draw_curve
 from finetune.reporting.decision import CELLS, forecast_rows
 from finetune.reporting.sentences import chirality_sentence, depth_sentence, measure_rows, memory
+from finetune.scores.comparison import smallest_difference
 
 WIDTH = 100
+DISAGREEMENT = 0.1
+"""Share of test images on which one of two models alone is right, where there are no two models yet."""
 _NAMED = 12
 """Classes listed by name; of more, only the number is told."""
 _BAR = 30
@@ -61,6 +64,10 @@ def facts_text(facts: Facts) -> str:
             f"{facts.view.size_pixels} px crop of shorter side {facts.view.shorter_pixels}, {facts.view.interpolation}",
         ),
     ]
+    if num_test := sum(facts.counts.get("test", ())):
+        least = 100 * smallest_difference(num_test, DISAGREEMENT)
+        told = f"models that differ on a tenth of {num_test:,} test images are told apart from {least:.1f} points on"
+        rows.append(("can show", told if least < 100 else f"{num_test} test images hardly tell models apart"))
     if facts.normalized_images:
         mean, std = (" ".join(f"{value:.3f}" for value in part) for part in (facts.view.mean, facts.view.std))
         rows.append(("constants", f"mean {mean}, std {std}, measured on {facts.normalized_images:,} training images"))
@@ -200,9 +207,52 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         lines.append(
             f"  final minus probe on test: {percent({**pair, 'value': pair['difference']}, signed=True)}{_judge(pair)}"
         )
+    if sets := scores.get("conformal", {}).get("test"):
+        size = sets["mean_size"]["value"]
+        lines.append(
+            f"  sets promised to hold the true class of {100 * sets['promised']:g} %: they do for "
+            f"{percent(sets['coverage'])}, with {size:.2f} classes on average"
+        )
+    if flags := scores.get("chosen_by_val"):
+        keys = ", ".join(dict.fromkeys(flag.partition(":")[0] for flag in flags))
+        said = f"val is no estimate, for it chose: {keys}; test chose nothing"
+        lines += textwrap.wrap(_ascii(said), WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
+    if members := (scores.get("members") or {}).get("test"):
+        lines += _member_lines(members)
     if found := scores.get("next"):
         said = f"next to try: {found['key']}={found['value']}, for {found['why']}"
         lines += textwrap.wrap(said, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
+    return "\n".join(lines)
+
+
+def _member_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of an ensemble on test."""
+    lines = ["  on test, before any temperature:      accuracy   log loss   ECE %   disagree %   networks"]
+    for row in rows:
+        lines.append(
+            f"    {_end(_ascii(row['name'])):<32} {100 * row['accuracy']:>8.1f} {row['log_loss']:>10.3f} "
+            f"{100 * row['ece']:>7.1f} {100 * row['disagreement']:>12.1f} {row['cost']:>10}"
+        )
+    return lines
+
+
+def elsewhere_text(found: Mapping[str, Any]) -> str:
+    """A run, or a backbone as it came, on images of another folder."""
+    own = found["scores"]
+    part = "the images of role test" if found["role"] == "test" else "all images"
+    lines = [
+        f"{found.get('run') or found.get('backbone')} on {part} of {found['data']}",
+        f"  {found['views']} view; top-1 {percent(own['top1'])} (95 %); log loss {own['log_loss']['value']:.3f}; "
+        f"ECE {100 * own['ece']['value']:.1f} %",
+    ]
+    if found.get("own_test"):
+        lines.append(f"  at home, on its own test images: top-1 {percent(found['own_test'])}")
+    missing = found["missing_classes"]
+    if missing and "num_source_classes" not in found:
+        lines.append(f"  no images of {', '.join(missing[:_NAMED])}{' and others' if len(missing) > _NAMED else ''}")
+    notes = [found.get("views_note"), (found.get("seen") or {}).get("note"), *found["warnings"]]
+    notes += [f"{bad['name']} cannot be read ({bad['reason']}); left out" for bad in found["bad_images"][:5]]
+    lines += [f"  note: {_ascii(note)}" for note in notes if note]
     return "\n".join(lines)
 
 
@@ -235,6 +285,10 @@ def _with_interval(row: Mapping[str, str]) -> str:
 def _ascii(text: str) -> str:
     """Our own dashes and letters as a plain terminal shows them."""
     return text.translate({ord("–"): "-", ord("−"): "-", ord("é"): "e", ord("…"): "..."})
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= 32 else f"...{text[-29:]}"
 
 
 def _cut(text: str) -> str:

@@ -1,0 +1,271 @@
+"""Judging elsewhere: a finished run, or a backbone with the classifier it came with, on images of another folder.
+
+Nothing is fitted here and nothing is written. What a run was fitted on is told beside its scores, and so is how many
+of the images it may have seen, for scores on other images are only worth something if they are others.
+"""
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from finetune.data.decoding import BadImage
+from finetune.data.loading import ImageStore, normalize
+from finetune.data.sources import Item, Source, open_source
+from finetune.errors import BackboneError, DataError, FinetuneError, RecipeError, RunError, nearest
+from finetune.evaluation.comparing import selection_flags
+from finetune.evaluation.prediction import BATCH, load_final, predict_probabilities, temper
+from finetune.evaluation.views import average_views, permitted_views, view_crops, view_names
+from finetune.features.extraction import digest_images
+from finetune.models.backbones import Backbone, load_backbone
+from finetune.recipe.cards import Card, View
+from finetune.recipe.plan import Plan
+from finetune.recipe.runs import RunFolder
+from finetune.recipe.shelf import read_zoo
+from finetune.scores.metrics import score_predictions
+
+SOURCE_VIEWS = ("center", "five", "ten")
+
+
+class _Images(NamedTuple):
+    """The images to judge on that can be read."""
+
+    source: Source
+    store: ImageStore
+    rows: list[int]
+    """Items of the source."""
+    role: str
+    """`test` where the source names such images, else `all`."""
+    bad: dict[int, str]
+
+
+def evaluate_elsewhere(run: RunFolder, data: Path, *, views: str | None = None) -> dict[str, Any]:
+    """How a finished run does on other images, ready for JSON; the run folder stays as it is.
+
+    Its class folders (or labels in a table) bear names of the run's classes, to the letter. Where the images name a
+    test part, only that is judged. `scores` is an entry as in scores.json, and `own_test` the run's accuracy at home;
+    `fitted_on` tells what weights, choices and temperature come from; `seen` how many of the images are also
+    among those the run was made from, byte for byte.
+
+    Args:
+        run: trained and judged.
+        data: a folder of class folders, a table, or parquet shards, of two classes or more.
+        views: other views than those the run was judged in.
+
+    Raises:
+        RunError: if the run is not finished.
+        DataError: if there are no images, or one has a class the run does not know, or is broken and the run's recipe
+            says to fail there.
+    """
+    plan, known = run.plan, run.read_json("scores.json")
+    if not run.final_weights().exists():
+        raise RunError(f"{run.path} is not trained to its end. `finetune resume {run.path}` goes on.")
+    source = open_source(Path(data).expanduser())
+    columns = _columns_by_name(source, plan.classes, f"the run {run.path}")
+    images = _read_images(source, plan.view)
+    if images.bad and plan.data.on_bad_image == "fail":
+        named = "; ".join(f"{source.items[index].name} ({why})" for index, why in list(images.bad.items())[:5])
+        raise DataError(f"{len(images.bad)} images cannot be read: {named}. Mend them or take them away.")
+    views, fallback = permitted_views(views or known["views"], plan.data.allowed_changes)
+    rows = predict_probabilities(load_final(run), images.store, images.rows, plan, views)
+    fitted = (known.get("temperature") or {}) if plan.evaluate.calibrate else {}
+    labels = _labels(images, columns)
+    own = known.get("test")
+    return {
+        "run": str(run.path),
+        **_what_was_judged(images, Path(data), plan.classes, columns),
+        "views": views,
+        "views_note": fallback,
+        "scores": score_predictions(temper(rows, fitted.get("value") or 1.0), labels, plan.classes),
+        "own_test": own["top1"] if own else None,
+        "fitted_on": _fitted_on(run, plan, fitted),
+        "seen": _count_seen(plan, images),
+    }
+
+
+def evaluate_backbone(name: str, data: Path, *, views: str = "center") -> dict[str, Any]:
+    """How a zoo backbone does with the classifier its weights came with, untrained by us, ready for JSON.
+
+    Class folders bear a name among the card's classes, one of the names between its commas where only one class has
+    it (`goldfish`), or the class's number. All of the source's classes compete, also those without images here.
+
+    Args:
+        name: a card, a timm name, or `torchvision/NAME`.
+        data: a folder of class folders, a table, or parquet shards, of two classes or more.
+        views: one of `SOURCE_VIEWS`; you must know whether mirror images are of the same class.
+
+    Raises:
+        RecipeError: if `views` are others.
+        BackboneError: if the backbone cannot be had or came without a classifier.
+        DataError: if there are no images, or a class is none of the card's.
+    """
+    if views not in SOURCE_VIEWS:
+        raise RecipeError(f"views: {views!r} is not for a source classifier; take {', '.join(SOURCE_VIEWS)}.")
+    backbone = load_backbone(name, zoo=read_zoo()).eval()
+    card = backbone.card
+    if backbone.source_head is None:
+        raise BackboneError(f"backbone {name} has no source classifier, so it names no classes. Train a head for it.")
+    source = open_source(Path(data).expanduser())
+    columns = _source_columns(source, card)
+    images = _read_images(source, card.view())
+    logits = source_view_logits(backbone, images.store, images.rows, views=views)  # (V, N, C)
+    classes = card.classes or tuple(str(number) for number in range(logits.shape[2]))
+    scores = score_predictions(average_views(logits.softmax(dim=2)), _labels(images, columns), classes)
+    del scores["confusion"]  # a million counts, nearly all of them 0
+    scores["per_class"] = [row for row in scores["per_class"] if row["n"]]
+    return {
+        "backbone": card.name,
+        **_what_was_judged(images, Path(data), classes, columns),
+        "num_source_classes": len(classes),
+        "views": views,
+        "views_note": None,
+        "scores": scores,
+        "fitted_on": {"weights": card.pretrained_on, "chosen_by_val": [], "temperature": None},
+    }
+
+
+@torch.inference_mode()
+def source_view_logits(backbone: Backbone, store: ImageStore, indices: Sequence[int], *, views: str) -> torch.Tensor:
+    """Logits (V, N, C) of the source classifier, in float32, by view (in the order of `view_names`) and image.
+
+    Args:
+        backbone: in eval mode, with its source classifier.
+        store: gives the images in the view of the backbone's card.
+        indices: N items of the store.
+        views: one of `SOURCE_VIEWS`.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone.to(device)
+    count, parts = len(view_names(views)), []
+    with ThreadPoolExecutor(2) as pool:
+        for start in range(0, len(indices), BATCH):
+            pixels = list(pool.map(store.get, indices[start : start + BATCH]))
+            crops = np.stack([crop for image in pixels for crop in view_crops(image, store.view.size_pixels, views)])
+            logits = backbone.source_logits(normalize(torch.from_numpy(crops).to(device), store.view))
+            parts.append(logits.float().cpu().view(len(pixels), count, -1).transpose(0, 1))
+    return torch.cat(parts, dim=1)
+
+
+def _read_images(source: Source, view: View) -> _Images:
+    named = {item.role for item in source.items}
+    role = "test" if "test" in named else "all"
+    chosen = [index for index, item in enumerate(source.items) if role == "all" or item.role == "test"]
+    store = ImageStore(source.items, view, limit_bytes=0)
+    with ThreadPoolExecutor(2) as pool:
+        faults = dict(zip(chosen, pool.map(lambda index: _fault(store, index), chosen), strict=True))
+    bad = {index: fault for index, fault in faults.items() if fault is not None}
+    rows = [index for index in chosen if index not in bad]
+    if not rows:
+        raise DataError(f"none of the {len(bad)} images in {source.root} can be read: {next(iter(bad.values()))}.")
+    return _Images(source, store, rows, role, bad)
+
+
+def _fault(store: ImageStore, index: int) -> str | None:
+    try:
+        store.get(index)
+    except BadImage as fault:
+        return str(fault)
+    except OSError as fault:
+        return fault.strerror or str(fault)
+    return None
+
+
+def _labels(images: _Images, columns: Mapping[str, int]) -> torch.Tensor:
+    return torch.tensor([columns[images.source.classes[images.source.items[index].label]] for index in images.rows])
+
+
+def _columns_by_name(source: Source, classes: Sequence[str], whose: str) -> dict[str, int]:
+    """By class of the images, its column among `classes`; the same name, capitals and all."""
+    unknown = [name for name in source.classes if name not in classes]
+    if unknown:
+        raise _unknown(source, {name: nearest(name, classes) for name in unknown}, whose, classes)
+    return {name: classes.index(name) for name in source.classes}
+
+
+def _source_columns(source: Source, card: Card) -> dict[str, int]:
+    """By class of the images, the output of the source classifier: by name, by one of its names, or by number."""
+    classes = [unicodedata.normalize("NFC", name).strip() for name in card.classes]
+    if classes and len(classes) != card.num_classes:
+        raise BackboneError(f"the card of {card.name} names {len(classes)} classes for {card.num_classes} outputs.")
+    columns: dict[str, int] = {}
+    parts: dict[str, list[int]] = {}
+    for number, name in enumerate(classes):
+        for part in {piece.strip() for piece in name.split(",")}:
+            parts.setdefault(part, []).append(number)
+    faults: dict[str, str] = {}
+    for name in source.classes:
+        number = int(name) if name.isascii() and name.isdecimal() else card.num_classes
+        if name in classes:
+            columns[name] = classes.index(name)
+        elif len(shared := parts.get(name, [])) == 1:
+            columns[name] = shared[0]
+        elif shared:
+            faults[name] = f"It is the name of outputs {', '.join(map(str, shared))}; name the folder by the number."
+        elif number < card.num_classes:
+            columns[name] = number
+        else:
+            faults[name] = nearest(name, parts)
+    if faults:
+        raise _unknown(source, faults, f"the source classifier of {card.name}", classes)
+    return columns
+
+
+def _unknown(source: Source, hints: Mapping[str, str], whose: str, classes: Sequence[str]) -> DataError:
+    shown = " ".join(f"{name!r} is none. {hint}".strip() for name, hint in list(hints.items())[:5])
+    known = f"{', '.join(classes[:8])}{' ...' if len(classes) > 8 else ''}" if classes else "numbers only"
+    return DataError(
+        f"{source.root}: {len(hints)} of {len(source.classes)} classes are no classes of {whose} ({known}). {shown} "
+        "Rename them to the letter, capitals and all, or take them away."
+    )
+
+
+def _what_was_judged(images: _Images, data: Path, classes: Sequence[str], columns: Mapping[str, int]) -> dict[str, Any]:
+    source = images.source
+    present = {columns[source.classes[source.items[index].label]] for index in images.rows}
+    return {
+        "data": str(data),
+        "role": images.role,
+        "n": len(images.rows),
+        "classes": {name: classes[column] for name, column in columns.items()},
+        "missing_classes": [name for column, name in enumerate(classes) if column not in present],
+        "bad_images": [{"name": source.items[index].name, "reason": why} for index, why in images.bad.items()],
+        "warnings": list(source.warnings),
+    }
+
+
+def _fitted_on(run: RunFolder, plan: Plan, temperature: Mapping[str, Any]) -> dict[str, Any]:
+    probe = run.read_json("facts.json").get("probe") or {}
+    chosen_by = str(probe.get("chosen_by", "val"))
+    value = temperature.get("value")
+    return {
+        "root": plan.data.root,
+        "split_digest": plan.split_digest,
+        "weights": "train",
+        "constants": "train" if str(plan.data.normalize).startswith("channel") else str(plan.data.normalize),
+        "chosen_by_val": selection_flags(plan, probe_chosen_by=chosen_by),
+        "temperature": {"role": "calibration", "value": value, "n": temperature.get("n")} if value else None,
+    }
+
+
+def _count_seen(plan: Plan, images: _Images) -> dict[str, Any]:
+    """How many of the images are, byte for byte, among all those of the run; None where these are not at hand."""
+    try:
+        theirs = open_source(Path(str(plan.data.root)).expanduser()).items
+    except FinetuneError as fault:
+        return {"n": None, "note": f"whether the run has seen these images cannot be told: {fault}"}
+    ours = [images.source.items[index] for index in images.rows]
+    sizes = {_size(item) for item in ours}
+    alike = [item for item in theirs if None in sizes or _size(item) in {*sizes, None}]  # the others need not be read
+    known = set(digest_images(alike).values())
+    count = sum(digest in known for digest in digest_images(ours).values())
+    note = f"{count} of {len(ours)} images are among those the run was made from, so the scores flatter it"
+    return {"n": count, "note": note if count else None}
+
+
+def _size(item: Item) -> int | None:
+    """Bytes of a file; None in a shard, whose rows have none of their own, and where there is no file."""
+    return item.file.stat().st_size if item.row is None and item.file.is_file() else None

@@ -1,0 +1,328 @@
+"""Ensembles: several trainings as one run folder, which is judged and used like that of a single training.
+
+Either the predictions of all members are averaged, and every prediction costs as many networks; or their weights are
+mixed (see `soups`), and it costs one. A mixture is a run like any other. An average also holds `ensemble.json` and
+its members, each as a small run folder of its own under `members/`, so that it needs nothing from where they came.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import nn
+
+from finetune.errors import RunError
+from finetune.evaluation.members import (
+    AVERAGE_FILE,
+    KINDS,
+    Candidate,
+    Members,
+    Val,
+    find_candidates,
+    predict,
+    refuse_strangers,
+    selection_sentence,
+)
+from finetune.evaluation.prediction import load_final
+from finetune.evaluation.soups import State, greedy_soup, interpolate, load_start, refuse_other_beginnings, sweep
+from finetune.evaluation.soups import uniform_soup as mean_of
+from finetune.evaluation.views import permitted_views
+from finetune.features.survey import Look
+from finetune.machine import describe_environment
+from finetune.recipe.reading import load_recipe
+from finetune.recipe.runs import RunFolder, write_whole
+from finetune.scores.metrics import log_loss
+from finetune.scores.selection import AVERAGES, MOST_MEMBERS, average, ensemble_table, greedy_selection
+from finetune.training.watching import Curves
+
+SOUP_FILE = "soup.json"
+JUDGED = ("val", "test")
+How = Literal["average", "greedy", "soup", "greedy_soup", "wise"]
+Say = Callable[[str], None]
+
+
+class Ensemble(nn.Module):
+    """Several classifiers of one view, and logits whose softmax is the average of what they say."""
+
+    weights: torch.Tensor
+
+    def __init__(
+        self, members: Sequence[nn.Module], weights: Sequence[float] | None = None, average: str = "probability"
+    ) -> None:
+        """Hold `members`, weighted alike or by `weights`, and average as `finetune.scores.selection.average` does.
+
+        Raises:
+            ValueError: if there is no member, not one positive weight each, or the average is unknown.
+        """
+        super().__init__()
+        weights = [1.0] * len(members) if weights is None else list(weights)
+        if not members or len(weights) != len(members) or min(weights) <= 0:
+            raise ValueError(f"{len(members)} members need as many positive weights, got {weights}.")
+        if average not in AVERAGES:
+            raise ValueError(f"average must be one of {', '.join(AVERAGES)}, got {average!r}.")
+        self.members, self.average = nn.ModuleList(members), average
+        shares = torch.tensor(weights, dtype=torch.float64)
+        self.register_buffer("weights", shares / shares.sum(), persistent=False)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """That of the first member, for whoever asks what kind of network this is."""
+        return self.members[0].backbone  # type: ignore[return-value]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Map images (B, 3, H, W) to logits (B, K), float32. Of one member, or equal ones, they are its own."""
+        logits = torch.stack([member(images).double() for member in self.members])  # (M, B, K)
+        ahead = logits.log_softmax(2)
+        ahead = ahead - ahead[:1]  # from the first member on, so that nothing is added to it where all say the same
+        if self.average == "logit":
+            gain = (self.weights[:, None, None] * ahead).sum(0)
+        else:
+            gain = torch.logsumexp(ahead + self.weights.log()[:, None, None], 0)
+        return (logits[0] + gain).float()
+
+
+def load_ensemble(run: RunFolder) -> Ensemble:
+    """The average that `run` is, in eval mode on the CPU.
+
+    Raises:
+        RunError: if `run` is no average, or a member is missing.
+        BackboneError: if the card of a member's backbone is not at hand.
+    """
+    found = run.read_json(AVERAGE_FILE)
+    members = [load_final(RunFolder.open(run.file(one["folder"]))) for one in found["members"]]
+    return Ensemble(members, [one["weight"] for one in found["members"]], found["average"]).eval()
+
+
+def read_membership(run: RunFolder) -> dict[str, Any] | None:
+    """What `run` was made of, as written in `ensemble.json` or `soup.json`; None of a run that was trained."""
+    for name in (AVERAGE_FILE, SOUP_FILE):
+        if run.file(name).exists():
+            found: dict[str, Any] = run.read_json(name)
+            return found
+    return None
+
+
+def selection_note(run: RunFolder) -> str | None:
+    """A sentence on why the val score of an ensemble is no estimate; None where val chose nothing."""
+    found = read_membership(run)
+    return found["selection_note"] if found else None
+
+
+def score_members(run: RunFolder, seen: Look, views: str | None = None) -> dict[str, list[dict[str, Any]]]:
+    """The table of an average on val and test: each member, their mean, and the ensemble as it grows; ready for JSON.
+
+    Before any temperature, which is fitted to the whole.
+
+    Args:
+        run: has `ensemble.json`.
+        seen: its images.
+        views: other views than the plan's.
+    """
+    plan, ensemble, found = run.plan, load_ensemble(run), run.read_json(AVERAGE_FILE)
+    views, _ = permitted_views(views or plan.evaluate.views, plan.data.allowed_changes)
+    names = [f"{Path(one['run']).name} {one['member']}" for one in found["members"]]
+    tables = {}
+    for role in JUDGED:
+        if rows := seen.indices(role):
+            said = [predict(member, seen, rows, plan, views) for member in ensemble.members]
+            labels, weights = seen.labels(role), ensemble.weights.tolist()
+            table = ensemble_table(torch.stack(said), labels, names=names, kind=ensemble.average, weights=weights)
+            tables[role] = [row.as_dict() for row in table]
+    return tables
+
+
+def make_ensemble(
+    runs: Sequence[RunFolder],
+    *,
+    how: How,
+    members: Members = "final",
+    average: str = "probability",
+    folder: Path,
+    say: Say,
+    seen: Look | None = None,
+    alpha: float | None = None,
+    most: int = MOST_MEMBERS,
+) -> RunFolder:
+    """A run folder at `folder` that stands for all of `runs`; nothing is judged yet.
+
+    Independent restarts, or runs of different rates, regularisers and backbones, averaged; the last epochs or the
+    snapshots of one run; or one network mixed from their weights. Equal weights count once, however often they come.
+
+    Args:
+        runs: finished, on the same images, classes, split and view.
+        how: `average` all predictions; `greedy`: those that val chooses; `soup`: the mean of all weights;
+            `greedy_soup`: of those that do not harm it on val; `wise`: between the start and the end of one training.
+        members: of each run its `final` weights, its `snapshots`, its `last` epochs, or `all` of them.
+        average: of predictions, one of `finetune.scores.selection.AVERAGES`.
+        folder: is made; it may be there if it is empty.
+        say: gets lines for people; `log.txt` gets them too.
+        seen: the images of the runs, where they are looked at already.
+        alpha: for `wise`, the share of the end; None: the one that val likes best.
+        most: for `greedy`, different members at most.
+
+    Raises:
+        RunError: if the runs do not fit together, or one is not finished or is an average itself.
+        ValueError: if the arguments contradict each other.
+    """
+    _check(how, members, average, alpha)
+    refuse_strangers(runs)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} is there already, and a run folder is never overwritten; give a new name.")
+    if how not in ("average", "greedy"):
+        refuse_other_beginnings(runs)
+    lines: list[str] = []
+
+    def voice(text: str) -> None:
+        lines.append(text)
+        say(text)
+
+    candidates = find_candidates(runs, members, voice)
+    if how in ("average", "greedy"):
+        made = _average(candidates, how, average, most, seen, voice)
+    else:
+        made = _soup(candidates, how, alpha, seen, voice)
+    is_selected = how in ("greedy", "greedy_soup") or (how == "wise" and alpha is None)
+    note = selection_sentence(candidates, is_selected=is_selected)
+    record = {**made.record, "selected_on": "val" if is_selected else None, "selection_note": note}
+    target = RunFolder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with target.lock():
+        _write(target, made, record, how)
+        with target.file("log.txt").open("a", encoding="utf-8") as log:
+            log.writelines(f"{line}\n" for line in lines)
+    return target
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What is to be written: the run whose plan it has, its members or its mixed weights, and the record of both."""
+
+    base: Candidate
+    record: dict[str, Any]
+    members: tuple[Candidate, ...] = ()
+    state: State | None = None
+
+
+def _check(how: str, members: str, average: str, alpha: float | None) -> None:
+    is_average = how in ("average", "greedy")
+    for name, value, known in (
+        ("how", how, ("average", "greedy", "soup", "greedy_soup", "wise")),
+        ("members", members, tuple(KINDS)),
+        ("average", average, AVERAGES if is_average else AVERAGES[:1]),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)} with how {how!r}, got {value!r}.")
+    if alpha is not None and how != "wise":
+        raise ValueError(f"alpha goes with how 'wise', and only with it; how is {how!r}.")
+
+
+def _average(candidates: Sequence[Candidate], how: How, average: str, most: int, seen: Look | None, say: Say) -> _Made:
+    """Members whose predictions are averaged: all of them, or those that val chooses."""
+    chosen = tuple(range(len(candidates)))
+    record: dict[str, Any] = {"how": how, "average": average, "num_candidates": len(candidates)}
+    if how == "greedy":
+        judge = Val(candidates[0], seen)
+        said = torch.stack([judge.probabilities(candidate.load()) for candidate in candidates])
+        chosen = greedy_selection(said, judge.labels, most=most, kind=average)
+        record["val_log_losses"] = _losses_along(said, judge.labels, chosen, average)
+        names = ", ".join(candidates[at].name for at in chosen)
+        say(f"chosen on {len(judge.labels)} val images, from {len(candidates)}: {names}")
+    members = sorted(set(chosen))
+    base = next((candidates[at] for at in members if candidates[at].plan.stages), None)
+    if base is None:
+        raise RunError(
+            f"{candidates[members[0]].run.path} is a probe, and no trained run would be averaged with it. "
+            "A probe is solved exactly, so restarts of it are all the same; use that run as it is."
+        )
+    rows = [candidates[at].as_dict(chosen.count(at) / len(chosen)) for at in members]
+    for number, row in enumerate(rows, start=1):
+        row["folder"] = f"members/{number}"
+    return _Made(base=base, record={**record, "members": rows}, members=tuple(candidates[at] for at in members))
+
+
+def _losses_along(said: torch.Tensor, labels: torch.Tensor, chosen: Sequence[int], kind: str) -> list[float]:
+    return [log_loss(average(said[list(chosen[:size])], kind), labels) for size in range(1, len(chosen) + 1)]
+
+
+def _soup(candidates: Sequence[Candidate], how: How, alpha: float | None, seen: Look | None, say: Say) -> _Made:
+    """Mixed weights, and what they were mixed from."""
+    base = next((candidate for candidate in candidates if candidate.plan.stages), None)
+    if base is None:
+        raise RunError(
+            f"{candidates[0].run.path} is a probe, whose weights no training moved; there is nothing to mix."
+        )
+    val, shares = Val(base, seen), [1 / len(candidates)] * len(candidates)
+    record: dict[str, Any] = {"how": how, "num_candidates": len(candidates)}
+    if how == "wise":
+        if len(candidates) != 1:
+            raise RunError(f"wise mixes one network with the start of its training; it was given {len(candidates)}.")
+        start, end = load_start(base.run).state_dict(), base.state()
+        if alpha is None:
+            found = sweep(start, end, judge=val.judge, renew=val.renew)
+            state, alpha = found.state, found.alpha
+            record["sweep"] = [
+                {"alpha": share, **score._asdict()} for share, score in zip(found.alphas, found.scores, strict=True)
+            ]
+        else:
+            state = interpolate(start, end, alpha, val.renew)
+        record["alpha"], shares = alpha, [alpha]
+        say(f"mixed: {alpha:g} of the end of the training, {1 - alpha:g} of its start")
+    elif how == "soup":
+        state = mean_of([candidate.state() for candidate in candidates], val.renew)
+    else:
+        soup = greedy_soup([candidate.state() for candidate in candidates], judge=val.judge, renew=val.renew)
+        state, shares = soup.state, [(at in soup.members) / len(soup.members) for at in range(len(candidates))]
+        record["val_top1"] = [score.top1 for score in soup.scores]
+        say(f"mixed: {len(soup.members)} of {len(candidates)} sets of weights; val accuracy {soup.score.top1:.4f}")
+    record["members"] = [
+        candidate.as_dict(share) for candidate, share in zip(candidates, shares, strict=True) if share or how == "wise"
+    ]
+    return _Made(base=base, record=record, state=state)
+
+
+def _write(target: RunFolder, made: _Made, record: dict[str, Any], how: How) -> None:
+    """All files of the new run; the plan last, for it marks a run that can go on."""
+    base = made.base
+    plan = base.plan.model_copy(update={"name": f"{base.plan.name}-{how}", "stages": base.plan.stages[-1:]})
+    for number, member in enumerate(made.members, start=1):
+        _write_member(RunFolder(target.file(f"members/{number}")), member)
+    stage = f"stages/1-{plan.stages[0].name}/weights.safetensors"
+    if made.state is None:  # so that the folder counts as trained; who reads `ensemble.json` does not read this
+        own = made.members.index(base) + 1
+        _copy(target.file(f"members/{own}/{stage}"), target.file(stage))
+    else:
+        _save(target.file(stage), made.state)
+    for name in ("facts.json", "probe.safetensors"):
+        _copy(base.run.file(name), target.file(name))
+    recipe = load_recipe(base.run.file("recipe.yaml")).model_copy(update={"name": plan.name})
+    target.write_text(
+        "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    )
+    environment = describe_environment(str(plan.hardware.devices), str(plan.hardware.precision))
+    target.write_json("environment.json", {**environment, "own_view": None, "seconds": {}})
+    Curves(target.file("curves.csv"))  # nothing was trained
+    target.write_json(SOUP_FILE if made.state is not None else AVERAGE_FILE, record)
+    target.write_text("plan.yaml", plan.to_yaml())
+
+
+def _write_member(folder: RunFolder, member: Candidate) -> None:
+    plan = member.plan.model_copy(update={"stages": member.plan.stages[-1:]})
+    name = f"stages/1-{plan.stages[0].name}/weights.safetensors" if plan.stages else "probe.safetensors"
+    if member.member:
+        _save(folder.file(name), member.state())
+    else:
+        _copy(member.run.final_weights(), folder.file(name))
+    folder.write_text("plan.yaml", plan.to_yaml())
+
+
+def _copy(source: Path, path: Path) -> None:
+    write_whole(path, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def _save(path: Path, state: State) -> None:
+    write_whole(path, lambda temporary: save_file({n: t.contiguous() for n, t in state.items()}, temporary))

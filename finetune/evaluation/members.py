@@ -1,0 +1,238 @@
+"""Members: the sets of weights that finished runs offer to an ensemble, whether they fit together, and what val says.
+
+Nothing is averaged here. Equal weights are one member, however often they are offered: the last epoch of a run is often
+its final weights too, and a vote counted twice is no second opinion.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from finetune.errors import RunError
+from finetune.evaluation.prediction import load_final, predict_probabilities
+from finetune.evaluation.soups import Score, State
+from finetune.evaluation.views import permitted_views
+from finetune.features.survey import Look, look
+from finetune.models.batch_norm import pooled_statistics
+from finetune.recipe.plan import Plan
+from finetune.recipe.reading import load_recipe
+from finetune.recipe.runs import RunFolder
+from finetune.scores.calibration import fit_temperature, log_probabilities
+from finetune.scores.metrics import decide
+from finetune.training.snapshots import Member, load_member, read_members
+from finetune.training.starting import make_batches
+
+AVERAGE_FILE = "ensemble.json"
+"""What makes a run folder an average of several networks."""
+KINDS: dict[str, tuple[str, ...]] = {"final": (), "snapshots": ("cycle",), "last": ("last",), "all": ("cycle", "last")}
+"""By what may be asked for, the kinds of kept members that answer to it."""
+Members = Literal["final", "snapshots", "last", "all"]
+_WISHES = {"snapshots": "snapshots=3", "last": "keep_last=3"}
+"""What makes a run keep such members."""
+_SAME_CLASSES = "Members must know the same classes in the same order."
+_SAME_SPLIT = (
+    "A test image of one may have taught the other, so no score of the two would be honest. Train them with the same "
+    "images, shares and seed; with another seed only where the data name train, val, calibration and test themselves."
+)
+_SAME_VIEW = (
+    "Images are prepared once for all members. Train them with the same data.image_size, crop_pct, interpolation, mean "
+    "and std."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One set of weights that may become a member."""
+
+    run: RunFolder
+    plan: Plan
+    member: Member | None
+    """None: the final weights."""
+    digest: str
+    """Of the weights."""
+
+    @property
+    def name(self) -> str:
+        """Of the run and of the weights in it."""
+        return f"{self.run.path.name} {self.kind}"
+
+    @property
+    def kind(self) -> str:
+        """Such as `final` or `cycle-1`."""
+        return self.member.name if self.member else "final"
+
+    def load(self) -> nn.Module:
+        """The classifier, in eval mode on the CPU."""
+        classifier = load_final(self.run)
+        if self.member:
+            load_member(classifier, self.member)
+        return classifier
+
+    def state(self) -> State:
+        """All its tensors by name."""
+        return {name: tensor.contiguous() for name, tensor in self.load().state_dict().items()}
+
+    def as_dict(self, weight: float) -> dict[str, Any]:
+        """Where it came from, ready for JSON."""
+        return {
+            "run": str(self.run.path.resolve()),
+            "run_digest": hashlib.sha256(self.run.file("plan.yaml").read_bytes()).hexdigest(),
+            "member": self.kind,
+            "weights_digest": self.digest,
+            "weight": weight,
+        }
+
+
+def refuse_strangers(runs: Sequence[RunFolder]) -> None:
+    """Nothing, where all runs are finished and were taught and judged on the same images in the same way.
+
+    Raises:
+        RunError: if there is none, or one is not finished, is an average itself, or differs in classes, split or view.
+    """
+    if not runs:
+        raise RunError("there are no runs to make an ensemble of; name the folders of at least one.")
+    first = runs[0].plan
+    for run in runs:
+        if run.file(AVERAGE_FILE).exists():
+            raise RunError(f"{run.path} is an average itself; name the runs that are its members.")
+        plan = run.plan
+        if not run.final_weights().exists():
+            raise RunError(f"{run.path} is not trained to its end. `finetune resume {run.path}` goes on.")
+        for what, ours, theirs, do in (
+            ("classes", first.classes, plan.classes, _SAME_CLASSES),
+            ("split of the images", first.split_digest[:12], plan.split_digest[:12], _SAME_SPLIT),
+            ("view", first.view, plan.view, _SAME_VIEW),
+        ):
+            if ours != theirs:
+                raise RunError(f"{run.path} has another {what} than {runs[0].path}: {_difference(theirs, ours)}. {do}")
+
+
+def _difference(theirs: Any, ours: Any) -> str:
+    """Where the two differ first, for people."""
+    if isinstance(ours, tuple) and isinstance(theirs, tuple):
+        pairs = zip((*theirs, *[None] * len(ours)), (*ours, *[None] * len(theirs)), strict=False)
+        at, (one, other) = next((at, pair) for at, pair in enumerate(pairs) if pair[0] != pair[1])
+        return f"number {at + 1} is {one!r} and not {other!r}"
+    return f"{theirs}, and not {ours}"
+
+
+def find_candidates(runs: Sequence[RunFolder], members: Members, say: Callable[[str], None]) -> list[Candidate]:
+    """All that may become members, in the order of `runs`; of equal weights the first alone.
+
+    Args:
+        runs: finished.
+        members: of each run its `final` weights, its `snapshots`, its `last` epochs, or `all` of them.
+        say: hears of what counts once.
+
+    Raises:
+        RunError: if a run kept no such weights, or a file is damaged.
+    """
+    found: dict[str, Candidate] = {}
+    for run in runs:
+        plan, kinds = run.plan, KINDS[members]
+        kept = [one for one in read_members(run.file("snapshots")) if one.name.partition("-")[0] in kinds]
+        if not kept and members in _WISHES:
+            raise RunError(
+                f"{run.path} kept no {members}. Train with train.averaging.{_WISHES[members]}, or take members=final."
+            )
+        own: list[Member | None] = [None] if members in ("final", "all") else []
+        for member in (*own, *kept):
+            candidate = Candidate(run=run, plan=plan, member=member, digest=_digest(run, plan, member))
+            if twin := found.get(candidate.digest):
+                say(f"{candidate.name} has the weights of {twin.name}; the two count once")
+            else:
+                found[candidate.digest] = candidate
+    return list(found.values())
+
+
+def selection_sentence(candidates: Sequence[Candidate], *, is_selected: bool) -> str | None:
+    """Why the val score of what is made of `candidates` is no estimate; None where val chose nothing."""
+    is_stopped = any(not one.member and one.plan.stages and one.plan.train.keep == "best" for one in candidates)
+    uses = [word for word, is_so in (("select members", is_selected), ("stop them", is_stopped)) if is_so]
+    if not uses:
+        return None
+    return f"val was used to {' and to '.join(uses)}, so its score is not reported as an estimate; read that on test"
+
+
+class Val:
+    """What val says of weights, and statistics of the training images; these are looked at when first needed."""
+
+    def __init__(self, base: Candidate, seen: Look | None) -> None:
+        """Judge by the plan and the images of `base`, which are `seen` where they are looked at already."""
+        self._base, self._seen = base, seen
+        self._classifier: nn.Module | None = None
+
+    @property
+    def seen(self) -> Look:
+        """The images.
+
+        Raises:
+            RunError: if they are no longer those of the plan.
+        """
+        if self._seen is None:
+            # test images too, though none is judged: a broken one among them has changed the split
+            self._seen = look(load_recipe(self._base.run.file("recipe.yaml")))
+        if self._seen.facts.split_digest != self._base.plan.split_digest:
+            raise RunError(
+                f"the images have changed since {self._base.run.path} was made "
+                f"({self._base.plan.split_digest[:12]}, now {self._seen.facts.split_digest[:12]}). Put them back."
+            )
+        return self._seen
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """(N,) of the val images."""
+        return self.seen.labels("val")
+
+    def probabilities(self, classifier: nn.Module) -> torch.Tensor:
+        """(N, K) of the val images, in the views of the plan."""
+        plan = self._base.plan
+        views, _ = permitted_views(plan.evaluate.views, plan.data.allowed_changes)
+        return predict(classifier, self.seen, self.seen.indices("val"), plan, views)
+
+    def judge(self, state: State) -> Score:
+        """Accuracy and log loss of a network with these weights."""
+        said = self.probabilities(self._filled(state))
+        hits = int((decide(said) == self.labels).sum())
+        return Score(hits / len(said), fit_temperature(log_probabilities(said), self.labels).log_loss_after)
+
+    def renew(self, state: State, names: tuple[str, ...]) -> State:
+        """The same weights with pooled statistics of the training images, as training sees them, for these norms."""
+        plan, classifier = self._base.plan, self._filled(state)
+        device = str(plan.hardware.devices) if torch.cuda.is_available() else "cpu"
+        train, _ = make_batches(plan, self.seen)
+        pooled_statistics(classifier.to(device), train, device=device, names=names)
+        return {name: tensor.detach().cpu().clone() for name, tensor in classifier.state_dict().items()}
+
+    def _filled(self, state: State) -> nn.Module:
+        if self._classifier is None:
+            self._classifier = self._base.load()
+        self._classifier.load_state_dict(state)
+        return self._classifier
+
+
+def predict(classifier: nn.Module, seen: Look, rows: Sequence[int], plan: Plan, views: str) -> torch.Tensor:
+    """(N, K) of the images `rows` of `seen`."""
+    how = plan.evaluate.average
+    return predict_probabilities(classifier, seen.store, rows, plan, views, how)  # type: ignore[arg-type]
+
+
+def _digest(run: RunFolder, plan: Plan, member: Member | None) -> str:
+    """Sha256 over names, dtypes, shapes and bytes of all weights, read from their files."""
+    digest = hashlib.sha256(b"" if plan.stages else plan.weights_digest.encode())  # a probe's file holds its head alone
+    tensors: dict[str, torch.Tensor] = {}
+    for path in (run.final_weights(), *([member.path] if member else [])):
+        try:
+            tensors |= load_file(path)
+        except (SafetensorError, OSError) as fault:
+            raise RunError(f"{path} cannot be read ({fault}). Leave its run out, or train it again.") from fault
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

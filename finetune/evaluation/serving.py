@@ -1,0 +1,286 @@
+"""Serving: class, probability and prediction set of new images, as a stream that never holds many at once."""
+
+import csv
+import glob
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from finetune.data.decoding import BadImage
+from finetune.data.loading import ImageStore
+from finetune.data.sources import IMAGE_SUFFIXES, Item
+from finetune.data.tables import write_parquet
+from finetune.errors import DataError, RecipeError, RunError
+from finetune.evaluation.prediction import Viewer, load_final, temper
+from finetune.evaluation.views import average_views
+from finetune.recipe.runs import RunFolder, write_whole
+from finetune.scores.conformal import prediction_set
+
+FORMATS = ("csv", "jsonl", "parquet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What the model says of one image; `fault` instead where the image cannot be read."""
+
+    name: str
+    label: str | None
+    probability: float | None
+    """Of `label`, after temperature scaling."""
+    probabilities: dict[str, float]
+    """Of every class; where only the likeliest were asked for, of those, the likeliest first."""
+    labels: tuple[str, ...] | None = None
+    """The prediction set, the likeliest first; it may be empty. None where no coverage was asked for."""
+    fault: str | None = None
+
+
+_KINDS = {"name": "text", "label": "text", "probability": "number", "probabilities": "numbers"}
+_KINDS |= {"labels": "texts", "fault": "text"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Wish:
+    """How a row of probabilities becomes a prediction."""
+
+    classes: tuple[str, ...]
+    temperature: float
+    average: str
+    top_k: int | None
+    threshold: float | None
+
+
+def predict(run: RunFolder, paths: Sequence[Path]) -> list[Prediction]:
+    """Predictions for image files, and for the images in folders, in the order of their names.
+
+    Raises:
+        DataError: if a path does not exist or no image is found.
+    """
+    return list(predict_stream(run, list(find_images(paths))))
+
+
+def predict_stream(
+    run: RunFolder, names: Iterable[str | Path], *, top_k: int | None = None, coverage: float | None = None
+) -> Iterator[Prediction]:
+    """Predictions one by one, in the order of `names`; names are taken, and images read, as they are needed.
+
+    An image that cannot be read is told in its place, and the others are predicted. A prediction set holds the true
+    class with probability `coverage`, on average over images like those the run was calibrated on (Angelopoulos and
+    Bates, 2021, https://arxiv.org/abs/2107.07511).
+
+    Args:
+        run: judged already.
+        names: as in `expand_names`.
+        top_k: how many of the likeliest classes to tell; None: all.
+        coverage: of the prediction sets, the one the run was judged with; None: no sets.
+
+    Raises:
+        RecipeError: if `top_k` is below 1.
+        RunError: if the run was not judged, or not with this coverage.
+        BackboneError: if the run's backbone is not at hand.
+    """
+    if top_k is not None and top_k < 1:
+        raise RecipeError(f"top_k is {top_k}; at least one class must be told.")
+    plan, scores = run.plan, run.read_json("scores.json")
+    wish = _Wish(
+        classes=plan.classes,
+        temperature=(scores.get("temperature") or {}).get("value") or 1.0,
+        average=scores.get("average") or plan.evaluate.average,
+        top_k=top_k,
+        threshold=None if coverage is None else _threshold(run, scores, coverage),
+    )
+    return _stream(Viewer(load_final(run), plan, scores["views"]), names, wish)
+
+
+def _threshold(run: RunFolder, scores: dict[str, Any], coverage: float) -> float:
+    known, path = scores.get("conformal") or {}, run.file("scores.json")
+    if known.get("threshold") is None:
+        raise RunError(
+            f"{path} has no conformal threshold, so no set can promise to cover {coverage:g}. `finetune evaluate "
+            f"{run.path}` finds one if the run has calibration images; or ask for no coverage."
+        )
+    if abs(known["coverage"] - coverage) > 1e-9:
+        raise RunError(
+            f"{path} has the threshold of sets that cover {known['coverage']:g} of images, and {coverage:g} is asked "
+            f"for. Ask for {known['coverage']:g}; another is chosen by evaluate.coverage of the recipe."
+        )
+    return float(known["threshold"])
+
+
+def _stream(viewer: Viewer, names: Iterable[str | Path], wish: _Wish) -> Iterator[Prediction]:
+    paths = expand_names(names)
+    with ThreadPoolExecutor(2) as pool:
+        while batch := list(islice(paths, viewer.images_at_once)):
+            yield from _look_at(viewer, batch, wish, pool)
+
+
+def _look_at(viewer: Viewer, paths: Sequence[Path], wish: _Wish, pool: ThreadPoolExecutor) -> list[Prediction]:
+    """Predictions for a batch; its pixels are gone when it returns."""
+    items = [Item(name=str(path), label=0, role=None, file=path) for path in paths]
+    store = ImageStore(items, viewer.view, limit_bytes=0)
+    read = list(pool.map(partial(_read, viewer, store), range(len(items))))
+    average = average_views(viewer.judge([found for found in read if not isinstance(found, str)]), wish.average)
+    rows = temper(average, wish.temperature)  # (B, K)
+    # Before the temperature, as the threshold was found: calibration images served to fit that.
+    sets = None if wish.threshold is None else prediction_set(average, wish.threshold)  # (B, K)
+    answers, row = [], 0
+    for path, found in zip(paths, read, strict=True):
+        if isinstance(found, str):
+            answers.append(Prediction(name=str(path), label=None, probability=None, probabilities={}, fault=found))
+        else:
+            answers.append(_prediction(str(path), wish, rows[row], None if sets is None else sets[row]))
+            row += 1
+    return answers
+
+
+def _read(viewer: Viewer, store: ImageStore, index: int) -> list[np.ndarray] | str:
+    """The crops of an image, or why there are none."""
+    path = store.items[index].file
+    try:
+        return viewer.read(store, index)
+    except BadImage as fault:
+        return str(fault)
+    except OSError as fault:
+        if path.is_dir():
+            return f"a folder without images; looked for {', '.join(sorted(IMAGE_SUFFIXES))}"
+        if not path.exists() and glob.has_magic(str(path)):
+            return "no file is named like this"
+        return fault.strerror or str(fault)
+
+
+def _prediction(name: str, wish: _Wish, row: torch.Tensor, chosen: torch.Tensor | None) -> Prediction:
+    shares = {label: round(value, 6) for label, value in zip(wish.classes, row.tolist(), strict=True)}
+    ranked = sorted(shares, key=shares.__getitem__, reverse=True)  # of equals the first stays first
+    labels = None
+    if chosen is not None:
+        members = {label for label, is_in in zip(wish.classes, chosen.tolist(), strict=True) if is_in}
+        labels = tuple(label for label in ranked if label in members)
+    told = shares if wish.top_k is None else {label: shares[label] for label in ranked[: wish.top_k]}
+    return Prediction(name=name, label=ranked[0], probability=shares[ranked[0]], probabilities=told, labels=labels)
+
+
+def expand_names(names: Iterable[str | Path]) -> Iterator[Path]:
+    """Image files by files, folders, patterns and `-`, as they are needed; nothing is opened.
+
+    A folder gives the images below it, sorted; a pattern such as `photos/**/*.jpg`, where no file has that very name,
+    the files that match it, sorted; `-` the names on the lines of standard input. What does not exist, matches nothing
+    or holds no image comes as it is, so that its fault can be told in its place.
+    """
+    for name in names:
+        if str(name) == "-":
+            yield from (path for line in sys.stdin if line.strip() for path in _expand(line.rstrip("\r\n")))
+        else:
+            yield from _expand(name)
+
+
+def _expand(name: str | Path) -> Iterator[Path]:
+    path, text = Path(name), str(name)
+    if glob.has_magic(text) and not path.exists():
+        # Unlike pathlib's, glob leaves out hidden files, as a shell does.
+        matches = sorted(Path(match) for match in glob.iglob(text, recursive=True))  # noqa: PTH207
+        files = [file for file in matches if not file.is_dir()]  # `**` matches folders too
+        yield from files or [path]
+    else:
+        yield from (_images_below(path) or [path]) if path.is_dir() else [path]
+
+
+def find_images(paths: Sequence[Path]) -> Iterator[Path]:
+    """The files among `paths`, and the images below the folders among them, sorted.
+
+    Raises:
+        DataError: if a path does not exist or no image is found.
+    """
+    found = 0
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path} does not exist.")
+        below = _images_below(path) if path.is_dir() else [path]
+        found += len(below)
+        yield from below
+    if not found:
+        raise DataError(
+            f"no images under {', '.join(map(str, paths))}; looked for {', '.join(sorted(IMAGE_SUFFIXES))}."
+        )
+
+
+def _images_below(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+
+
+def write_predictions(predictions: Iterable[Prediction], format: str, handle: TextIO) -> int:
+    """How many images could not be read, after a row for each image was written as it came.
+
+    Columns, or keys, are the fields of `Prediction`. In csv, `probabilities` and `labels` are JSON, for class names may
+    hold any separator; what is None is left empty.
+
+    Args:
+        predictions: taken one by one.
+        format: csv or jsonl. For parquet see `save_predictions`.
+        handle: a text file, opened with newline="".
+
+    Raises:
+        ValueError: if `format` is unknown.
+    """
+    if format not in ("csv", "jsonl"):
+        raise ValueError(f"format must be csv or jsonl, got {format!r}.")
+    faults = 0
+    writer = csv.writer(handle, lineterminator="\n")
+    if format == "csv":
+        writer.writerow(_KINDS)
+    for prediction in predictions:
+        row = _row(prediction)
+        faults += prediction.fault is not None
+        if format == "csv":
+            writer.writerow([_cell(row[key]) for key in _KINDS])
+        else:
+            handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return faults
+
+
+def save_predictions(predictions: Iterable[Prediction], path: Path) -> int:
+    """How many images could not be read, after `path` was written: whole or not at all.
+
+    Args:
+        predictions: taken one by one.
+        path: ends in .csv, .jsonl or .parquet, which says how to write it.
+
+    Raises:
+        RecipeError: if it ends otherwise.
+    """
+    format, faults = path.suffix.removeprefix(".").lower(), 0
+    if format not in FORMATS:
+        raise RecipeError(f"{path}: predictions are written as {', '.join(FORMATS)}; name the file so.")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal faults
+        for prediction in predictions:
+            faults += prediction.fault is not None
+            yield _row(prediction)
+
+    def write(temporary: Path) -> None:
+        nonlocal faults
+        with temporary.open("w", encoding="utf-8", newline="") as handle:
+            faults = write_predictions(predictions, format, handle)
+
+    if format == "parquet":
+        write_parquet(rows(), path, _KINDS)
+    else:
+        write_whole(path, write)
+    return faults
+
+
+def _row(prediction: Prediction) -> dict[str, Any]:
+    name = prediction.name.encode("utf-8", "backslashreplace").decode()  # names of files may hold any bytes
+    return asdict(prediction) | {"name": name}
+
+
+def _cell(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict | tuple) else value
