@@ -2,13 +2,15 @@
 default switched off in turn.
 
     python benchmarks/craft.py run [--shared ../shared] [--only default plain ...]    # resumable; appends rows
+    python benchmarks/craft.py ablate [--shared ../shared]                            # resumable; appends rows
     python benchmarks/craft.py table                                                  # seconds; writes results/craft.md
 
 `default` sets nothing but data, backbone and image size: the advisor decides. `plain` is what a good script does
 without any of this package's decisions: the network as it is, batch norm and all, a fresh linear head, AdamW at 1e-3
 on one cycle of four epochs, light random crops, the last weights. It is given our decoded images and our batches, so
-that no second is lost to a slower loader. Every other row is `default` with one thing changed. Cost is processor time
-of the whole job, from files to scores. One thread.
+that no second is lost to a slower loader. Every other row is `default` with one thing changed; `ablate` runs these at
+64 px and at most 50 labelled images per class, `run` at full size. Cost is processor time of the whole job, from files
+to scores. One thread.
 """
 
 import argparse
@@ -23,6 +25,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "craft.csv"
+SMALL_RESULTS = HERE / "results" / "ablation.csv"
+SMALL = ["data.image_size=64", "data.max_train_per_class=50", "train.strategy=full"]
 BACKBONE = "mobilenetv2_100.imagenet_keras"
 PIXELS = {"ants_bees": 128, "flowers5": 128, "sign_digits": 96, "malaria": 96}
 SEEDS = (0, 1, 2)
@@ -129,20 +133,20 @@ def run_ours(name: str, seed: int, shared: Path, work: Path, more: list[str]) ->
     return found
 
 
-def read_rows() -> list[dict[str, str]]:
-    return list(csv.DictReader(RESULTS.open(encoding="utf-8"))) if RESULTS.exists() else []
+def read_rows(results: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(results.open(encoding="utf-8"))) if results.exists() else []
 
 
-def append(row: dict) -> None:
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", encoding="utf-8", newline="") as file:
+def append(results: Path, row: dict) -> None:
+    is_new = not results.exists()
+    with results.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerow(row)
 
 
-def run_all(shared: Path, work: Path, only: list[str] | None) -> None:
+def run_all(shared: Path, work: Path, only: list[str] | None, results: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -152,7 +156,7 @@ def run_all(shared: Path, work: Path, only: list[str] | None) -> None:
     for seed in SEEDS:
         for variant in only or VARIANTS:
             for name in PIXELS:
-                if any((r["set"], r["seed"], r["variant"]) == (name, str(seed), variant) for r in read_rows()):
+                if any((r["set"], r["seed"], r["variant"]) == (name, str(seed), variant) for r in read_rows(results)):
                     continue
                 # every job pays for its own survey
                 os.environ["FINETUNE_CACHE"] = str(work / "caches" / f"{name}-{seed}-{time.time_ns()}")
@@ -160,7 +164,8 @@ def run_all(shared: Path, work: Path, only: list[str] | None) -> None:
                 if variant == "plain":
                     found = [("ours", run_plain(name, seed, shared))]
                 else:
-                    found = run_ours(name, seed, shared, work, VARIANTS[variant])
+                    more = VARIANTS[variant] + (SMALL if results == SMALL_RESULTS else [])
+                    found = run_ours(name, seed, shared, work, more)
                 spent = time.process_time() - began
                 common = {"set": name, "seed": seed, "commit": commit.stdout.strip()}
                 for label, row in found:
@@ -168,18 +173,19 @@ def run_all(shared: Path, work: Path, only: list[str] | None) -> None:
                         continue
                     seconds = f"{spent if label == 'ours' else 0:.1f}"
                     shown = {"top1": f"{row['top1']:.4f}", "log_loss": f"{row['log_loss']:.4f}", "cpu_seconds": seconds}
-                    append({**row, **common, **shown, "variant": variant if label == "ours" else "probe"})
+                    append(results, {**row, **common, **shown, "variant": variant if label == "ours" else "probe"})
                 print(json.dumps({"set": name, "seed": seed, "variant": variant, "top1": found[0][1]["top1"],
                                   "cpu_seconds": round(spent, 1)}), flush=True)  # fmt: skip
 
 
-def table() -> str:
+def table(results: Path) -> str:
     """Mean over seeds by set and variant, and the difference from the default on the same seeds."""
     values: dict[tuple[str, str], dict[str, dict[str, str]]] = defaultdict(dict)
-    for row in read_rows():
+    for row in read_rows(results):
         values[row["variant"], row["set"]][row["seed"]] = row
     variants = list(dict.fromkeys(variant for variant, _ in values))
-    lines = [f"| | {' | '.join(f'`{name}`' for name in PIXELS)} | mean | against default | log loss | cost, of plain |",
+    beside = "plain" if "plain" in variants else "default"
+    lines = [f"| | {' | '.join(f'`{name}`' for name in PIXELS)} | mean | against default | log loss | cost, of {beside} |",
              "|---" * (len(PIXELS) + 5) + "|"]  # fmt: skip
     for variant in variants:
         cells, gaps, losses, costs, plains = [], [], [], 0.0, 0.0
@@ -190,7 +196,7 @@ def table() -> str:
             cells.append(f"{statistics.mean(top1):.1f}" if top1 else "")
             gaps += [100 * (float(own[s]["top1"]) - float(base[s]["top1"])) for s in seeds]
             losses += [float(own[s]["log_loss"]) for s in seeds]
-            plain = values["plain", name]
+            plain = values["plain", name] or base
             costs += sum(float(own[s]["cpu_seconds"]) for s in seeds if s in plain)
             plains += sum(float(plain[s]["cpu_seconds"]) for s in seeds if s in plain)
         if not gaps:
@@ -206,18 +212,23 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("what", choices=["run", "ablate", "table"])
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
     parser.add_argument("--work", type=Path, default=HERE / "craft")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS))
     arguments = parser.parse_args()
     shared, work = arguments.shared.resolve(), arguments.work.resolve()
-    if arguments.what == "run":
+    if arguments.what != "table":
         os.environ["FINETUNE_ZOO"] = str(shared / "zoo")
-        run_all(shared, work, arguments.only)
-    text = table()
-    RESULTS.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+        if arguments.what == "run":
+            run_all(shared, work, arguments.only or ["default", "plain"], RESULTS)
+        else:
+            run_all(shared, work, arguments.only or [name for name in VARIANTS if name != "plain"], SMALL_RESULTS)
+    for results in (RESULTS, SMALL_RESULTS):
+        if results.exists():
+            text = table(results)
+            results.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+            print(text, end="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Snapshot ensembles against the control that is usually forgotten: the same budget without cycles.
 
-    python benchmarks/snapshots.py run [--shared ../shared]     # some 25 minutes on one thread; resumable
+    python benchmarks/snapshots.py run [--shared ../shared]     # some 15 minutes on one thread; resumable
     python benchmarks/snapshots.py table                        # seconds; writes results/snapshots.md
 
 `cycles` trains in five cosine cycles of three epochs and averages the predictions of its last m snapshots. `control`
 trains the same fifteen epochs on one cosine and averages those of its last m epochs; its first member is the plain run.
-Full fine-tuning from the probe, everything else as the planner decides it, 64 px, the same test images.
+Full fine-tuning from the probe, everything else as the planner decides it, 64 px, at most 100 labelled images per
+class, the same test images.
 """
 
 import argparse
@@ -77,7 +78,13 @@ def run_all(shared: Path, work: Path) -> None:
                 if any((r["set"], r["seed"], r["variant"]) == (name, str(seed), variant) for r in read_rows()):
                     continue
                 common = [f"data.root={shared / 'data' / name}", f"backbone={BACKBONE}", f"data.image_size={PIXELS}"]
-                common += [f"seed={seed}", "train.strategy=full", f"train.epochs={EPOCHS}", "train.keep=last"]
+                common += [
+                    "data.max_train_per_class=100",
+                    f"seed={seed}",
+                    "train.strategy=full",
+                    f"train.epochs={EPOCHS}",
+                    "train.keep=last",
+                ]
                 recipe = ft.load_recipe(None, [*common, "tracking.enabled=false", *wishes])
                 run = ft.train(recipe, runs=work / "runs", say=lambda text: None)
                 rows = judge(run, look(recipe))
