@@ -3,6 +3,7 @@ how sure the head begins, and how the probe scales its features.
 
     python benchmarks/choices.py keep  [--shared ../shared]     # a row per cell and rule, some minutes
     python benchmarks/choices.py ratio [--shared ../shared]
+    python benchmarks/choices.py ladder [--shared ../shared]
     python benchmarks/choices.py soften [--shared ../shared]
     python benchmarks/choices.py scale [--shared ../shared]
     python benchmarks/choices.py whiten [--shared ../shared]
@@ -47,6 +48,20 @@ def compare_ratios(shared: Path, work: Path) -> None:
                 probe = percent(scores["probe"])
                 row.append(percent(scores))
         print(f"| `{name}`, {per_class} | {probe} | {' | '.join(row)} |", flush=True)
+
+
+def compare_ladders(shared: Path, work: Path) -> None:
+    ladders = (("partial", 0.3, 1), ("partial", 1, 1), ("full", 0.3, 1), ("full", 1, 0.65), ("full", 1, 0.5),
+               ("full", 0.6, 0.75))  # fmt: skip
+    for per_class in (20, 400):
+        for name in advice.SETS:
+            row, probe = [], ""
+            for strategy, ratio, decay in ladders:
+                wishes = [f"train.strategy={strategy}", f"train.optimizer.backbone_lr_ratio={ratio}"]
+                scores = train(name, per_class, [*wishes, f"train.optimizer.layer_decay={decay}"], shared, work)
+                probe, row = percent(scores.read_json("scores.json")["probe"]), [
+                    *row, percent(scores.read_json("scores.json"))]  # fmt: skip
+            print(f"| `{name}`, {per_class} | {probe} | {' | '.join(row)} |", flush=True)
 
 
 def compare_epochs(shared: Path, work: Path) -> None:
@@ -134,7 +149,7 @@ def compare_whitening(shared: Path, work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["keep", "ratio", "soften", "scale", "whiten"])
+    parser.add_argument("what", choices=["keep", "ratio", "ladder", "soften", "scale", "whiten"])
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
     parser.add_argument("--work", type=Path, default=HERE / "advice")
     arguments = parser.parse_args()
@@ -144,6 +159,7 @@ def main() -> None:
     experiments = {
         "keep": compare_epochs,
         "ratio": compare_ratios,
+        "ladder": compare_ladders,
         "soften": compare_softening,
         "scale": compare_scales,
         "whiten": compare_whitening,

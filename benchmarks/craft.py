@@ -185,8 +185,8 @@ def table(results: Path) -> str:
         values[row["variant"], row["set"]][row["seed"]] = row
     variants = list(dict.fromkeys(variant for variant, _ in values))
     beside = "plain" if "plain" in variants else "default"
-    lines = [f"| | {' | '.join(f'`{name}`' for name in PIXELS)} | mean | against default | log loss | cost, of {beside} |",
-             "|---" * (len(PIXELS) + 5) + "|"]  # fmt: skip
+    sets = " | ".join(f"`{name}`" for name in PIXELS)
+    lines = [f"| | {sets} | mean | against default | log loss | cost, of {beside} |", "|---" * (len(PIXELS) + 5) + "|"]
     for variant in variants:
         cells, gaps, losses, costs, plains = [], [], [], 0.0, 0.0
         for name in PIXELS:

@@ -194,9 +194,16 @@ def test_every_wish_is_kept_and_said_to_be_one():
 
 @pytest.mark.technique("T008")
 def test_pretrained_weights_move_slower_than_the_head():
-    for strategy in ("partial", "full"):
-        stage = make_plan(load_recipe(None, [f"train.strategy={strategy}"]), make_facts()).stages[0]
+    for strategy in ("gradual", "full"):
+        stage = make_plan(load_recipe(None, [f"train.strategy={strategy}"]), make_facts()).stages[-1]
         assert stage.lr_backbone == pytest.approx(0.3 * stage.lr_head)
+    ladder = ["train.strategy=full", "train.optimizer.layer_decay=0.5"]
+    assert make_plan(load_recipe(None, ladder), make_facts()).stages[0].layer_decay == 0.5
+
+
+def test_the_top_stages_alone_move_at_the_rate_of_the_head():
+    stage = make_plan(load_recipe(None, ["train.strategy=partial"]), make_facts()).stages[0]
+    assert stage.lr_backbone == stage.lr_head
 
 
 def test_epochs_follow_the_number_of_images():

@@ -32,9 +32,9 @@ LEARNING_RATES = {
 """Peak rate of the head by optimizer, at 64 images per step; timm's begin at that of `adamw`."""
 LARGEST_RATE = 1.0
 """However large the batch."""
-RATIOS = {"partial": 0.3, "full": 0.3, "gradual": 0.3, "surgical": 0.3, "norms": 1.0, "biases": 1.0, "lora": 1.0}
-"""Rate of the backbone's top over that of the head: see `benchmarks/LOG.md`. The few numbers of norms, biases and
-adapters bear a full one."""
+RATIOS = {"partial": 1.0, "full": 0.3, "gradual": 0.3, "surgical": 0.3, "norms": 1.0, "biases": 1.0, "lora": 1.0}
+"""Rate of the backbone's top over that of the head: see `benchmarks/LOG.md`. The top stages alone bear a full one, and
+so do the few numbers of norms, biases and adapters."""
 LAYER_DECAY = 1.0
 WEIGHT_DECAY = 0.01
 LEAST_VAL = 100
@@ -89,7 +89,7 @@ def _decide_optimizer(recipe: Recipe, strategy: str, batch: int, decide: Decide)
     rate = min(LARGEST_RATE, LEARNING_RATES.get(rule, LEARNING_RATES["adamw"]) * (1 if rule == "lbfgs" else batch / 64))
     rate = decide("train.optimizer.lr", wish.lr, rate, f"for {rule} at {batch} images per step")
     gentle = "pretrained weights move gently, or what they know is lost"
-    few = "the few numbers that move bear the head's rate"
+    few = "what moves is near the head, or little, and bears its rate"
     ratio = RATIOS.get(strategy, 1.0) if recipe.pretrained else 1.0
     why = "random weights have nothing to keep" if not recipe.pretrained else gentle if ratio < 1 else few
     return {
