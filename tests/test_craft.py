@@ -243,3 +243,34 @@ def test_what_training_sees_is_drawn(shapes, tmp_path):
     with Image.open(sheet) as image:
         assert min(image.size) > 200
     assert Augmentation("heavy", size_pixels=32, interpolation="bilinear", invariances=()).describe()
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        ["train.averaging.kind=ema", "train.schedule.name=plateau", "train.schedule.patience=1", "augment.mixup=0.2"],
+        ["train.averaging.snapshots=2", "regularization.l2_sp=0.01", "train.batch_norm=train"],
+        ["train.averaging.kind=swa", "train.averaging.swa_start=0.3", "train.batch_norm=statistics"],
+        ["train.strategy=gradual", "train.optimizer.name=nesterov", "train.imbalance.kind=sampler"],
+    ],
+    ids=["ema", "snapshots", "swa", "gradual"],
+)
+def test_an_interrupted_training_ends_in_the_same_weights_whatever_its_craft(shapes, tmp_path, wishes):
+    wishes = ["train.strategy=full", "train.epochs=4", "train.keep=last", *wishes]
+    whole = start(shapes, tmp_path / "whole", *wishes)
+
+    def stop(text):
+        if "epoch 2/4" in text or text.startswith("2-gradual  epoch 1/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(shapes, tmp_path / "cut", *wishes, say=stop)
+    (folder,) = (tmp_path / "cut" / "runs").iterdir()
+    cut = ft.resume(folder, say=lambda text: None)
+    first, second = load_file(whole.final_weights()), load_file(cut.final_weights())
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert curve(whole, "val/loss") == curve(cut, "val/loss")
+    assert [m.facts for m in read_members(whole.file("snapshots"))] == [
+        m.facts for m in read_members(cut.file("snapshots"))
+    ]
