@@ -11,7 +11,7 @@ import torch
 from finetune.evaluation.comparing import selection_flags
 from finetune.evaluation.ensembles import score_members, selection_note
 from finetune.evaluation.prediction import load_final, predict_probabilities, temper
-from finetune.evaluation.views import permitted_views
+from finetune.evaluation.views import permitted_views, view_names
 from finetune.features.survey import Look
 from finetune.recipe.ladder import next_experiment
 from finetune.recipe.plan import Plan
@@ -47,7 +47,10 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
     arrays = _arrays(tempered, labels, look)
     if views != "center":
         single = _final_probabilities(run, look, plan, "center")
-        scores["center"] = _score(_calibrate(plan, single, labels)[0], labels, plan.classes)
+        center, _ = _calibrate(plan, single, labels)
+        scores["center"] = _score(center, labels, plan.classes)
+        gains = {role: _pair(tempered[role], center[role], labels[role]) for role in JUDGED if len(labels[role])}
+        scores["views_gain"] = {"crops": len(view_names(views, plan.view.size_pixels)), **gains}
     if probe is not None:
         tempered_probe, _ = _calibrate(plan, probe, labels)
         scores["probe"] = _score(tempered_probe, labels, plan.classes)

@@ -207,6 +207,11 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         lines.append(
             f"  final minus probe on test: {percent({**pair, 'value': pair['difference']}, signed=True)}{_judge(pair)}"
         )
+    if gain := (scores.get("views_gain") or {}).get("test"):
+        lines.append(
+            f"  {scores['views']} minus center on test: {percent({**gain, 'value': gain['difference']}, signed=True)}"
+            f"{_judge(gain)}, for {scores['views_gain']['crops']} times the passes"
+        )
     if sets := scores.get("conformal", {}).get("test"):
         size = sets["mean_size"]["value"]
         lines.append(
