@@ -23,6 +23,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from rows import append_row, read_rows
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "zoo" / "results.csv"
 SETS = ("ants_bees", "flowers5", "sign_digits", "malaria", "cifar10_20k")
@@ -85,22 +87,6 @@ def cells() -> list[tuple[str, str, int, int]]:
             for name in SETS]  # fmt: skip
 
 
-def read_rows() -> list[dict[str, str]]:
-    if not RESULTS.exists():
-        return []
-    with RESULTS.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(row: dict[str, object]) -> None:
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def train_cell(cell: tuple[str, str, int, int], strategy: str, shared: Path, work: Path, commit: str) -> None:
     import finetune as ft
 
@@ -116,14 +102,14 @@ def train_cell(cell: tuple[str, str, int, int], strategy: str, shared: Path, wor
     common = dict(zip(FIELDS[:4], cell, strict=True)) | {
         "num_train": sum(facts["counts"]["train"]), "pixels": PIXELS, "commit": commit}  # fmt: skip
     survey = sum(facts["seconds"].values())
-    done = {(row["set"], row["backbone"], int(row["per_class"]), int(row["seed"])) for row in read_rows()
+    done = {(row["set"], row["backbone"], int(row["per_class"]), int(row["seed"])) for row in read_rows(RESULTS)
             if row["strategy"] == "probe"}  # fmt: skip
     pairs = [(strategy, scores["test"], epochs, spent)]
     if cell not in done:
         pairs.append(("probe", scores["probe"]["test"], 0, survey))
     for label, part, count, seconds in pairs:
         top1 = part["top1"]
-        append(common | {"strategy": label, "epochs": count, "top1": f"{top1['value']:.4f}", "num_test": top1["n"],
+        append_row(RESULTS, FIELDS, common | {"strategy": label, "epochs": count, "top1": f"{top1['value']:.4f}", "num_test": top1["n"],
                          "cpu_seconds": f"{seconds:.1f}"})  # fmt: skip
     found = {label: part["top1"]["value"] for label, part, _, _ in pairs}
     print(json.dumps({"cell": cell, "top1": found, "cpu_seconds": round(spent, 1)}), flush=True)
@@ -142,7 +128,7 @@ def measure_all(shared: Path, work: Path) -> None:
     table = RESULTS.with_name("measures.csv")
     known = list(csv.DictReader(table.open(encoding="utf-8"))) if table.exists() else []
     done = {tuple(row[key] for key in FIELDS[:4]) for row in known}
-    for cell in sorted({tuple(row[key] for key in FIELDS[:4]) for row in read_rows()} - done):
+    for cell in sorted({tuple(row[key] for key in FIELDS[:4]) for row in read_rows(RESULTS)} - done):
         name, backbone, per_class, seed = cell
         facts = ft.survey(cell_recipe(name, backbone, int(per_class), int(seed), shared, work, []))
         profile, similar = facts.profile, facts.similarity
@@ -173,7 +159,10 @@ def train_all(shared: Path, work: Path) -> None:
     )
     for cell in cells():
         for strategy in STRATEGIES:
-            done = {(r["set"], r["backbone"], int(r["per_class"]), int(r["seed"]), r["strategy"]) for r in read_rows()}
+            done = {
+                (r["set"], r["backbone"], int(r["per_class"]), int(r["seed"]), r["strategy"])
+                for r in read_rows(RESULTS)
+            }
             if (*cell, strategy) not in done:
                 train_cell(cell, strategy, shared, work, commit.stdout.strip())
 

@@ -14,7 +14,6 @@ to scores. One thread.
 """
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -22,6 +21,8 @@ import subprocess
 import time
 from collections import defaultdict
 from pathlib import Path
+
+from rows import append_row, read_rows
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "craft.csv"
@@ -133,19 +134,6 @@ def run_ours(name: str, seed: int, shared: Path, work: Path, more: list[str]) ->
     return found
 
 
-def read_rows(results: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(results.open(encoding="utf-8"))) if results.exists() else []
-
-
-def append(results: Path, row: dict) -> None:
-    is_new = not results.exists()
-    with results.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def run_all(shared: Path, work: Path, only: list[str] | None, results: Path) -> None:
     import torch
 
@@ -173,7 +161,9 @@ def run_all(shared: Path, work: Path, only: list[str] | None, results: Path) -> 
                         continue
                     seconds = f"{spent if label == 'ours' else 0:.1f}"
                     shown = {"top1": f"{row['top1']:.4f}", "log_loss": f"{row['log_loss']:.4f}", "cpu_seconds": seconds}
-                    append(results, {**row, **common, **shown, "variant": variant if label == "ours" else "probe"})
+                    append_row(
+                        results, FIELDS, {**row, **common, **shown, "variant": variant if label == "ours" else "probe"}
+                    )
                 print(json.dumps({"set": name, "seed": seed, "variant": variant, "top1": found[0][1]["top1"],
                                   "cpu_seconds": round(spent, 1)}), flush=True)  # fmt: skip
 

@@ -10,7 +10,6 @@ class, the same test images.
 """
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -18,6 +17,8 @@ import statistics
 import subprocess
 from collections import defaultdict
 from pathlib import Path
+
+from rows import append_row, read_rows
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "snapshots.csv"
@@ -75,7 +76,7 @@ def run_all(shared: Path, work: Path) -> None:
     for seed in SEEDS:
         for name in SETS:
             for variant, wishes in VARIANTS.items():
-                if any((r["set"], r["seed"], r["variant"]) == (name, str(seed), variant) for r in read_rows()):
+                if any((r["set"], r["seed"], r["variant"]) == (name, str(seed), variant) for r in read_rows(RESULTS)):
                     continue
                 common = [f"data.root={shared / 'data' / name}", f"backbone={BACKBONE}", f"data.image_size={PIXELS}"]
                 common += [
@@ -90,29 +91,16 @@ def run_all(shared: Path, work: Path) -> None:
                 rows = judge(run, look(recipe))
                 for row in rows:
                     shown = {key: f"{row[key]:.4f}" for key in ("top1", "log_loss", "mean_top1")}
-                    append({**row, **shown, "set": name, "seed": seed, "variant": variant,
+                    append_row(RESULTS, FIELDS, {**row, **shown, "set": name, "seed": seed, "variant": variant,
                             "commit": commit.stdout.strip()})  # fmt: skip
                 print(json.dumps({"set": name, "seed": seed, "variant": variant,
                                   "top1": [round(row["top1"], 4) for row in rows]}), flush=True)  # fmt: skip
                 shutil.rmtree(run.path)
 
 
-def read_rows() -> list[dict[str, str]]:
-    return list(csv.DictReader(RESULTS.open(encoding="utf-8"))) if RESULTS.exists() else []
-
-
-def append(row: dict) -> None:
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
 def table() -> str:
     found: defaultdict[tuple[str, str, int], list[dict[str, str]]] = defaultdict(list)
-    for row in read_rows():
+    for row in read_rows(RESULTS):
         found[row["set"], row["variant"], int(row["members"])].append(row)
 
     def cell(name: str, variant: str, count: int) -> str:
