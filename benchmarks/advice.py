@@ -109,8 +109,8 @@ def train_cell(cell: tuple[str, str, int, int], strategy: str, shared: Path, wor
         pairs.append(("probe", scores["probe"]["test"], 0, survey))
     for label, part, count, seconds in pairs:
         top1 = part["top1"]
-        append_row(RESULTS, FIELDS, common | {"strategy": label, "epochs": count, "top1": f"{top1['value']:.4f}", "num_test": top1["n"],
-                         "cpu_seconds": f"{seconds:.1f}"})  # fmt: skip
+        row = {"strategy": label, "epochs": count, "top1": f"{top1['value']:.4f}", "num_test": top1["n"]}
+        append_row(RESULTS, FIELDS, {**common, **row, "cpu_seconds": f"{seconds:.1f}"})
     found = {label: part["top1"]["value"] for label, part, _, _ in pairs}
     print(json.dumps({"cell": cell, "top1": found, "cpu_seconds": round(spent, 1)}), flush=True)
     shutil.rmtree(run.path)
