@@ -39,6 +39,8 @@ def ensemble(
     for what, word, known in (("how", how, HOW), ("members", members, MEMBERS)):
         if word not in known:
             raise RunError(f"--{what} is {word!r}; it may be {', '.join(known)}.")
+    if average not in ("probability", "logit") or (average == "logit" and how not in ("average", "greedy")):
+        raise RunError(f"--average {average} does not go with --how {how}; averages are of probability or logit.")
     tune_process()
     found = [RunFolder.open(path) for path in paths]
     if not found:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from finetune.data.sources import open_source, read_bytes
 from finetune.errors import DataError, FinetuneError, RecipeError, RunError
 from finetune.evaluation.evaluation import evaluate_run
+from finetune.evaluation.prediction import refuse_views
 from finetune.features.ranking import choose_backbone
 from finetune.features.survey import Look, look, survey_part
 from finetune.machine import describe_environment, tune_process
@@ -234,6 +235,9 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, va
 def _decide(run: RunFolder, recipe: Recipe, seen: Look, vary: Vary | None, say: Say) -> None:
     """Write what was measured and what was decided; the plan last, for it marks a run that can go on."""
     decided = make_plan(recipe, seen.facts)
+    if vary is not None and decided.train.optimizer.name == "lbfgs":
+        raise RecipeError("train.optimizer.name is lbfgs, which needs the same loss at every look; leave vary out.")
+    refuse_views(decided, seen.backbone)
     run.write_json("facts.json", seen.facts.model_dump(mode="json"))
     environment = describe_environment(decided.hardware.devices, decided.hardware.precision)
     run.write_json("environment.json", {**environment, "own_view": _own_view(vary)})

@@ -200,6 +200,23 @@ def test_a_training_that_explodes_goes_back_once_and_then_ends_with_advice(shape
     assert any("diverged" in line and "going back to the last good state" in line for line in said)
 
 
+def test_views_that_cannot_be_taken_are_refused_before_training(shapes, tmp_path):
+    said = []
+    with pytest.raises(RecipeError):
+        start(shapes, tmp_path, "train.strategy=full", "evaluate.views=center@300", say=said.append)
+    assert not any("epoch" in line for line in said)
+
+
+def test_keys_that_nothing_reads_are_said_to_be_inactive(shapes):
+    from finetune.pipeline import plan
+
+    wishes = ["train.strategy=full", "train.averaging.swa_lr=0.3", "head.activation=gelu", "train.imbalance.gamma=1"]
+    recipe = ft.load_recipe(None, [f"data.root={shapes}", *SMALL, *wishes])
+    _, made = plan(recipe, say=lambda text: None)
+    idle = {reason.key for reason in made.reasons if reason.why.startswith("inactive")}
+    assert idle == {"train.averaging.swa_lr", "head.activation", "train.imbalance.gamma"}
+
+
 def test_a_users_own_view_is_drawn_and_its_absence_stops_a_resume(shapes, tmp_path, monkeypatch):
     seen = []
 

@@ -71,7 +71,9 @@ def evaluate_elsewhere(run: RunFolder, data: Path, *, views: str | None = None) 
         named = "; ".join(f"{source.items[index].name} ({why})" for index, why in list(images.bad.items())[:5])
         raise DataError(f"{len(images.bad)} images cannot be read: {named}. Mend them or take them away.")
     views, fallback = permitted_views(views or known["views"], plan.data.allowed_changes)
-    rows = predict_probabilities(load_final(run), images.store, images.rows, plan, views)
+    rows = predict_probabilities(
+        load_final(run), images.store, images.rows, plan, views, known.get("average") or plan.evaluate.average
+    )
     fitted = (known.get("temperature") or {}) if plan.evaluate.calibrate else {}
     labels = _labels(images, columns)
     own = known.get("test")

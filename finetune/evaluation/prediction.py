@@ -20,7 +20,7 @@ from finetune.data.decoding import decode
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import read_bytes
 from finetune.errors import BackboneError, RecipeError, RunError
-from finetune.evaluation.views import average_views, check_crops, list_crops, unmirror
+from finetune.evaluation.views import average_views, check_crops, list_crops, permitted_views, unmirror
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
@@ -160,6 +160,18 @@ class Viewer:
         kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = kinds.get(self.precision, torch.bfloat16)
         return torch.autocast(self.device, dtype=dtype, enabled=self.precision in kinds)
+
+
+def refuse_views(plan: Plan, backbone: Backbone) -> None:
+    """Look whether the planned views can be taken at all; better before a training than after it.
+
+    Raises:
+        RecipeError: if a view is no view, is too large for what is decoded, or of a size the network cannot take.
+    """
+    views, _ = permitted_views(plan.evaluate.views, plan.data.allowed_changes)
+    if views != "center":
+        head = nn.Linear(backbone.num_features, len(plan.classes))
+        Viewer(Classifier(copy.deepcopy(backbone), head), plan, views)
 
 
 def predict_views(

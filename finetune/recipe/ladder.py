@@ -63,7 +63,12 @@ def _rungs(plan: Plan, num_train: int) -> list[tuple[str, str, str]]:
             "more variation is the surest regulariser",
             str(augment.preset) in STRONGER,
         ),
-        ("train.strategy", "partial", "fewer stages that move can learn less by heart", train.strategy == "full"),
+        (
+            "train.strategy",
+            "partial",
+            "fewer stages that move can learn less by heart",
+            train.strategy == "full" and plan.pretrained and not train.reinit,
+        ),
         (
             "train.optimizer.weight_decay",
             f"{3 * (train.optimizer.weight_decay or 0):g}",
@@ -88,7 +93,12 @@ def _rungs(plan: Plan, num_train: int) -> list[tuple[str, str, str]]:
             "blends of images help small sets",
             not augment.mixup and not augment.cutmix and num_train <= MIXING_UP_TO,
         ),
-        ("train.averaging.snapshots", "5", "several models of one run, averaged", not train.averaging.snapshots),
+        (
+            "train.averaging.snapshots",
+            "5",
+            "several models of one run, averaged",
+            not train.averaging.snapshots and train.averaging.kind != "swa" and train.strategy != "lora",
+        ),
     ]
     return [(key, str(value), why) for key, value, why, is_free in rungs if is_free]
 

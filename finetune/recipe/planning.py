@@ -9,7 +9,7 @@ from finetune.recipe.facts import Facts, ProfileFacts
 from finetune.recipe.forecasts import with_forecasts
 from finetune.recipe.plan import Plan, Reason
 from finetune.recipe.schema import Recipe
-from finetune.recipe.staging import decide_train, epochs_for, make_stages, refuse_depth, training_faults
+from finetune.recipe.staging import decide_train, epochs_for, idle_keys, make_stages, refuse_depth, training_faults
 
 LEAST_CALIBRATION = 100
 """With fewer images a single confident mistake decides the temperature."""
@@ -48,6 +48,11 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     init = decide("head.init", None if is_probe else recipe.head.init, *_first_head(recipe, facts, is_probe))
     if is_probe:
         reasons += _inactive(recipe)
+    else:
+        why = "inactive: it is read only with "
+        reasons += [
+            Reason(key=key, value="(as the recipe says)", why=why + needs) for key, needs in idle_keys(recipe, train)
+        ]
     plan = Plan.model_validate(
         {
             **recipe.model_dump(),
@@ -112,6 +117,8 @@ def _first_head(recipe: Recipe, facts: Facts, is_probe: bool) -> tuple[str, str]
     """What the head begins from where the recipe does not say; and why."""
     if is_probe:
         return "probe", "the probe is the head, and the whole of what is learned"
+    if recipe.head.kind == "cosine" and (facts.probe is None or recipe.train.reinit):
+        return "small", "without a probe: directions drawn at random"
     if facts.probe is None:
         return "zero", "without a probe: zero weights, so the first loss is exactly log K"
     if recipe.train.reinit:
@@ -127,6 +134,8 @@ def _refuse_contradictions(recipe: Recipe, facts: Facts) -> None:
         faults.append("pretrained is false, so there is no probe to begin from; set head.init to zero.")
     if recipe.train.strategy == "probe" and head.kind != "linear":
         faults.append(f"head.kind is {head.kind}, but the probe is a linear head; choose another strategy or linear.")
+    if head.kind == "cosine" and (head.init == "zero" or head.drop_connect):
+        faults.append("head.kind cosine compares directions: it has no zero to begin from, and drops no weights.")
     if head.kind == "mlp" and head.init in ("probe", "model"):
         faults.append(
             f"head.init is {head.init}, which has no hidden layer; for mlp use zero, small, xavier or kaiming."
@@ -226,7 +235,7 @@ def _decide_hardware(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any
     precision = decide(
         "hardware.precision",
         wish.precision,
-        best if on_gpu else "32",
+        best if on_gpu and recipe.train.optimizer.name != "lbfgs" else "32",
         f"the fastest this GPU trains well in is {best}" if on_gpu else "a CPU repeats 32-bit training to the last bit",
     )
     if precision == "fp16" and not on_gpu:

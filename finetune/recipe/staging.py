@@ -141,6 +141,8 @@ def _decide_keeping(wish: TrainSpec, facts: Facts, epochs: int, cycles: int, dec
     num_val = sum(facts.counts["val"])
     is_enough = num_val >= LEAST_VAL
     patience, why = max(3, epochs // 2), "half of the epochs without a lower val loss: the rate must have time to fall"
+    if wish.averaging.kind == "swa":
+        patience, why = epochs, "the mean is taken at the end, so training goes there"
     if cycles:
         patience, why = cycles, "ends of cycles without a lower val loss: all cycles are wanted"
     few = f"{num_val} val images {'are enough' if is_enough else f'(< {LEAST_VAL}) are too few'} to tell epochs apart"
@@ -232,18 +234,37 @@ def training_faults(recipe: Recipe, facts: Facts) -> list[str]:
         faults.append("pretrained is false, so there is nothing that regularization.l2_sp could pull back to.")
     if strategy == "surgical" and not facts.gradients:
         faults.append("train.strategy surgical compares gradients of the probe's loss, and there is no probe.")
+    if strategy == "lora" and recipe.regularization.l2_sp:
+        faults.append(
+            "train.strategy lora leaves pretrained weights where they are, so regularization.l2_sp must be 0."
+        )
+    needs_own = not recipe.pretrained or train.reinit > 0
+    if needs_own and facts.backbone.has_batch_norm and train.batch_norm in ("frozen", "statistics"):
+        faults.append(
+            f"train.batch_norm is {train.batch_norm}, but fresh weights need statistics and scales of their own."
+        )
     if train.reinit:
         faults += _reinit_faults(recipe)
+    return faults + _averaging_faults(recipe) + _lbfgs_faults(recipe, facts)
+
+
+def _averaging_faults(recipe: Recipe) -> list[str]:
+    train, faults = recipe.train, []
     averaging = train.averaging
+    cycles = train.schedule.cycles if "cycles" in train.schedule.model_fields_set else averaging.snapshots
+    if averaging.snapshots and cycles != averaging.snapshots:
+        faults.append(
+            f"train.averaging.snapshots is {averaging.snapshots} and train.schedule.cycles {cycles}; keep the first."
+        )
     if averaging.snapshots and train.schedule.name not in (None, "cyclic", "growing"):
         faults.append(f"train.averaging.snapshots needs a schedule with cycles, but it is {train.schedule.name}.")
     if averaging.kind == "swa" and (averaging.snapshots or train.schedule.name in ("cyclic", "growing", "one_cycle")):
         faults.append("train.averaging.kind swa and a schedule with cycles both say where the rate ends; keep one.")
-    if strategy == "lora" and (averaging.snapshots or averaging.keep_last):
+    if train.strategy == "lora" and (averaging.snapshots or averaging.keep_last):
         faults.append(
             "train.strategy lora merges its matrices at the end, so no snapshots of them are kept; set both to 0."
         )
-    return faults + _lbfgs_faults(recipe, facts)
+    return faults
 
 
 def _reinit_faults(recipe: Recipe) -> list[str]:
@@ -258,8 +279,6 @@ def _reinit_faults(recipe: Recipe) -> list[str]:
         faults.append("train.reinit draws top stages anew, but train.layers names what trains; use train.depth.")
     if recipe.head.init == "probe":
         faults.append("head.init is probe, but the features it was fitted to are drawn anew; use zero.")
-    if train.batch_norm == "frozen":
-        faults.append("train.batch_norm is frozen, but fresh stages have no statistics yet; use train.")
     return faults
 
 
@@ -270,6 +289,10 @@ def _lbfgs_faults(recipe: Recipe, facts: Facts) -> list[str]:
     augment, rules, num_train = recipe.augment, recipe.regularization, sum(facts.counts["train"])
     random = {
         "augment.preset must be none": augment.preset != "none",
+        "augment must change nothing else": bool(
+            augment.cutout or augment.pca_color or augment.rotate_degrees or augment.policy != "none"
+        ),
+        "hardware.precision must be 32": recipe.hardware.precision not in ("auto", "32"),
         "augment.mixup and cutmix must be 0": bool(augment.mixup or augment.cutmix),
         "head.dropout and drop_connect must be 0": bool(recipe.head.dropout or recipe.head.drop_connect),
         "regularization must drop nothing": bool(rules.stochastic_depth or rules.channel_dropout),
@@ -301,3 +324,29 @@ def refuse_depth(recipe: Recipe, strategy: str, why: str) -> None:
             )
     if recipe.train.reinit and strategy == "probe":
         raise RecipeError(f"train.reinit needs its stages trained, but the advice is probe: {why}. Set train.strategy.")
+
+
+def idle_keys(recipe: Recipe, train: dict[str, Any]) -> list[tuple[str, str]]:
+    """Keys that the recipe sets and that nothing of the decided training reads, each with what would."""
+    wish, rule = recipe.train, train["optimizer"]["name"]
+    average, balance = (
+        f"train.averaging.kind {train['averaging']['kind']}",
+        f"train.imbalance.kind {train['imbalance']['kind']}",
+    )
+    read_with = {
+        "train.averaging": (wish.averaging, {"ema_decay": "ema", "swa_start": "swa", "swa_lr": "swa"}, average),
+        "train.imbalance": (wish.imbalance, {"gamma": "focal", "beta": "effective"}, balance),
+        "train": (wish, {"lora_rank": "lora"}, f"train.strategy {train['strategy']}"),
+        "head": (recipe.head, dict.fromkeys(("hidden", "activation", "bias"), "mlp"), f"head.kind {recipe.head.kind}"),
+    }
+    idle = []
+    for prefix, (section, keys, now) in read_with.items():
+        parent, _, value = now.partition(" ")
+        idle += [(f"{prefix}.{key}", f"{parent} {needs}") for key, needs in keys.items()
+                 if key in section.model_fields_set and needs != value]  # fmt: skip
+    if train["keep"] == "last" and "patience" in wish.model_fields_set:
+        idle.append(("train.patience", "train.keep best"))
+    if rule == "lbfgs":
+        set_keys = wish.optimizer.model_fields_set & {"backbone_lr_ratio", "layer_decay", "momentum", "betas"}
+        idle += [(f"train.optimizer.{key}", "another optimizer") for key in sorted(set_keys)]
+    return idle

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.data.loading import Batches
+from finetune.errors import RecipeError
 from finetune.models.adapters import merge_lora
 from finetune.models.batch_norm import set_momentum
 from finetune.models.classifier import Classifier
@@ -96,7 +97,8 @@ def fit(
             recovery.times = max(recovery.times, int(module.slowdown < 1))  # before a kill, it may have been tried
             say(recovery.after(str(fault), lr=stage.lr_head))
         classifier.load_state_dict(start)
-        curves.forget_after(keeper.label, done["epoch"] if done is not None else -2)
+        good = torch.load(checkpoint, weights_only=True)["keeper"]["epoch"] if checkpoint.exists() else -2
+        curves.forget_after(keeper.label, good)
     classifier.load_state_dict(keeper.best_state)
     if stage.trains == "lora":
         merge_lora(classifier.backbone)
@@ -108,13 +110,16 @@ def fit(
 def _open(classifier: Classifier, plan: Plan, index: int, steps_per_epoch: int) -> None:
     """Let train what the stage says, and nothing else."""
     stage = plan.stages[index]
-    classifier.freeze(
-        stage.trainable_stages,
-        batch_norm=stage.batch_norm,
-        only=stage.trains,
-        layers=stage.layers,
-        freezes_first=stage.freezes_first,
-    )
+    try:
+        classifier.freeze(
+            stage.trainable_stages,
+            batch_norm=stage.batch_norm,
+            only=stage.trains,
+            layers=stage.layers,
+            freezes_first=stage.freezes_first,
+        )
+    except ValueError as fault:
+        raise RecipeError(f"train.layers: {fault}") from fault
     if stage.batch_norm != "frozen":
         set_momentum(classifier, momentum_for(steps_per_epoch))
 

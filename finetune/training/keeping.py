@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,8 +111,10 @@ class Keeper(pl.Callback):
         }
         if totals.get("ratios"):
             values["update_ratio"] = totals["update_ratio"] / totals["ratios"]
+        module.refuse_epoch(values["train/loss"])
         found = self._measure(module, values)
-        self._keep_members(module, found)
+        module.refuse_epoch(found.loss if not math.isfinite(found.loss) else 0.0)
+        self._keep_members(module)
         if module.plateau is not None and module.plateau.sees(found.chosen_by):
             self.say(f"{self.label}  val does not improve: rates are now {module.plateau.factor:g} of the schedule's")
         self.is_finished = self.stop.is_over(self.epoch) or self.epoch + 1 == self.plan.stages[self.index].epochs
@@ -142,9 +145,10 @@ class Keeper(pl.Callback):
         with self._shipped(module):
             found = measure_loss(module.classifier, *judged, choose=str(train.choose))
             dead = self._dead_share(module.classifier)
+            top1 = found.balanced_top1 if train.choose == "balanced" else found.top1
             if self.epoch < 0:
-                self.start_top1, self.start_dead = found.top1, dead
-            is_harmed = is_clearly_worse(found.top1, self.start_top1, len(self.val.indices))
+                self.start_top1, self.start_dead = top1, dead
+            is_harmed = is_clearly_worse(top1, self.start_top1, len(self.val.indices))
             if self.stop.sees(self.epoch, found.chosen_by, is_harmed=is_harmed):
                 state = module.classifier.state_dict()
                 self.best_state = {name: value.detach().cpu().clone() for name, value in state.items()}
@@ -185,9 +189,14 @@ class Keeper(pl.Callback):
         mortal = [layer for layer in layers if layer.can_die and not layer.is_silent]
         return sum(len(layer.dead) for layer in mortal) / max(1, sum(layer.num_units for layer in mortal))
 
-    def _keep_members(self, module: Finetuning, found: ValLoss) -> None:
+    def _keep_members(self, module: Finetuning) -> None:
+        """Write the raw weights where the plan keeps them, with what val says of them."""
         epoch, most = self.epoch + 1, self.plan.train.averaging.keep_last if self._is_last else 0
-        facts = {"epoch": epoch, "val_loss": found.loss, "val_top1": found.top1}
+        if epoch not in self._snapshots and not most:
+            return
+        hardware = self.plan.hardware
+        raw = measure_loss(module.classifier, self.val, str(hardware.devices), str(hardware.precision))
+        facts = {"epoch": epoch, "val_loss": raw.loss, "val_top1": raw.top1}
         if epoch in self._snapshots:
             save_member(self.members, f"cycle-{self._snapshots.index(epoch) + 1}", module.classifier, facts)
         if most:

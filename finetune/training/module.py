@@ -6,6 +6,7 @@ effective batch, the schedule and the number of steps stay what the plan says.
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -102,6 +103,18 @@ class Finetuning(pl.LightningModule):
         if self.average is not None and self.steps_done > self._average_from:
             self.average.update(self.classifier)
 
+    def refuse_epoch(self, loss: float) -> None:
+        """End the attempt where a whole epoch was bad, so that no checkpoint ever holds a state gone wrong.
+
+        Raises:
+            DivergenceError: if its mean loss, or that of val, is not finite, or too many times the first.
+        """
+        rule = self._divergence
+        if not math.isfinite(loss):
+            raise DivergenceError(f"the loss over an epoch is {loss}")
+        if rule is not None and rule.ratio and loss > rule.ratio * max(rule.first, math.log(rule.num_classes)):
+            raise DivergenceError(f"the loss over an epoch is {loss:.3g}, and began at {rule.first:.3g}")
+
     def take_totals(self) -> dict[str, float]:
         """Sums since the last call, which are then zero."""
         taken, self.totals = self.totals, {}
@@ -118,13 +131,15 @@ class Finetuning(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The reverse of `on_save_checkpoint`; a slowdown set since then stays."""
         self.steps_done, self.micro_batch = checkpoint["steps_done"], checkpoint["micro_batch"]
-        self.slowdown = min(self.slowdown, checkpoint["slowdown"])
         if self.plateau is not None:
             self.plateau.load_state_dict(checkpoint["plateau"])
         if self.average is not None:
             self.average.load_state_dict(checkpoint["average"])
         if self._divergence is not None:
             self._divergence = Divergence(**checkpoint["divergence"])
+            if self.slowdown < checkpoint["slowdown"]:  # the losses that led here are forgiven
+                self._divergence.recent = []
+        self.slowdown = min(self.slowdown, checkpoint["slowdown"])
 
     def _descend(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[float, int, float]:
         """A step along the gradient; loss, hits, and the norm of the gradient."""
@@ -150,11 +165,13 @@ class Finetuning(pl.LightningModule):
 
         def closure() -> float:
             seen.append(self._accumulate(images, targets))
+            pull = 0.0
             if self._step.anchor is not None:
                 self._step.anchor.add_gradient()
+                pull = self._step.anchor.loss()
             for parameter in trained:  # torch lays gradients end to end, which it can only do where they are plain
                 parameter.grad = None if parameter.grad is None else parameter.grad.contiguous()
-            return seen[-1][0]
+            return seen[-1][0] + pull
 
         trained = [p for p in self.classifier.parameters() if p.requires_grad]
         self._optimizer.step(closure)

@@ -43,11 +43,14 @@ def make_classifier(
     rules, train = plan.regularization, plan.train
     if train.reinit:
         reinitialize_stages(backbone, train.reinit)
-    if rules.stochastic_depth:
-        set_stochastic_depth(backbone, rules.stochastic_depth)
-    if rules.channel_dropout:
-        top = plan.stages[-1].trainable_stages
-        insert_channel_dropout(backbone, rules.channel_dropout, backbone.stages[len(backbone.stages) - top :])
+    top = plan.stages[-1].trainable_stages
+    try:
+        if rules.stochastic_depth:
+            set_stochastic_depth(backbone, rules.stochastic_depth)
+        if rules.channel_dropout:
+            insert_channel_dropout(backbone, rules.channel_dropout, backbone.stages[len(backbone.stages) - top :])
+    except ValueError as fault:
+        raise RecipeError(f"regularization: {fault}") from fault
     if any(stage.trains == "lora" for stage in plan.stages):
         add_lora(backbone, rank=train.lora_rank)
     init, head = str(plan.head.init), plan.head
