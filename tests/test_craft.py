@@ -203,7 +203,7 @@ def test_a_training_that_explodes_goes_back_once_and_then_ends_with_advice(shape
 def test_views_that_cannot_be_taken_are_refused_before_training(shapes, tmp_path):
     said = []
     with pytest.raises(RecipeError):
-        start(shapes, tmp_path, "train.strategy=full", "evaluate.views=center@64/32", say=said.append)
+        start(shapes, tmp_path, "train.strategy=full", "evaluate.views=center@32/64", say=said.append)
     assert not any("epoch" in line for line in said)
 
 

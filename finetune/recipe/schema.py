@@ -21,7 +21,7 @@ _VIEW = (
     r"multiscale(_five)?|fully_convolutional(_unmirrored)?)"
 )
 VIEWS_PATTERN = rf"^{_VIEW}(,{_VIEW})*$"
-"""Names of views with commas; `@` gives the size of a crop and `/` the shorter side it is cut from."""
+"""Names of views with commas; `@` gives the shorter side of the image, and `/` the size of the crop."""
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Preset = Literal["none", "light", "medium", "heavy"]
