@@ -120,7 +120,8 @@ def main() -> None:
     write(ROOT / "README.md", parts)
     write(ROOT / "docs" / "advice.md", {"regret": result("advice")})
     write(
-        ROOT / "docs" / "training.md", {name: result(name) for name in ("craft", "snapshots", "imbalance", "overhead")}
+        ROOT / "docs" / "training.md",
+        {name: result(name) for name in ("craft", "ablation", "snapshots", "imbalance", "overhead")},
     )
     write(ROOT / "docs" / "judging.md", {"judging": result("judging")})
 
