@@ -35,7 +35,7 @@ from finetune.recipe.facts import Facts, Ranking
 from finetune.recipe.plan import Plan
 from finetune.recipe.planning import make_plan
 from finetune.recipe.reading import load_recipe
-from finetune.recipe.runs import RunFolder, runs_folder, write_whole
+from finetune.recipe.runs import RunFolder, runs_folder, sweep, write_whole
 from finetune.recipe.schema import Recipe
 from finetune.reporting.report import write_report
 from finetune.reporting.terminal import facts_text, plan_text, scores_text
@@ -187,6 +187,7 @@ def _walk(
 ) -> RunFolder:
     tune_process()
     with run.lock():
+        sweep(run.path)
         voice = _logged(run, say)
         voice(f"run folder: {run.path}")
         try:

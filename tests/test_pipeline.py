@@ -174,6 +174,16 @@ def test_a_killed_run_ends_in_the_same_weights(shapes, tmp_path, full, moment):
     assert not list(folder.rglob("*.tmp"))
 
 
+def test_halves_of_files_that_a_kill_left_are_swept_by_the_resume(shapes, tmp_path):
+    run = start(shapes, tmp_path, "train.strategy=probe")
+    left = [run.file(".environment.json.591.tmp"), run.path / "stages" / ".weights.safetensors.7.tmp"]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("half")
+    ft.resume(run.path, say=quiet)
+    assert not any(path.exists() for path in left)
+
+
 def test_ctrl_c_leaves_a_resumable_run_and_says_how(shapes, tmp_path):
     env = {**os.environ, "FINETUNE_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
     words = ["train", f"data.root={shapes}", *SMALL, "train.strategy=full", "train.epochs=300", "train.patience=300"]

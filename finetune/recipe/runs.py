@@ -126,6 +126,12 @@ class RunFolder:
             yield
 
 
+def sweep(folder: Path) -> None:
+    """Remove the halves of files that a killed process left; for whoever holds the lock of the run."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
