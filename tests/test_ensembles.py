@@ -461,3 +461,13 @@ def test_restarts_of_other_seeds_share_their_images_where_the_split_has_a_seed_o
     assert [row["num_members"] for row in table if row["name"].startswith("ensemble")] == [2]
     with pytest.raises(RunError, match="--how is"):
         combine([joined.path], how="vote", runs=tmp_path / "runs", say=lambda text: None)
+
+
+def test_the_page_of_an_ensemble_tells_its_members_sets_and_what_val_chose(shapes, tmp_path):
+    wishes = [f"data.root={shapes}", "data.image_size=32", "train.batch_size=16", "train.epochs=2"]
+    wishes += ["train.strategy=full", "tracking.enabled=false", "train.averaging.snapshots=2"]
+    run = ft.train(ft.load_recipe(None, wishes), runs=tmp_path / "runs", say=lambda text: None)
+    joined = combine([run.path], members="snapshots", runs=tmp_path / "runs", say=lambda text: None)
+    page = joined.file("report.html").read_text()
+    assert "ensemble of 2" in page and "mean of members" in page
+    assert "Prediction sets promised" in page and "Val is no estimate" in page
