@@ -4,6 +4,7 @@ how sure the head begins, and how the probe scales its features.
     python benchmarks/choices.py keep  [--shared ../shared]     # a row per cell and rule, some minutes
     python benchmarks/choices.py ratio [--shared ../shared]
     python benchmarks/choices.py ladder [--shared ../shared]
+    python benchmarks/choices.py depth [--shared ../shared]
     python benchmarks/choices.py soften [--shared ../shared]
     python benchmarks/choices.py scale [--shared ../shared]
     python benchmarks/choices.py whiten [--shared ../shared]
@@ -13,6 +14,7 @@ Cells are those of `advice.py`, with seed 0.
 
 import argparse
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,23 @@ def compare_ladders(shared: Path, work: Path) -> None:
                 probe, row = percent(scores.read_json("scores.json")["probe"]), [
                     *row, percent(scores.read_json("scores.json"))]  # fmt: skip
             print(f"| `{name}`, {per_class} | {probe} | {' | '.join(row)} |", flush=True)
+
+
+def compare_depths(shared: Path, work: Path) -> None:
+    """How many stages train, and how fast: accuracy, and processor time over that of training all nine."""
+    variants = (("full", None, 0.3), ("partial", 3, 1), ("partial", 5, 1), ("partial", 6, 1), ("partial", 6, 0.5),
+                ("partial", 6, 0.3))  # fmt: skip
+    for per_class in (20, 400, 50, 5):
+        for name in advice.SETS:
+            row, whole = [], 0.0
+            for strategy, depth, ratio in variants:
+                wishes = [f"train.strategy={strategy}", f"train.optimizer.backbone_lr_ratio={ratio}"]
+                began = time.process_time()
+                run = train(name, per_class, [*wishes, *([f"train.depth={depth}"] if depth else [])], shared, work)
+                spent = time.process_time() - began
+                whole = whole or spent
+                row.append(f"{percent(run.read_json('scores.json'))} ({spent / whole:.2f})")
+            print(f"| `{name}`, {per_class} | {' | '.join(row)} |", flush=True)
 
 
 def compare_epochs(shared: Path, work: Path) -> None:
@@ -149,7 +168,7 @@ def compare_whitening(shared: Path, work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["keep", "ratio", "ladder", "soften", "scale", "whiten"])
+    parser.add_argument("what", choices=["keep", "ratio", "ladder", "depth", "soften", "scale", "whiten"])
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
     parser.add_argument("--work", type=Path, default=HERE / "advice")
     arguments = parser.parse_args()
@@ -160,6 +179,7 @@ def main() -> None:
         "keep": compare_epochs,
         "ratio": compare_ratios,
         "ladder": compare_ladders,
+        "depth": compare_depths,
         "soften": compare_softening,
         "scale": compare_scales,
         "whiten": compare_whitening,

@@ -35,5 +35,5 @@ class RunError(FinetuneError):
 
 def nearest(name: str, known: Iterable[str], *, otherwise: str = "") -> str:
     """A sentence with the known names closest to `name`, or `otherwise` where none is close."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.6)
     return f"Nearest: {', '.join(near)}." if near else otherwise

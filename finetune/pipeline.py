@@ -9,7 +9,6 @@ Each arrow leaves its result in the run folder, and is skipped where the result 
 """
 
 import hashlib
-import json
 import re
 import sys
 import time
@@ -29,13 +28,13 @@ from finetune.evaluation.prediction import refuse_views
 from finetune.features.ranking import choose_backbone
 from finetune.features.survey import Look, look, survey_part
 from finetune.machine import describe_environment, tune_process
-from finetune.models.classifier import Classifier
+from finetune.models.classifier import Classifier, refuse_layers
 from finetune.piloting import run_pilot
 from finetune.recipe.facts import Facts, Ranking
 from finetune.recipe.plan import Plan
 from finetune.recipe.planning import make_plan
 from finetune.recipe.reading import load_recipe
-from finetune.recipe.runs import RunFolder, runs_folder, sweep, write_whole
+from finetune.recipe.runs import Clock, RunFolder, runs_folder, sweep, write_whole
 from finetune.recipe.schema import Recipe
 from finetune.reporting.report import write_report
 from finetune.reporting.terminal import facts_text, plan_text, scores_text
@@ -69,7 +68,7 @@ def plan(recipe: Recipe, say: Say = say_on_stderr, *, pilot_seconds: float | Non
     seen = look(recipe, _progress(say), roles_seen=("train", "val"))  # a choice has no business with test images
     facts = seen.facts if pilot_seconds is None else run_pilot(recipe, seen, pilot_seconds, say)
     facts = facts.model_copy(update={"ranking": ranking})
-    return facts, make_plan(recipe, facts)
+    return facts, _checked_plan(recipe, replace(seen, facts=facts))
 
 
 def show_images(recipe: Recipe, path: Path, say: Say = say_on_stderr) -> Path:
@@ -199,7 +198,7 @@ def _walk(
 
 
 def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, vary: Vary | None) -> None:
-    clock = _Clock(run)
+    clock = Clock(run)
     seen = look(recipe, _progress(say))
     clock.lap("survey")
     if run.file("plan.yaml").exists():
@@ -235,10 +234,9 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, va
 
 def _decide(run: RunFolder, recipe: Recipe, seen: Look, vary: Vary | None, say: Say) -> None:
     """Write what was measured and what was decided; the plan last, for it marks a run that can go on."""
-    decided = make_plan(recipe, seen.facts)
+    decided = _checked_plan(recipe, seen)
     if vary is not None and decided.train.optimizer.name == "lbfgs":
         raise RecipeError("train.optimizer.name is lbfgs, which needs the same loss at every look; leave vary out.")
-    refuse_views(decided, seen.backbone)
     run.write_json("facts.json", seen.facts.model_dump(mode="json"))
     environment = describe_environment(decided.hardware.devices, decided.hardware.precision)
     run.write_json("environment.json", {**environment, "own_view": _own_view(vary)})
@@ -248,6 +246,14 @@ def _decide(run: RunFolder, recipe: Recipe, seen: Look, vary: Vary | None, say: 
     run.write_text("plan.yaml", decided.to_yaml())
     say(facts_text(seen.facts))
     say(plan_text(decided))
+
+
+def _checked_plan(recipe: Recipe, seen: Look) -> Plan:
+    """The plan, once the backbone has been asked whether it can be trained and judged so."""
+    decided = make_plan(recipe, seen.facts)
+    refuse_layers(seen.backbone, decided.train.layers)
+    refuse_views(decided, seen.backbone)
+    return decided
 
 
 def _own_view(vary: Vary | None) -> str | None:
@@ -377,21 +383,3 @@ def _progress(say: Say) -> Callable[[str, int, int], None]:
             say(f"{what}: {done:,} of {total:,}")
 
     return progress
-
-
-class _Clock:
-    """Seconds by part of the walk, added up over resumptions."""
-
-    def __init__(self, run: RunFolder) -> None:
-        self._run, self._last, self._laps = run, time.perf_counter(), dict[str, float]()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._laps[name], self._last = round(now - self._last, 2), now
-
-    def write(self) -> None:
-        known = json.loads(self._run.file("environment.json").read_text(encoding="utf-8"))
-        before = known.get("seconds", {})
-        known["seconds"] = {name: round(before.get(name, 0.0) + value, 2) for name, value in self._laps.items()}
-        known["seconds"]["total"] = round(sum(known["seconds"].values()), 2)
-        self._run.write_json("environment.json", known)

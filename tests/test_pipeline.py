@@ -49,6 +49,15 @@ def files_of(run):
     return sorted(str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file())
 
 
+def test_layers_that_are_not_there_are_refused_before_a_plan_is_written(shapes, tmp_path):
+    wishes = ["train.strategy=partial", "train.layers=[layer9]"]
+    with pytest.raises(RecipeError, match=r"'layer9' is neither. Nearest: layer4"):
+        plan(ft.load_recipe(None, [f"data.root={shapes}", *SMALL, *wishes]), say=quiet)
+    with pytest.raises(RecipeError, match=r"'layer9' is neither"):
+        start(shapes, tmp_path, *wishes)
+    assert not list((tmp_path / "runs").glob("*/plan.yaml"))
+
+
 def test_a_run_folder_holds_what_is_documented_to_the_letter(full):
     stage = ["stages/1-full/last.ckpt", "stages/1-full/weights.safetensors"]
     assert files_of(full) == sorted([name for name in FILES if name != "tracking.json"] + stage)

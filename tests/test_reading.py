@@ -51,6 +51,18 @@ def test_a_wrong_override_is_quoted():
         load_recipe(None, ["train.epoch=3"])
 
 
+def test_a_value_in_place_of_a_section_is_told_what_it_may_mean():
+    with pytest.raises(RecipeError, match=r"section of keys and no value, got 'cosine'. .* train.schedule.name=cosine"):
+        load_recipe(None, ["train.schedule=cosine"])
+    with pytest.raises(RecipeError, match=r"Its keys are data\.crop_pct, .*data\.std\.$"):
+        load_recipe(None, ["data=3"])
+
+
+def test_an_unknown_view_is_told_which_there_are():
+    with pytest.raises(RecipeError, match=r"'ten,nine' is no view, nor a list of views. Views are center, "):
+        load_recipe(None, ["evaluate.views=ten,nine"])
+
+
 def test_a_folder_is_a_recipe_for_itself(tmp_path):
     assert load_recipe(tmp_path) == Recipe.model_validate({"data": {"root": str(tmp_path)}})
 

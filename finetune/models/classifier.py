@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from finetune.errors import BackboneError, nearest
+from finetune.errors import BackboneError, RecipeError, nearest
 from finetune.models.adapters import LowRankLinear
 from finetune.models.backbones import Backbone
 
@@ -155,6 +155,18 @@ class Classifier(nn.Module):
             if parameter.requires_grad:
                 parts[name.partition(".")[0]].append((name, parameter))
         return parts
+
+
+def refuse_layers(backbone: Backbone, layers: Sequence[str]) -> None:
+    """Nothing, where every name is a stage of the backbone or a layer in it.
+
+    Raises:
+        RecipeError: naming those that are not, with the nearest that are.
+    """
+    try:
+        Classifier(backbone, nn.Identity()).freeze(0, layers=layers)
+    except ValueError as fault:
+        raise RecipeError(f"train.layers: {fault}") from fault
 
 
 def stages_of_modules(backbone: Backbone) -> dict[str, int]:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from yaml.nodes import MappingNode, Node
 
 from finetune.errors import RecipeError, nearest
-from finetune.recipe.schema import Recipe, recipe_keys
+from finetune.recipe.schema import VIEWS_HELP, Recipe, recipe_keys
 from finetune.recipe.shelf import find_recipe
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -114,8 +114,20 @@ def _sentence(error: Any, lines: dict[str, str], where: str) -> str:
     place = lines.get(key, lines.get(path, where))
     if error["type"] == "extra_forbidden":
         return f"{place}: {path} is no key of a recipe. {_hint(path, known)}"
+    if error["type"] == "model_type":
+        return f"{place}: {_section_hint(path, known, error['input'])}"
+    if error["type"] == "string_pattern_mismatch" and key == "evaluate.views":
+        return f"{place}: {key}: {error['input']!r} is no view, nor a list of views. {VIEWS_HELP}"
     got = "" if error["type"] == "missing" else f", got {error['input']!r}"
     return f"{place}: {key}: {error['msg'].removeprefix('Value error, ')}{got}."
+
+
+def _section_hint(section: str, known: Iterable[str], value: object) -> str:
+    """What to write instead of a value where a section of keys belongs."""
+    own = sorted(key for key in known if key.startswith(f"{section}."))
+    main = [f"{section}.{word}" for word in ("name", "kind", "strategy", "preset") if f"{section}.{word}" in own]
+    do = f"You may mean {main[0]}={value}" if main and value is not None else f"Its keys are {', '.join(own)}"
+    return f"{section} is a section of keys and no value, got {value!r}. {do}."
 
 
 def _hint(path: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -149,3 +150,23 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def runs_folder() -> Path:
     """Where new runs go: FINETUNE_RUNS, or `runs` here."""
     return Path(os.environ.get("FINETUNE_RUNS", "runs"))
+
+
+class Clock:
+    """Seconds by part of the walk, added up over resumptions."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run, self._last, self._laps = run, time.perf_counter(), dict[str, float]()
+
+    def lap(self, name: str) -> None:
+        """End the part called `name`, which began where the last one ended."""
+        now = time.perf_counter()
+        self._laps[name], self._last = round(now - self._last, 2), now
+
+    def write(self) -> None:
+        """Add the seconds to those in `environment.json`."""
+        known = self._run.read_json("environment.json")
+        before = known.get("seconds", {})
+        known["seconds"] = {name: round(before.get(name, 0.0) + value, 2) for name, value in self._laps.items()}
+        known["seconds"]["total"] = round(sum(known["seconds"].values()), 2)
+        self._run.write_json("environment.json", known)

@@ -22,6 +22,10 @@ _VIEW = (
 )
 VIEWS_PATTERN = rf"^{_VIEW}(,{_VIEW})*$"
 """Names of views with commas; `@` gives the shorter side of the image, and `/` the size of the crop."""
+VIEWS_HELP = (
+    "Views are center, flip, five, ten, whole, whole_flip (each also as ten@320 or center/288), resolutions, "
+    "multiscale, multiscale_five, fully_convolutional and fully_convolutional_unmirrored; several with commas."
+)
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Preset = Literal["none", "light", "medium", "heavy"]

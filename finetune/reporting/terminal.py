@@ -216,7 +216,7 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         size = sets["mean_size"]["value"]
         lines.append(
             f"  sets promised to hold the true class of {100 * sets['promised']:g} %: they do for "
-            f"{percent(sets['coverage'])}, with {size:.2f} classes on average"
+            f"{percent(sets['coverage'])}, with {size:.2f} classes on average{', some with none' if size < 1 else ''}"
         )
     if flags := scores.get("chosen_by_val"):
         keys = ", ".join(dict.fromkeys(flag.partition(":")[0] for flag in flags))

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.data.loading import Batches
-from finetune.errors import RecipeError
 from finetune.models.adapters import merge_lora
 from finetune.models.batch_norm import set_momentum
 from finetune.models.classifier import Classifier
@@ -110,16 +109,13 @@ def fit(
 def _open(classifier: Classifier, plan: Plan, index: int, steps_per_epoch: int) -> None:
     """Let train what the stage says, and nothing else."""
     stage = plan.stages[index]
-    try:
-        classifier.freeze(
-            stage.trainable_stages,
-            batch_norm=stage.batch_norm,
-            only=stage.trains,
-            layers=stage.layers,
-            freezes_first=stage.freezes_first,
-        )
-    except ValueError as fault:
-        raise RecipeError(f"train.layers: {fault}") from fault
+    classifier.freeze(
+        stage.trainable_stages,
+        batch_norm=stage.batch_norm,
+        only=stage.trains,
+        layers=stage.layers,
+        freezes_first=stage.freezes_first,
+    )
     if stage.batch_norm != "frozen":
         set_momentum(classifier, momentum_for(steps_per_epoch))
 
