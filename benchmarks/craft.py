@@ -39,6 +39,7 @@ VARIANTS: dict[str, list[str]] = {
     "head from zero": ["head.init=zero"],
     "same rate everywhere": ["train.optimizer.backbone_lr_ratio=1"],
     "batch norm trains": ["train.batch_norm=train"],
+    "batch norm trains, same rate everywhere": ["train.batch_norm=train", "train.optimizer.backbone_lr_ratio=1"],
     "no augmentation": ["augment.preset=none"],
     "constant rate": ["train.schedule.name=constant"],
     "no warm-up": ["train.schedule.warmup_fraction=0"],
@@ -134,7 +135,7 @@ def run_ours(name: str, seed: int, shared: Path, work: Path, more: list[str]) ->
     return found
 
 
-def run_all(shared: Path, work: Path, only: list[str] | None, results: Path) -> None:
+def run_all(shared: Path, work: Path, only: list[str], sets: list[str], results: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
@@ -142,8 +143,8 @@ def run_all(shared: Path, work: Path, only: list[str] | None, results: Path) -> 
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True
     )
     for seed in SEEDS:
-        for variant in only or VARIANTS:
-            for name in PIXELS:
+        for variant in only:
+            for name in sets:
                 if any((r["set"], r["seed"], r["variant"]) == (name, str(seed), variant) for r in read_rows(results)):
                     continue
                 # every job pays for its own survey
@@ -206,14 +207,16 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
     parser.add_argument("--work", type=Path, default=HERE / "craft")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS))
+    parser.add_argument("--sets", nargs="+", choices=list(PIXELS), default=list(PIXELS))
     arguments = parser.parse_args()
     shared, work = arguments.shared.resolve(), arguments.work.resolve()
     if arguments.what != "table":
         os.environ["FINETUNE_ZOO"] = str(shared / "zoo")
         if arguments.what == "run":
-            run_all(shared, work, arguments.only or ["default", "plain"], RESULTS)
+            run_all(shared, work, arguments.only or ["default", "plain"], arguments.sets, RESULTS)
         else:
-            run_all(shared, work, arguments.only or [name for name in VARIANTS if name != "plain"], SMALL_RESULTS)
+            variants = arguments.only or [name for name in VARIANTS if name != "plain"]
+            run_all(shared, work, variants, arguments.sets, SMALL_RESULTS)
     for results in (RESULTS, SMALL_RESULTS):
         if results.exists():
             text = table(results)
