@@ -95,6 +95,7 @@ def train_cell(cell: tuple[str, str, int, int], strategy: str, shared: Path, wor
     epochs = min(EPOCHS[1], max(EPOCHS[0], round(BUDGET / (0.85 * per_class * classes))))
     more = [*STRATEGIES[strategy], f"train.epochs={epochs}", *SETTINGS]
     recipe = cell_recipe(name, backbone, per_class, seed, shared, work, more)
+    ft.survey(recipe)  # so that no strategy pays alone for features that all of a cell share
     began = time.process_time()
     run = ft.train(recipe, runs=work / "runs", say=lambda text: None)
     scores, facts = run.read_json("scores.json"), run.read_json("facts.json")
