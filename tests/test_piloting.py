@@ -55,6 +55,23 @@ def test_the_worse_half_is_left_behind(piloted, shapes, monkeypatch, better):
     assert [(one.strategy, one.round) for one in facts.pilot] == [("partial", 1), ("full", 1), (better, 2)]
 
 
+@pytest.mark.technique("T118")
+def test_val_chooses_neither_the_schedule_nor_the_rate_beside_what_a_pilot_tries(shapes, monkeypatch):
+    made = []
+
+    def note(recipe, facts):
+        made.append(ft.make_plan(recipe, facts))
+        return made[-1]
+
+    recipe = ft.load_recipe(str(shapes), SMALL)
+    seen = look(recipe)
+    monkeypatch.setattr(piloting, "make_plan", note)
+    run_pilot(recipe, seen, 20.0, quiet)
+    assert {plan.train.strategy for plan in made} == {"partial", "full"}
+    assert len({plan.train.schedule.model_dump_json() for plan in made}) == 1
+    assert len({plan.train.optimizer.lr for plan in made}) == 1
+
+
 def test_a_pilot_keeps_to_its_seconds(piloted):
     assert sum(row.seconds for row in piloted[2].pilot) <= piloted[3] < 60  # 20 were given, on whatever machine this is
 
