@@ -162,6 +162,16 @@ def test_what_no_choice_needs_is_not_measured(few, monkeypatch):
     assert facts.similarity is None or (facts.similarity.control is None and facts.similarity.shift == ())
 
 
+def test_a_named_strategy_is_told_the_similarity_too_for_its_rates_follow_it(few, monkeypatch):
+    advised = facts_of(few).similarity
+    for name in ("measure_profile", "measure_control"):
+        monkeypatch.setattr(measuring, name, None)
+    named = facts_of(few, FULL).similarity
+    assert (named.value, named.low, named.high) == (advised.value, advised.low, advised.high)
+    assert named.shift == advised.shift
+    assert named.control is None
+
+
 @pytest.mark.parametrize("most", [12, 1000], ids=["of samples", "of all"])
 @pytest.mark.usefixtures("untimed")
 def test_neither_names_nor_order_of_files_matter(tmp_path, monkeypatch, most):

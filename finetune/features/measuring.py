@@ -96,20 +96,23 @@ class Material:
         return np.stack([center_crop(self.store.get(index), self.view.size_pixels) for index in rows])
 
 
-def measure(material: Material, *, for_advice: bool, for_flips: bool) -> tuple[Probe, Findings]:
+def measure(
+    material: Material, *, for_advice: bool, for_flips: bool, for_training: bool = True
+) -> tuple[Probe, Findings]:
     """The probe and what was found.
 
     Args:
         material: what to measure on.
-        for_advice: also measure depths, control, shift and timing, which only the choice of a strategy needs.
+        for_advice: also measure depths, control, source response and timing, which only the choice of a strategy needs.
         for_flips: also ask whether mirroring shows.
+        for_training: also measure similarity, by which rates are chosen; `for_advice` implies it.
     """
     named = [FORMAT, material.backbone.digest, material.view.digest, material.precision, material.split_digest]
     named += [material.device, str(torch.get_num_threads())]  # what is timed depends on these
     named += material.classes  # their names may tell sides
     named.append(material.backbone.card.statistics_sha256 or "")
     key = hashlib.sha256(
-        json.dumps([*named, material.seed, material.batch_size, for_advice, for_flips]).encode()
+        json.dumps([*named, material.seed, material.batch_size, for_advice, for_flips, for_training]).encode()
     ).hexdigest()[:32]
     path = cache_folder() / "findings" / f"{key}.safetensors"
     if (known := _recall(path)) is not None:
@@ -117,8 +120,11 @@ def measure(material: Material, *, for_advice: bool, for_flips: bool) -> tuple[P
     probe, findings = _probe(material)
     if for_advice:
         profile = _profile(material)
-        found = {"similarity": _similarity(material, findings), "profile": profile, **_timing(material, profile)}
+        similarity = _similarity(material, findings, is_whole=True)
+        found = {"similarity": similarity, "profile": profile, **_timing(material, profile)}
         findings = findings.model_copy(update=found)
+    elif for_training:
+        findings = findings.model_copy(update={"similarity": _similarity(material, findings, is_whole=False)})
     if for_flips:
         findings = findings.model_copy(update={"chirality": _chirality(material, probe)})
     tensors = {"weight": probe.weight, "bias": probe.bias}
@@ -194,39 +200,46 @@ def _profile(material: Material) -> ProfileFacts:
     )
 
 
-def _similarity(material: Material, findings: Findings) -> SimilarityFacts:
+def _similarity(material: Material, findings: Findings, *, is_whole: bool) -> SimilarityFacts:
+    """The number and what it follows from; where the whole is asked for, also what else a person would look at."""
     assert findings.probe is not None and findings.knn is not None
-    backbone, seed = material.backbone, material.seed
-    rows = material.rows("train", most=RESPONSE_IMAGES)
-    seen, response, frechet, emd = material.features(rows), None, None, None
-    if backbone.source_head is not None:
-        response = measure_response(source_logits(backbone, seen), backbone.card.classes, seed=seed)
-    if (statistics := backbone.card.statistics) is not None:
-        frechet, emd = measure_distances(
-            seen, material.labels[rows], statistics, len(material.classes), sha256=backbone.card.statistics_sha256
-        )
-    rows = rows[:CONTROL_IMAGES]
-    crops, view, device = material.crops(rows), material.view, material.device
-    control = measure_control(
-        backbone,
-        crops,
-        material.labels[rows],
-        view,
-        num_classes=len(material.classes),
-        device=device,
-        precision=material.precision,
-        seed=seed,
+    rows = material.rows("train", most=SHIFT_IMAGES)
+    shift = measure_shift(
+        material.backbone, material.crops(rows), material.view, device=material.device, seed=material.seed
     )
-    shift = measure_shift(backbone, crops[:SHIFT_IMAGES], view, device=device, seed=seed)
     shares = (findings.probe.left_out or findings.probe.val, findings.knn.left_out or findings.knn.val)
     value, low, high = (
         similarity_of_shift([stage.mean for stage in shift])
         if shift
         else similarity_of_probes(*shares, 1 / len(material.classes))
     )
-    return SimilarityFacts(
-        value=value, low=low, high=high, control=control, shift=shift, response=response, frechet=frechet, emd=emd
+    beside = _beside_similarity(material) if is_whole else {}
+    return SimilarityFacts(value=value, low=low, high=high, shift=shift, **beside)
+
+
+def _beside_similarity(material: Material) -> dict[str, Any]:
+    """Control, source response, and distances from the source's features where the card has them."""
+    backbone, seed = material.backbone, material.seed
+    rows = material.rows("train", most=RESPONSE_IMAGES)
+    seen, found = material.features(rows), dict[str, Any]()
+    if backbone.source_head is not None:
+        found["response"] = measure_response(source_logits(backbone, seen), backbone.card.classes, seed=seed)
+    if (statistics := backbone.card.statistics) is not None:
+        found["frechet"], found["emd"] = measure_distances(
+            seen, material.labels[rows], statistics, len(material.classes), sha256=backbone.card.statistics_sha256
+        )
+    rows = rows[:CONTROL_IMAGES]
+    found["control"] = measure_control(
+        backbone,
+        material.crops(rows),
+        material.labels[rows],
+        material.view,
+        num_classes=len(material.classes),
+        device=material.device,
+        precision=material.precision,
+        seed=seed,
     )
+    return found
 
 
 def _timing(material: Material, profile: ProfileFacts) -> dict[str, Any]:

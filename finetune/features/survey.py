@@ -126,6 +126,7 @@ def look(
         probe, findings = measure(
             work.material(roles, labels, split),
             for_advice=strategy is None,
+            for_training=strategy != "probe",
             for_flips=strategy != "probe" and recipe.data.invariances is None,
         )
         seconds["findings"] = round(time.perf_counter() - began, 3)

@@ -112,6 +112,16 @@ def _preference(gains: Mapping[str, float]) -> str:
     return f"full, for partial is not expected to be better by {100 * WORTH:g}"
 
 
+def is_small(facts: Facts) -> bool:
+    """Whether there is little data, by the images of the class in the middle."""
+    return facts.images_per_class.median < SMALL_PER_CLASS
+
+
+def is_far(facts: Facts) -> bool:
+    """Whether there is enough data, unlike what the backbone knows, to go further from where it began."""
+    return not is_small(facts) and facts.similarity is not None and facts.similarity.value < SIMILAR
+
+
 def advise(facts: Facts) -> Advice:
     """The strategy for these facts; facts without a probe (random weights) always mean `full`."""
     if facts.probe is None:
@@ -121,8 +131,7 @@ def advise(facts: Facts) -> Advice:
         why = "the recipe says so, and nothing was measured to advise otherwise"
         return _advice(facts, UNMEASURED, "full", "partial", why)
     per_class, similar = facts.images_per_class.median, facts.similarity.value
-    is_small, is_similar = per_class < SMALL_PER_CLASS, similar >= SIMILAR
-    cell = f"{'small' if is_small else 'large'}, {'similar' if is_similar else 'different'}"
+    cell = f"{'small' if is_small(facts) else 'large'}, {'similar' if similar >= SIMILAR else 'different'}"
     gains = {strategy: (expected_gain(facts, strategy) or (0.0,))[0] for strategy in ORDER}
     strategy = choose(gains)
     runner_up = max((name for name in ORDER if name != strategy), key=gains.__getitem__)

@@ -4,7 +4,7 @@ from typing import Any
 
 from finetune.errors import RecipeError
 from finetune.recipe.activations import judge_activation
-from finetune.recipe.advice import advise
+from finetune.recipe.advice import advise, is_small
 from finetune.recipe.facts import Facts, ProfileFacts
 from finetune.recipe.forecasts import with_forecasts
 from finetune.recipe.plan import Plan, Reason
@@ -44,7 +44,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     hardware = _decide_hardware(recipe, facts, decide)
     train = decide_train(recipe, facts, strategy, hardware["devices"], decide)
     is_probe = strategy == "probe"
-    augment = _decide_augment(recipe, is_small=advice.cell.startswith("small"), is_probe=is_probe, decide=decide)
+    augment = _decide_augment(recipe, facts, is_probe=is_probe, decide=decide)
     init = decide("head.init", None if is_probe else recipe.head.init, *_first_head(recipe, facts, is_probe))
     if is_probe:
         reasons += _inactive(recipe)
@@ -102,13 +102,17 @@ def _inactive(recipe: Recipe) -> list[Reason]:
     return [Reason(key=key, value="(as the recipe says)", why=why) for key in set_keys]
 
 
-def _decide_augment(recipe: Recipe, *, is_small: bool, is_probe: bool, decide: Any) -> dict[str, Any]:
+def _decide_augment(recipe: Recipe, facts: Facts, *, is_probe: bool, decide: Any) -> dict[str, Any]:
     wish = recipe.augment
     if is_probe:
         why = "a probe looks at plain images"
         return {**wish.model_dump(), "preset": decide("augment.preset", None, "none", why), "domain": "natural"}
-    why = "little data asks for more variation" if is_small else "enough data asks for mild variation"
-    preset = decide("augment.preset", wish.preset, PRESETS["small" if is_small else "large"], why)
+    size, why = (
+        ("small", "little data asks for more variation")
+        if is_small(facts)
+        else ("large", "enough data asks for mild variation")
+    )
+    preset = decide("augment.preset", wish.preset, PRESETS[size], why)
     domain = decide("augment.domain", wish.domain, "natural", "the recipe names no other kind of images")
     return {**wish.model_dump(), "preset": preset, "domain": domain}
 
