@@ -1,6 +1,6 @@
 """An ensemble taught to one network, against the control that is usually forgotten: as many epochs on labels alone.
 
-    python benchmarks/distil.py run [--shared ../shared]     # some 40 minutes on one thread; resumable
+    python benchmarks/distil.py run [--shared ../shared]     # about an hour on one thread; resumable
     python benchmarks/distil.py table                        # seconds; writes results/distil.md
 
 Three times over, each with seeds of its own: three `single` runs, the `ensemble` that averages their answers, a

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from test_training import STAGE, ShortOfMemory, TinyBackbone, tiny_classifier
 from torch import nn
@@ -19,6 +20,7 @@ from finetune.evaluation.teaching import load_teacher
 from finetune.pipeline import evaluate, plan
 from finetune.recipe.cards import View
 from finetune.recipe.distillation import read_teacher
+from finetune.recipe.plan import read_plan
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.schema import OptimizerSpec
 from finetune.reporting.terminal import plan_text, scores_text
@@ -250,7 +252,13 @@ def test_the_plan_says_who_teaches_and_at_what_price(student):
     assert "on top of every training step" in reason.why
     assert reason.value in plan_text(student.plan)
     assert reason.value in student.file("report.html").read_text(encoding="utf-8")
-    assert RunFolder.open(student.path).plan == student.plan  # a plan without and one with a teacher can be read
+
+
+def test_a_plan_from_before_there_were_teachers_can_be_read_and_has_none(pool, tmp_path):
+    written = yaml.safe_load(pool[0].file("plan.yaml").read_text())
+    assert written["train"].pop("distillation")["teacher"] is None
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(written))
+    assert read_plan(tmp_path / "plan.yaml") == pool[0].plan
 
 
 def test_the_teachers_files_are_as_they_were_and_a_student_is_closer_to_it_than_a_run_of_its_own(
