@@ -17,7 +17,7 @@ from finetune.recipe.advice import ORDER
 from finetune.recipe.facts import Facts, PilotFacts, Proportion
 from finetune.recipe.forecasts import EPOCH_SECONDS
 from finetune.recipe.planning import make_plan
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import DistillationSpec, Recipe
 from finetune.scores.intervals import wilson
 
 LEAST_STEPS = 30
@@ -73,7 +73,8 @@ def _try(recipe: Recipe, seen: Look, strategy: str, seconds: float, number: int)
     from finetune.training.watching import Curves
 
     epochs, images = _size(seen.facts, strategy, seconds, recipe)
-    wish = recipe.train.model_copy(update={"strategy": strategy, "epochs": epochs, "keep": "last"})
+    alone = {"distillation": DistillationSpec()}  # a teacher would take most of the seconds, from all alike
+    wish = recipe.train.model_copy(update={"strategy": strategy, "epochs": epochs, "keep": "last", **alone})
     plan = make_plan(recipe.model_copy(update={"train": wish}), seen.facts)
     probe = {} if seen.probe is None else {"weight": seen.probe.weight.float(), "bias": seen.probe.bias.float()}
     began = time.perf_counter()
@@ -116,7 +117,7 @@ def _least_seconds(recipe: Recipe, facts: Facts, strategy: str) -> float:
 
 def _speed(recipe: Recipe, facts: Facts, strategy: str) -> float:
     """Images per second of a training, by the timing of this machine."""
-    wish = recipe.train.model_copy(update={"strategy": strategy})
+    wish = recipe.train.model_copy(update={"strategy": strategy, "distillation": DistillationSpec()})
     depth = make_plan(recipe.model_copy(update={"train": wish}), facts).stages[0].trainable_stages
     speeds = {row.trains: row.images_per_second for row in facts.timing}
     return speeds.get(str(depth)) or speeds[str(len(facts.backbone.stages))]

@@ -8,7 +8,6 @@ Each arrow leaves its result in the run folder, and is skipped where the result 
 `resume` is the same walk again. Nothing right of the plan reads the recipe.
 """
 
-import hashlib
 import re
 import sys
 import time
@@ -25,15 +24,18 @@ from finetune.data.sources import open_source, read_bytes
 from finetune.errors import DataError, FinetuneError, RecipeError, RunError
 from finetune.evaluation.evaluation import evaluate_run
 from finetune.evaluation.prediction import refuse_views
+from finetune.evaluation.teaching import load_teacher
 from finetune.features.ranking import choose_backbone
 from finetune.features.survey import Look, look, survey_part
 from finetune.machine import describe_environment, tune_process
 from finetune.models.classifier import Classifier, refuse_layers
 from finetune.piloting import run_pilot
+from finetune.recipe.distillation import name_teacher, read_teacher
 from finetune.recipe.facts import Facts, Ranking
 from finetune.recipe.plan import Plan
 from finetune.recipe.planning import make_plan
 from finetune.recipe.reading import load_recipe
+from finetune.recipe.resumption import name_view, refuse_changes, refuse_other_beginning
 from finetune.recipe.runs import Clock, RunFolder, runs_folder, sweep, write_whole
 from finetune.recipe.schema import Recipe
 from finetune.reporting.report import write_report
@@ -64,10 +66,11 @@ def plan(recipe: Recipe, say: Say = say_on_stderr, *, pilot_seconds: float | Non
     if pilot_seconds is not None and (recipe.train.strategy is not None or not recipe.pretrained):
         raise RecipeError("a pilot chooses train.strategy, which the recipe names already; leave one of the two out.")
     check_optimizer(recipe.train.optimizer)
+    teacher = read_teacher(recipe.train.distillation.teacher)
     recipe, ranking = _with_backbone(recipe, say)
     seen = look(recipe, _progress(say), roles_seen=("train", "val"))  # a choice has no business with test images
     facts = seen.facts if pilot_seconds is None else run_pilot(recipe, seen, pilot_seconds, say)
-    facts = facts.model_copy(update={"ranking": ranking})
+    facts = facts.model_copy(update={"ranking": ranking, "teacher": teacher})
     return facts, _checked_plan(recipe, replace(seen, facts=facts))
 
 
@@ -78,7 +81,8 @@ def show_images(recipe: Recipe, path: Path, say: Say = say_on_stderr) -> Path:
     tune_process()
     recipe, _ = _with_backbone(recipe, say)
     seen = look(recipe, _progress(say), roles_seen=("train", "val"))
-    draw_training_views(make_plan(recipe, seen.facts), seen, path)
+    facts = seen.facts.model_copy(update={"teacher": read_teacher(recipe.train.distillation.teacher)})
+    draw_training_views(make_plan(recipe, facts), seen, path)
     return path
 
 
@@ -113,7 +117,8 @@ def train(recipe: Recipe, *, runs: Path | None = None, vary: Vary | None = None,
     root = Path(recipe.data.root).expanduser().absolute()  # so that a run can be resumed from anywhere
     if not root.exists():
         raise DataError(f"data.root: {root} does not exist.")
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})
+    recipe = name_teacher(recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})}))
+    read_teacher(recipe.train.distillation.teacher)  # a wrong one leaves no run folder
     tune_process()
     check_optimizer(recipe.train.optimizer)
     recipe, ranking = _with_backbone(recipe, say)
@@ -143,7 +148,7 @@ def evaluate(path: str | Path, *, views: str | None = None, say: Say = say_on_st
     run = RunFolder.open(path)
     with run.lock():
         seen = look(load_recipe(run.file("recipe.yaml")), _progress(say))
-        _refuse_changes(run.plan, seen.facts)
+        refuse_changes(run.plan, seen.facts)
         if not run.final_weights().exists():
             raise RunError(f"{path} is not trained to its end. `finetune resume {path}` goes on.")
         scores = evaluate_run(run, seen, views)
@@ -199,15 +204,15 @@ def _walk(
 
 def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, vary: Vary | None) -> None:
     clock = Clock(run)
+    is_new = not run.file("plan.yaml").exists()
+    teacher = read_teacher(recipe.train.distillation.teacher) if is_new else None  # images would take longer
     seen = look(recipe, _progress(say))
     clock.lap("survey")
-    if run.file("plan.yaml").exists():
-        _refuse_changes(run.plan, seen.facts)
-        if run.plan.hardware.devices == "cuda" and seen.facts.machine.device != "cuda":
-            raise RunError("the plan is made for a GPU, and torch sees none here. Resume the run where there is one.")
-        _refuse_other_view(run, vary)
+    if not is_new:
+        refuse_other_beginning(run, seen.facts, vary)
     else:
-        _decide(run, recipe, replace(seen, facts=seen.facts.model_copy(update={"ranking": ranking})), vary, say)
+        facts = seen.facts.model_copy(update={"ranking": ranking, "teacher": teacher})
+        _decide(run, recipe, replace(seen, facts=facts), vary, say)
     plan = run.plan
     curves = Curves(run.file("curves.csv"))
     for index, stage in enumerate(plan.stages):
@@ -239,7 +244,7 @@ def _decide(run: RunFolder, recipe: Recipe, seen: Look, vary: Vary | None, say: 
         raise RecipeError("train.optimizer.name is lbfgs, which needs the same loss at every look; leave vary out.")
     run.write_json("facts.json", seen.facts.model_dump(mode="json"))
     environment = describe_environment(decided.hardware.devices, decided.hardware.precision)
-    run.write_json("environment.json", {**environment, "own_view": _own_view(vary)})
+    run.write_json("environment.json", {**environment, "own_view": name_view(vary)})
     probe = seen.probe
     tensors = {"weight": probe.weight.float(), "bias": probe.bias.float()} if probe else {}
     write_whole(run.file("probe.safetensors"), lambda path: save_file(tensors, path))
@@ -254,40 +259,6 @@ def _checked_plan(recipe: Recipe, seen: Look) -> Plan:
     refuse_layers(seen.backbone, decided.train.layers)
     refuse_views(decided, seen.backbone)
     return decided
-
-
-def _own_view(vary: Vary | None) -> str | None:
-    """Name and digest of a user's own function; its code is not kept."""
-    if vary is None:
-        return None
-    code = getattr(vary, "__code__", None)
-    plain = [part for part in code.co_consts if isinstance(part, bool | int | float | str)] if code else []
-    text = repr((code.co_code, code.co_names, plain)) if code else type(vary).__qualname__
-    name = getattr(vary, "__qualname__", type(vary).__qualname__)
-    return f"{name} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
-
-
-def _refuse_other_view(run: RunFolder, vary: Vary | None) -> None:
-    then, now = run.read_json("environment.json").get("own_view"), _own_view(vary)
-    if run.plan.stages and not run.final_weights().exists() and then != now:
-        raise RunError(
-            f"the run was begun with {then or 'no function of its own'} for training views, and is resumed with "
-            f"{now or 'none'}. Resume it from Python with the same one: finetune.resume(run, vary=...)."
-        )
-
-
-def _refuse_changes(plan: Plan, facts: Facts) -> None:
-    for what, then, now in (
-        ("images", plan.split_digest, facts.split_digest),
-        ("backbone's weights", plan.weights_digest, facts.backbone.weights_digest),
-    ):
-        if then != now:
-            raise RunError(
-                f"the {what} have changed since the plan was made ({then[:12]}, now {now[:12]}). "
-                f"Put them back, or start a new run: its split would not be the same."
-            )
-    if plan.view != facts.view:
-        raise RunError("plan.yaml was changed by hand: its view is not that of the recipe. Start a new run instead.")
 
 
 def _train_stages(
@@ -305,6 +276,7 @@ def _train_stages(
         plan, seen.backbone, load_file(run.file("probe.safetensors")), seen.facts.counts["train"]
     )
     train, val = make_batches(plan, seen, vary=vary)
+    teacher = None if run.final_weights().exists() else load_teacher(plan)
     for index in range(len(plan.stages)):
         notify = tracker.notify if tracker is not None else (lambda: None)
         curves = Curves(run.file("curves.csv"))
@@ -318,6 +290,7 @@ def _train_stages(
             curves,
             members=run.file("snapshots"),
             origin=origin,
+            teacher=teacher,
             say=say,
             notify=notify,
         )

@@ -124,6 +124,8 @@ def selection_flags(plan: Plan, *, probe_chosen_by: str = "val") -> list[str]:
         flags.append("probe: its penalty has the lowest loss on val")
     if not plan.stages:
         return flags
+    if plan.train.distillation.teacher is not None:
+        flags.append("train.distillation.teacher: what val chose of the teacher, it teaches")
     if plan.train.keep == "best":
         flags.append("train.keep: the epoch with the lowest loss on val was kept")
         flags.append(f"train.patience: training stops where val has not improved {plan.train.patience} times in a row")

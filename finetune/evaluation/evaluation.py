@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from finetune.evaluation.comparing import selection_flags
-from finetune.evaluation.ensembles import score_members, selection_note
+from finetune.evaluation.ensembles import read_membership, score_members, selection_note
 from finetune.evaluation.prediction import load_final, predict_probabilities, temper
+from finetune.evaluation.teaching import read_answers
 from finetune.evaluation.views import permitted_views, view_names
 from finetune.features.survey import Look
 from finetune.recipe.ladder import next_experiment
@@ -59,6 +60,9 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
                 role: _pair(tempered[role], tempered_probe[role], labels[role]) for role in JUDGED if len(labels[role])
             }
         arrays |= {f"probe_{role}_probabilities": rows.numpy() for role, rows in tempered_probe.items()}
+    if plan.train.distillation.teacher is not None and read_membership(run) is None:
+        scores["teacher"], answers = _beside_teacher(run, look, tempered, labels)
+        arrays |= {f"teacher_{role}_probabilities": rows.numpy() for role, rows in answers.items()}
     scores["next"] = _propose(run, look)
     probe_facts = look.facts.probe
     scores["chosen_by_val"] = selection_flags(plan, probe_chosen_by=probe_facts.chosen_by if probe_facts else "val")
@@ -69,6 +73,20 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
     write_whole(run.file("predictions.npz"), lambda path: _save(path, arrays))
     run.write_json("scores.json", scores)
     return scores
+
+
+def _beside_teacher(
+    run: RunFolder, look: Look, final: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Scores of the teacher, and student minus teacher on the same images; and what the teacher answered."""
+    facts = run.read_json("facts.json")["teacher"]
+    record: dict[str, Any] = {"run": facts["run"], "networks": facts["networks"]}
+    answers = read_answers(run, look, JUDGED)
+    if answers is None:
+        note = "its answers to these very images are not at hand, so the two are not compared"
+        return {**record, "note": note}, {}
+    paired = {role: _pair(final[role], answers[role], labels[role], "teacher") for role in JUDGED if len(labels[role])}
+    return {**record, **_score(answers, labels, run.plan.classes), "paired": paired}, answers
 
 
 def _propose(run: RunFolder, look: Look) -> dict[str, str] | None:
@@ -138,18 +156,18 @@ def _score(
     return {role: score_predictions(probabilities[role], labels[role], classes) for role in JUDGED if len(labels[role])}
 
 
-def _pair(final: torch.Tensor, probe: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    """Final minus probe, on the same images."""
-    right, probe_right = final.argmax(1) == labels, probe.argmax(1) == labels
-    only_final, only_probe = int((right & ~probe_right).sum()), int((~right & probe_right).sum())
-    interval = paired_difference(only_final, only_probe, len(labels))
+def _pair(final: torch.Tensor, other: torch.Tensor, labels: torch.Tensor, name: str = "probe") -> dict[str, Any]:
+    """Final minus the other, which is called `name`, on the same images."""
+    right, other_right = final.argmax(1) == labels, other.argmax(1) == labels
+    only_final, only_other = int((right & ~other_right).sum()), int((~right & other_right).sum())
+    interval = paired_difference(only_final, only_other, len(labels))
     return {
         "difference": interval.value,
         "low": interval.low,
         "high": interval.high,
         "n": interval.n,
         "only_final_right": only_final,
-        "only_probe_right": only_probe,
+        f"only_{name}_right": only_other,
     }
 
 

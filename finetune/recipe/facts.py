@@ -284,6 +284,23 @@ class Ranking(_Value):
     warnings: tuple[str, ...] = ()
 
 
+class TeacherFacts(_Value):
+    """The finished run that is to teach this one."""
+
+    run: str
+    """Its folder."""
+    networks: int
+    """That every one of its answers costs."""
+    weights_digest: str
+    """Of the files of all its networks, and of how they are averaged."""
+    split_digest: str
+    classes: tuple[str, ...]
+    view: View
+    crop_pct: float
+    imbalance: str
+    """What was done in its training about uneven classes."""
+
+
 class Facts(Findings):
     """What we measured: the images, the split, the backbone's view of them, the machine."""
 
@@ -324,6 +341,8 @@ class Facts(Findings):
     """Empty unless `plan --pilot` ran one."""
     ranking: Ranking | None = None
     """Where the recipe left the backbone open and there were several."""
+    teacher: TeacherFacts | None = None
+    """Where the recipe names one."""
     machine: MachineFacts
     features: dict[str, int] = {}
     """Cache hits, misses, and bytes."""

@@ -21,6 +21,9 @@ from finetune.recipe.schema import (
     TrainSpec,
 )
 
+DECIDED_NULLS = ("train.distillation.teacher",)
+"""Keys whose null is a decision: there is none."""
+
 
 class Stage(Section):
     """One `Trainer.fit`: what moves, how fast, how long."""
@@ -93,7 +96,7 @@ class Reason(Section):
 
 
 class Plan(Section):
-    """Everything that will be done. Holds no null and no `auto`."""
+    """Everything that will be done. Holds no `auto`, and no null but where that says that there is none."""
 
     name: str
     backbone: str
@@ -158,4 +161,5 @@ def _open_keys(value: Any, prefix: str = "") -> list[str]:
         return [
             hole for name in type(value).model_fields for hole in _open_keys(getattr(value, name), f"{prefix}.{name}")
         ]
-    return [prefix.lstrip(".")] if value is None or value == "auto" else []
+    key = prefix.lstrip(".")
+    return [key] if value == "auto" or (value is None and key not in DECIDED_NULLS) else []

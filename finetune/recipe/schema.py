@@ -241,6 +241,17 @@ class ImbalanceSpec(Section):
     """Of `effective`."""
 
 
+class DistillationSpec(Section):
+    """What a finished run teaches beside the labels; an ensemble's word in one network."""
+
+    teacher: Text | None = None
+    """A run folder: an ensemble, a soup or a plain run, on the same images, classes and view; null: labels alone."""
+    temperature: Annotated[float, Field(gt=0, le=20)] = 2.0
+    """Of both answers where they are compared; higher tells more of the classes that an image is not."""
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of the teacher's word in the loss; the rest is that of the labels."""
+
+
 class TrainSpec(Section):
     """How deep, how long, how fast."""
 
@@ -270,6 +281,8 @@ class TrainSpec(Section):
     """Of weights, and what is kept beside them."""
     imbalance: ImbalanceSpec = ImbalanceSpec()
     """Of classes."""
+    distillation: DistillationSpec = DistillationSpec()
+    """Of other runs into this one."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Epochs without a lower val loss after which training stops, where the best epoch is kept."""
     keep: Literal["best", "last"] | None = None

@@ -7,6 +7,7 @@ from typing import Any
 from finetune.errors import RecipeError
 from finetune.recipe.advice import is_far, partial_depth
 from finetune.recipe.batch_norm import small_batch_warning
+from finetune.recipe.distillation import decide_distillation, idle_distillation, teacher_faults
 from finetune.recipe.facts import Facts
 from finetune.recipe.imbalance import decide_imbalance, uneven
 from finetune.recipe.plan import Stage
@@ -63,9 +64,13 @@ def decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, decid
     decided["schedule"], epochs = _decide_schedule(recipe, facts, device, quiet)
     decided["epochs"] = 1 if strategy == "probe" else epochs
     decided["averaging"] = _decide_averaging(wish, epochs * max(1, num_train // batch), quiet)
+    decided["distillation"] = decide_distillation(wish.distillation, facts.teacher, decide)
+    balance = decide_imbalance(facts.counts["train"])
+    if facts.teacher is not None:
+        balance = facts.teacher.imbalance, "as its teacher was trained: the two speak of classes equally common"
     decided["imbalance"] = {
         **wish.imbalance.model_dump(),
-        "kind": quiet("train.imbalance.kind", wish.imbalance.kind, *decide_imbalance(facts.counts["train"])),
+        "kind": quiet("train.imbalance.kind", wish.imbalance.kind, *balance),
     }
     cycles = decided["schedule"]["cycles"] if decided["schedule"]["name"] in ("cyclic", "growing") else 0
     decided |= _decide_keeping(wish, facts, epochs, cycles, quiet)
@@ -242,7 +247,7 @@ def training_faults(recipe: Recipe, facts: Facts) -> list[str]:
         )
     if train.reinit:
         faults += _reinit_faults(recipe)
-    return faults + _averaging_faults(recipe) + _lbfgs_faults(recipe, facts)
+    return faults + _averaging_faults(recipe) + _lbfgs_faults(recipe, facts) + teacher_faults(recipe, facts)
 
 
 def _averaging_faults(recipe: Recipe) -> list[str]:
@@ -308,7 +313,7 @@ def _lbfgs_faults(recipe: Recipe, facts: Facts) -> list[str]:
 
 
 def refuse_depth(recipe: Recipe, strategy: str, why: str) -> None:
-    """A depth, named layers or fresh stages where the advice is a strategy that has no use for them.
+    """A depth, named layers, fresh stages or a teacher where the advice is a strategy that has no use for them.
 
     Raises:
         RecipeError: if so.
@@ -321,6 +326,11 @@ def refuse_depth(recipe: Recipe, strategy: str, why: str) -> None:
             )
     if recipe.train.reinit and strategy == "probe":
         raise RecipeError(f"train.reinit needs its stages trained, but the advice is probe: {why}. Set train.strategy.")
+    if recipe.train.distillation.teacher is not None and strategy == "probe":
+        raise RecipeError(
+            f"train.distillation.teacher needs something that trains, but the advice is probe: {why}. "
+            "Set train.strategy, such as full."
+        )
 
 
 def idle_keys(recipe: Recipe, train: dict[str, Any]) -> list[tuple[str, str]]:
@@ -336,7 +346,7 @@ def idle_keys(recipe: Recipe, train: dict[str, Any]) -> list[tuple[str, str]]:
         "train": (wish, {"lora_rank": "lora"}, f"train.strategy {train['strategy']}"),
         "head": (recipe.head, dict.fromkeys(("hidden", "activation", "bias"), "mlp"), f"head.kind {recipe.head.kind}"),
     }
-    idle = []
+    idle = idle_distillation(wish.distillation)
     for prefix, (section, keys, now) in read_with.items():
         parent, _, value = now.partition(" ")
         idle += [(f"{prefix}.{key}", f"{parent} {needs}") for key, needs in keys.items()

@@ -191,7 +191,10 @@ def forecasts_text(advice: Advice, *, chosen: str = "") -> str:
 def scores_text(scores: Mapping[str, Any]) -> str:
     """The final model beside the probe, each with its interval."""
     is_probe = "probe" in scores and "paired" not in scores
+    teacher = scores.get("teacher") or {}
     columns = {"probe": scores} if is_probe else {"final": scores, "probe": scores.get("probe")}
+    columns |= {"teacher": teacher} if teacher else {}
+    narrow = max(6, *map(len, columns))
     lines = [f"Scores ({scores['views']} view; 95 % intervals)"]
     if scores.get("views_note"):
         lines.append(f"  {scores['views_note']}")
@@ -200,13 +203,20 @@ def scores_text(scores: Mapping[str, Any]) -> str:
             if part and role in part:
                 own = part[role]
                 lines.append(
-                    f"  {role:<5} {name:<6} top-1 {percent(own['top1']):<32} log loss {own['log_loss']['value']:.3f}   "
-                    f"ECE {100 * own['ece']['value']:.1f} %"
+                    f"  {role:<5} {name:<{narrow}} top-1 {percent(own['top1']):<32} "
+                    f"log loss {own['log_loss']['value']:.3f}   ECE {100 * own['ece']['value']:.1f} %"
                 )
     if pair := scores.get("paired", {}).get("test"):
         lines.append(
             f"  final minus probe on test: {percent({**pair, 'value': pair['difference']}, signed=True)}{_judge(pair)}"
         )
+    if pair := teacher.get("paired", {}).get("test"):
+        told = percent({**pair, "value": pair["difference"]}, signed=True)
+        lines.append(
+            f"  final minus teacher on test: {told}{_judge(pair)}, for one pass in place of {teacher['networks']}"
+        )
+    if teacher.get("note"):
+        lines.append(f"  teacher: {teacher['note']}")
     if gain := (scores.get("views_gain") or {}).get("test"):
         lines.append(
             f"  {scores['views']} minus center on test: {percent({**gain, 'value': gain['difference']}, signed=True)}"

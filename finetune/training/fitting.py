@@ -15,6 +15,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from finetune.data.loading import Batches
 from finetune.models.adapters import merge_lora
@@ -26,6 +27,7 @@ from finetune.recipe.runs import write_whole
 from finetune.recipe.schedules import Plateau, rate_factor
 from finetune.recipe.schema import AveragingSpec
 from finetune.training.averaging import WeightAverage
+from finetune.training.distilling import make_distillation
 from finetune.training.keeping import Keeper
 from finetune.training.losses import make_loss
 from finetune.training.mixing import Mixing
@@ -48,6 +50,7 @@ def fit(
     *,
     members: Path,
     origin: Mapping[str, torch.Tensor] | None = None,
+    teacher: nn.Module | None = None,
     say: Callable[[str], None],
     notify: Callable[[], None],
 ) -> None:
@@ -63,6 +66,7 @@ def fit(
         curves: gets what is measured.
         members: folder for snapshots and the last epochs, where the plan keeps them.
         origin: pretrained weights by name, for `regularization.l2_sp`; None: those the stage begins from.
+        teacher: what `train.distillation.teacher` names, from the student's images to logits.
         say: prints a line for people.
         notify: called when the curves have grown.
 
@@ -80,7 +84,7 @@ def fit(
     start = copy.deepcopy(classifier.state_dict())
     recovery = Recovery()
     while True:
-        module = _make_module(plan, index, classifier, train, origin, say)
+        module = _make_module(plan, index, classifier, train, origin, teacher, say)
         module.slowdown = recovery.factor
         keeper = Keeper(plan, index, train, val, checkpoint, curves, members=members, say=say, notify=notify)
         done = torch.load(checkpoint, weights_only=True)["keeper"] if checkpoint.exists() else None
@@ -126,6 +130,7 @@ def _make_module(
     classifier: Classifier,
     train: Batches,
     origin: Mapping[str, torch.Tensor] | None,
+    teacher: nn.Module | None,
     say: Callable[[str], None],
 ) -> Finetuning:
     stage, spec, averaging = plan.stages[index], plan.train, plan.train.averaging
@@ -158,6 +163,7 @@ def _make_module(
         seed=_seed(f"{plan.seed} {index} mixing"),
         mixing=Mixing(augment.mixup, augment.cutmix, len(plan.classes)) if augment.mixup or augment.cutmix else None,
         anchor=Anchor(classifier, anchored, pulls, start=origin) if pulls else None,
+        distillation=make_distillation(plan, teacher),
     )  # fmt: skip
     return Finetuning(
         classifier,

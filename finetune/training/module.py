@@ -21,6 +21,7 @@ from finetune.models.classifier import Classifier
 from finetune.recipe.schedules import Plateau
 from finetune.scores.calibration import fit_temperature
 from finetune.training.averaging import WeightAverage
+from finetune.training.distilling import Distillation
 from finetune.training.losses import Loss
 from finetune.training.mixing import Mixing
 from finetune.training.optimization import Anchor, gradient_norm, set_rates
@@ -46,6 +47,7 @@ class Step:
     """Of what is drawn in a step."""
     mixing: Mixing | None = None
     anchor: Anchor | None = None
+    distillation: Distillation | None = None
 
 
 class Finetuning(pl.LightningModule):
@@ -205,7 +207,10 @@ class Finetuning(pl.LightningModule):
         total, hits = 0.0, 0
         for x, y in zip(images.split(size), targets.split(size), strict=True):
             logits = self.classifier(x)  # (b, K)
-            loss = self._step.loss(logits.float(), y).sum() / len(targets)
+            losses = self._step.loss(logits.float(), y)  # (b,)
+            if self._step.distillation is not None:
+                losses = self._step.distillation(losses, logits, x)
+            loss = losses.sum() / len(targets)
             self.manual_backward(loss)
             wanted = y if y.ndim == 1 else y.argmax(1)
             total, hits = total + float(loss.detach()), hits + int((logits.detach().argmax(1) == wanted).sum())

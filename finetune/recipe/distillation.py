@@ -1,0 +1,168 @@
+"""A finished run as a teacher: what is known of it, whether it may teach, and that it stays the same.
+
+Read from its files alone, weights as bytes, so that a wrong teacher is refused before any image is looked at.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import RunError
+from finetune.recipe.facts import Facts, TeacherFacts
+from finetune.recipe.runs import RunFolder
+from finetune.recipe.schema import DistillationSpec, Recipe
+
+KEY = "train.distillation.teacher"
+_CHUNK = 1 << 20
+
+
+def name_teacher(recipe: Recipe) -> Recipe:
+    """The recipe with the whole path of its teacher, so that a run can be resumed from anywhere."""
+    spec = recipe.train.distillation
+    if spec.teacher is None:
+        return recipe
+    spec = spec.model_copy(update={"teacher": str(Path(spec.teacher).expanduser().absolute())})
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"distillation": spec})})
+
+
+def read_teacher(named: str | None) -> TeacherFacts | None:
+    """What is known of the run that a recipe names as its teacher; None where it names none.
+
+    Raises:
+        RunError: if it is no run, or not trained and judged to its end.
+    """
+    if named is None:
+        return None
+    path = str(Path(named).expanduser().absolute())
+    try:
+        run = RunFolder.open(path)
+        plan, members = run.plan, _members(run)
+    except RunError as fault:
+        raise RunError(f"{KEY}: {fault}") from fault
+    if not all(member.final_weights().exists() for member in (run, *members)):
+        raise RunError(f"{KEY}: {path} is not trained to its end. `finetune resume {path}` goes on.")
+    if not run.file("predictions.npz").exists():
+        raise RunError(f"{KEY}: {path} is not judged yet. `finetune evaluate {path}` does so.")
+    return TeacherFacts(
+        run=path,
+        networks=len(members),
+        weights_digest=_digest(run, members),
+        split_digest=plan.split_digest,
+        classes=plan.classes,
+        view=plan.view,
+        crop_pct=plan.data.crop_pct or 1.0,
+        imbalance=plan.train.imbalance.kind or "none",
+    )
+
+
+def refuse_other_teacher(run: RunFolder) -> None:
+    """Nothing, where the teacher is the one that `run` began with, or has taught all there was to teach.
+
+    Raises:
+        RunError: if it is gone, or says other things now.
+    """
+    known = run.read_json("facts.json").get("teacher")
+    if known is None or run.final_weights().exists():
+        return
+    if not Path(known["run"]).is_dir():
+        raise RunError(
+            f"{KEY}: {known['run']} is gone, and has not taught to the end. Put it back, or start a new run."
+        )
+    now = read_teacher(known["run"])
+    assert now is not None
+    if now.weights_digest != known["weights_digest"]:
+        raise RunError(
+            f"{KEY}: {known['run']} has changed since the plan was made ({known['weights_digest'][:12]}, now "
+            f"{now.weights_digest[:12]}). Put it back, or start a new run: two teachers would have taught this one."
+        )
+
+
+def teacher_faults(recipe: Recipe, facts: Facts) -> list[str]:
+    """Why the teacher that the recipe names cannot teach on these images."""
+    named, known = recipe.train.distillation.teacher, facts.teacher
+    if named is None:
+        return []
+    faults = []
+    if recipe.train.strategy == "probe":
+        faults.append(
+            f"{KEY} is set, but strategy probe trains nothing that could be taught; remove it or use another one."
+        )
+    if known is None:
+        faults.append(f"{KEY} is {named}, but the facts know no teacher; `finetune.pipeline.plan` looks at it.")
+        return faults
+    if known.classes != facts.classes:
+        faults.append(
+            f"{KEY}: {known.run} knows other classes, or in another order ({', '.join(known.classes[:5])}; here "
+            f"{', '.join(facts.classes[:5])}). Train it on the same classes."
+        )
+    elif known.split_digest != facts.split_digest:
+        faults.append(
+            f"{KEY}: {known.run} was trained on another split of the images ({known.split_digest[:12]}, here "
+            f"{facts.split_digest[:12]}). It may have learned from test images of this run, and no score would be "
+            "honest. Train both on the same images, with the same data.split, its seed and data.max_train_per_class."
+        )
+    return faults + _view_faults(known, facts)
+
+
+def _view_faults(known: TeacherFacts, facts: Facts) -> list[str]:
+    """Mean and std may differ: the teacher is given its own."""
+    theirs = {
+        "image_size": known.view.size_pixels,
+        "crop_pct": known.crop_pct,
+        "interpolation": known.view.interpolation,
+    }
+    ours = {
+        "image_size": facts.view.size_pixels,
+        "crop_pct": facts.crop_pct,
+        "interpolation": facts.view.interpolation,
+    }
+    differs = [key for key in theirs if theirs[key] != ours[key]]
+    if not differs:
+        return []
+    here = ", ".join(f"{key} {ours[key]}" for key in differs)
+    wanted = " ".join(f"data.{key}={theirs[key]}" for key in differs)
+    return [f"{KEY}: {known.run} looks at images in another view than this run ({here}). Set {wanted}."]
+
+
+def decide_distillation(
+    wish: DistillationSpec, known: TeacherFacts | None, decide: Callable[[str, Any, Any, str], Any]
+) -> dict[str, Any]:
+    """The section with nothing open, and a line on who teaches where somebody does."""
+    if known is None:
+        return wish.model_dump()
+    who = "one network" if known.networks == 1 else f"an average of {known.networks} networks"
+    why = (
+        f"{who} teaches: {100 * wish.weight:g} % of the loss is its word at temperature {wish.temperature:g}, the rest "
+        "that of the labels; its passes come on top of every training step, and none at test"
+    )
+    decide(KEY, None, Path(known.run).name, why)
+    return {**wish.model_dump(), "teacher": known.run}
+
+
+def idle_distillation(wish: DistillationSpec) -> list[tuple[str, str]]:
+    """Keys that are set and mean nothing without a teacher, each with what would read it."""
+    if wish.teacher is not None:
+        return []
+    return [(f"train.distillation.{key}", KEY) for key in ("temperature", "weight") if key in wish.model_fields_set]
+
+
+def _members(run: RunFolder) -> list[RunFolder]:
+    """The run folders whose networks answer: those of an average's members, or the run itself."""
+    if not run.file("ensemble.json").exists():
+        return [run]
+    return [RunFolder.open(run.file(one["folder"])) for one in run.read_json("ensemble.json")["members"]]
+
+
+def _digest(run: RunFolder, members: list[RunFolder]) -> str:
+    digest = hashlib.sha256()
+    average = run.file("ensemble.json")
+    if average.exists():
+        digest.update(average.read_bytes())
+    for member in members:
+        plan = member.plan
+        digest.update(b"" if plan.stages else plan.weights_digest.encode())  # a probe's file holds its head alone
+        with member.final_weights().open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()
