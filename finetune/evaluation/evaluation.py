@@ -11,6 +11,7 @@ import torch
 from finetune.evaluation.comparing import selection_flags
 from finetune.evaluation.ensembles import score_members, selection_note
 from finetune.evaluation.prediction import load_final, predict_probabilities, temper
+from finetune.evaluation.view_scores import Looked, look_by_view, view_arrays, view_scores
 from finetune.evaluation.views import permitted_views, view_names
 from finetune.features.survey import Look
 from finetune.recipe.ladder import next_experiment
@@ -36,7 +37,8 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
     views, fallback = permitted_views(views or plan.evaluate.views, plan.data.allowed_changes)
     probe = _probe_probabilities(look)
     is_probe = probe is not None and not plan.stages and views == "center"
-    final = probe if is_probe else _final_probabilities(run, look, plan, views)
+    looked = _look_by_view(run, look, plan, views)
+    final = probe if is_probe else _final_probabilities(run, look, plan, views, looked)
     assert final is not None
     labels = {role: look.labels(role) for role in (*JUDGED, "calibration")}
     scores: dict[str, Any] = {"views": views, "views_note": fallback, "classes": list(plan.classes)}
@@ -44,9 +46,10 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
     scores |= _score(tempered, labels, plan.classes)
     if len(labels["calibration"]):
         scores["conformal"] = _promise(plan, final, labels)
-    arrays = _arrays(tempered, labels, look)
+    arrays = _arrays(tempered, labels, look) | view_arrays(looked)
+    scores |= view_scores(looked, labels["test"])
     if views != "center":
-        single = _final_probabilities(run, look, plan, "center")
+        single = _final_probabilities(run, look, plan, "center", {})
         center, _ = _calibrate(plan, single, labels)
         scores["center"] = _score(center, labels, plan.classes)
         gains = {role: _pair(tempered[role], center[role], labels[role]) for role in JUDGED if len(labels[role])}
@@ -96,10 +99,27 @@ def _probe_probabilities(look: Look) -> dict[str, torch.Tensor] | None:
     return {role: look.probe.logits(look.stacked(role)).softmax(1).float() for role in (*JUDGED, "calibration")}
 
 
-def _final_probabilities(run: RunFolder, look: Look, plan: Plan, views: str) -> dict[str, torch.Tensor]:
+def _look_by_view(run: RunFolder, look: Look, plan: Plan, views: str) -> dict[str, Looked]:
+    """What each view says of val and test; nothing where there is one view."""
+    if len(view_names(views, plan.view.size_pixels)) == 1:
+        return {}
     classifier = load_final(run)
     return {
-        role: predict_probabilities(classifier, look.store, look.indices(role), plan, views, plan.evaluate.average)
+        role: look_by_view(classifier, look.store, look.indices(role), look.labels(role), plan, views)
+        for role in JUDGED
+        if look.indices(role)
+    }
+
+
+def _final_probabilities(
+    run: RunFolder, look: Look, plan: Plan, views: str, looked: Mapping[str, Looked]
+) -> dict[str, torch.Tensor]:
+    """Averaged over views; roles that were `looked` at are not looked at again."""
+    classifier, how = load_final(run), plan.evaluate.average
+    return {
+        role: looked[role].average
+        if role in looked
+        else predict_probabilities(classifier, look.store, look.indices(role), plan, views, how)
         for role in (*JUDGED, "calibration")
     }
 

@@ -189,7 +189,7 @@ def predict_views(
     """
     viewer = Viewer(classifier, plan, views)
     answers = [torch.empty(0, len(viewer.crops), viewer.num_classes)]
-    answers += [viewer.judge(pictures).transpose(0, 1) for pictures in _pictures(viewer, store, indices)]
+    answers += [said.transpose(0, 1) for said in predict_in_batches(viewer, store, indices)]
     return torch.cat(answers)
 
 
@@ -216,9 +216,15 @@ def predict_probabilities(
     """
     viewer = Viewer(classifier, plan, views)
     answers = [torch.empty(0, viewer.num_classes)]
-    for pictures in _pictures(viewer, store, indices):  # averaged at once: 50 views of many classes would fill memory
-        answers.append(average_views(viewer.judge(pictures), how))
+    for said in predict_in_batches(viewer, store, indices):  # averaged at once: 50 views would fill memory
+        answers.append(average_views(said, how))
     return torch.cat(answers)
+
+
+def predict_in_batches(viewer: Viewer, store: ImageStore, indices: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Probabilities (V, B, K) of every view of a few images after the other, as `Viewer.judge` gives them."""
+    for pictures in _pictures(viewer, store, indices):
+        yield viewer.judge(pictures)
 
 
 def predict_draws(
