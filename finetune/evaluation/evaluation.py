@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from finetune.evaluation.comparing import selection_flags
+from finetune.evaluation.draws import compare_draws, draw
 from finetune.evaluation.ensembles import score_members, selection_note
 from finetune.evaluation.prediction import load_final, predict_probabilities, temper
 from finetune.evaluation.view_scores import Looked, look_by_view, view_arrays, view_scores
 from finetune.evaluation.views import permitted_views, view_names
 from finetune.features.survey import Look
+from finetune.models.classifier import Classifier
 from finetune.recipe.ladder import next_experiment
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder, write_whole
@@ -48,6 +50,7 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
         scores["conformal"] = _promise(plan, final, labels)
     arrays = _arrays(tempered, labels, look) | view_arrays(looked)
     scores |= view_scores(looked, labels["test"])
+    center = tempered
     if views != "center":
         single = _final_probabilities(run, look, plan, "center", {})
         center, _ = _calibrate(plan, single, labels)
@@ -62,6 +65,8 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
                 role: _pair(tempered[role], tempered_probe[role], labels[role]) for role in JUDGED if len(labels[role])
             }
         arrays |= {f"probe_{role}_probabilities": rows.numpy() for role, rows in tempered_probe.items()}
+    if plan.evaluate.draws:
+        scores["draws"] = _draw(run, look, center, labels)
     scores["next"] = _propose(run, look)
     probe_facts = look.facts.probe
     scores["chosen_by_val"] = selection_flags(plan, probe_chosen_by=probe_facts.chosen_by if probe_facts else "val")
@@ -150,6 +155,23 @@ def _promise(
             probabilities["test"], labels["test"], threshold, coverage=coverage, num_calibration=count
         )
     return found
+
+
+def _draw(
+    run: RunFolder, look: Look, center: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Draws of the head's dropout in the centre view, beside the ordinary answer in that view; both tempered."""
+    plan, classifier = run.plan, load_final(run)
+    if not isinstance(classifier, Classifier):
+        return {"n": 0, "sentence": "no draws: several networks are averaged, and each is judged without dropout"}
+    drawn = {role: draw(classifier, look.store, look.indices(role), plan) for role in (*JUDGED, "calibration")}
+    tempered, temperature = _calibrate(plan, {role: one.mean for role, one in drawn.items()}, labels)
+    return {
+        "n": plan.evaluate.draws,
+        "temperature": temperature,
+        **_score(tempered, labels, plan.classes),
+        **compare_draws(plan.evaluate.draws, drawn, tempered, center, labels),
+    }
 
 
 def _score(

@@ -239,19 +239,29 @@ def predict_draws(
         RunError: if nothing in the classifier is random in training.
         ValueError: if `draws` is less than 1.
     """
+    answers = [torch.empty(0, draws, len(plan.classes))]
+    answers += [drawn.transpose(0, 1) for drawn in draw_in_batches(classifier, store, indices, plan, draws, seed)]
+    return torch.cat(answers)
+
+
+def draw_in_batches(
+    classifier: Classifier, store: ImageStore, indices: Sequence[int], plan: Plan, draws: int, seed: int
+) -> Iterator[torch.Tensor]:
+    """Probabilities (S, B, K) of a few images after the other, as `predict_draws` gives them all at once.
+
+    The backbone, which is still, looks at an image once; the head alone is passed S times.
+    """
     if not random_pieces(classifier.head):
         raise RunError(
             "the head of this run has no dropout, so draws of it would all be the same. Train with head.dropout "
             "or head.drop_connect above 0, or judge it without draws."
         )
     viewer = Viewer(classifier, plan, "center")
-    answers = [torch.empty(0, draws, viewer.num_classes)]
     for number, pictures in enumerate(_pictures(viewer, store, indices)):
         with torch.inference_mode(), viewer.autocast():
-            images = viewer.images(np.stack([crop for crops in pictures for crop in crops]))
-            drawn = sample_predictions(classifier, images, draws, seed + number)  # (S, B, K)
-        answers.append(drawn.transpose(0, 1).cpu())
-    return torch.cat(answers)
+            features = classifier.backbone(viewer.images(np.stack([crop for crops in pictures for crop in crops])))
+            drawn = sample_predictions(classifier.head, features, draws, seed + number)
+        yield drawn.cpu()
 
 
 def _pictures(viewer: Viewer, store: ImageStore, indices: Sequence[int]) -> Iterator[list[list[np.ndarray]]]:

@@ -212,6 +212,8 @@ def scores_text(scores: Mapping[str, Any]) -> str:
             f"  {scores['views']} minus center on test: {percent({**gain, 'value': gain['difference']}, signed=True)}"
             f"{_judge(gain)}, for {scores['views_gain']['crops']} times the passes"
         )
+    if said := (scores.get("draws") or {}).get("sentence"):
+        lines += textwrap.wrap(said, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
     if sets := scores.get("conformal", {}).get("test"):
         size = sets["mean_size"]["value"]
         lines.append(
