@@ -18,14 +18,9 @@ from finetune.data.decoding import center_crop, decode
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import open_source
 from finetune.errors import RecipeError, RunError
-from finetune.evaluation import prediction
-from finetune.evaluation.prediction import (
-    Viewer,
-    load_final,
-    predict_draws,
-    predict_probabilities,
-    predict_views,
-)
+from finetune.evaluation import viewing
+from finetune.evaluation.prediction import load_final, predict_draws, predict_probabilities, predict_views
+from finetune.evaluation.viewing import Viewer
 from finetune.evaluation.views import (
     average_views,
     list_crops,
@@ -390,7 +385,7 @@ def test_an_image_is_decoded_once_however_many_views_are_taken(run, classifier, 
         return decode(data, shorter_pixels=shorter_pixels, interpolation=interpolation)
 
     monkeypatch.setattr(loading, "decode", counted)
-    monkeypatch.setattr(prediction, "decode", counted)
+    monkeypatch.setattr(viewing, "decode", counted)
     answers = predict_views(classifier, store, [0, 3, 5], run.plan, views)
     crops = list_crops(views, 32)
     assert answers.shape == (3, len(crops), 3)
@@ -402,7 +397,7 @@ def test_a_scale_made_from_the_largest_looks_as_if_decoded_alone(tmp_path):
     pixels = np.stack([127 + 120 * np.sin(x * k + y) for k in (1, 2, 3)], axis=2).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "smooth.png")
     data = (tmp_path / "smooth.png").read_bytes()
-    images = prediction._decode_at_scales(data, [160, 120, 64], "bicubic")
+    images = viewing._at_scales(*decode(data, shorter_pixels=160, interpolation="bicubic"), [160, 120, 64], "bicubic")
     for scale, image in images.items():
         alone, _ = decode(data, shorter_pixels=scale, interpolation="bicubic")
         assert np.abs(image.astype(int) - alone).mean() < 1

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from finetune.data.loading import ImageStore
-from finetune.evaluation.prediction import Viewer, predict_in_batches
+from finetune.evaluation.prediction import predict_in_batches
+from finetune.evaluation.viewing import open_viewer
 from finetune.evaluation.views import average_views
 from finetune.models.classifier import Classifier
 from finetune.recipe.plan import Plan
@@ -61,7 +62,7 @@ def look_by_view(
     Raises:
         As `predict_views`.
     """
-    viewer = Viewer(classifier, plan, views)
+    viewer = open_viewer(classifier, plan, views)
     shape = (len(indices), len(viewer.crops), viewer.num_classes)
     average = torch.empty(shape[0], shape[2])
     is_right, losses = torch.empty(shape[:2], dtype=torch.bool), torch.empty(shape[:2], dtype=torch.float64)
