@@ -123,7 +123,7 @@ def main() -> None:
         ROOT / "docs" / "training.md",
         {name: result(name) for name in ("craft", "ablation", "snapshots", "imbalance", "overhead")},
     )
-    write(ROOT / "docs" / "judging.md", {"judging": result("judging")})
+    write(ROOT / "docs" / "judging.md", {"judging": result("judging"), "views": result("views")})
 
 
 def write(readme: Path, parts: dict[str, str]) -> None:

@@ -336,7 +336,7 @@ def test_one_view_is_the_plain_forward_bit_for_bit(run, classifier, store, how):
 @pytest.mark.technique("T151", "T152")
 @pytest.mark.parametrize("views", ["five", "ten"])
 def test_several_views_of_one_scale_are_one_forward_bit_for_bit(run, classifier, store, views):
-    plan, many = run.plan, range(len(store.items))
+    plan, many = run.plan, range(6)
     crops = [crop for index in many for crop in view_crops(store.get(index), plan.view.size_pixels, views)]
     with torch.inference_mode():
         plain = classifier(normalize(torch.from_numpy(np.stack(crops)), plan.view)).softmax(1)
@@ -345,6 +345,17 @@ def test_several_views_of_one_scale_are_one_forward_bit_for_bit(run, classifier,
     assert torch.equal(
         predict_probabilities(classifier, store, many, plan, views), average_views(plain.transpose(0, 1))
     )
+
+
+@pytest.mark.parametrize(("views", "most"), [("ten", 64), ("center/64", 16)])
+def test_a_pass_of_many_crops_is_as_large_as_one_of_many_images(run, classifier, store, views, most):
+    passes, rows = [], [index % len(store.items) for index in range(30)]
+    hook = classifier.backbone.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    predict_views(classifier, store, rows, run.plan, views)
+    hook.remove()
+    count = 30 * len(view_names(views))
+    assert sum(passes) - count in (0, 1)  # one more where it was tried whether the size is taken
+    assert max(passes) == most and viewing.CROPS_PER_PASS["cpu"] == 64
 
 
 def test_no_images_give_no_rows(run, classifier, store):

@@ -18,7 +18,7 @@ from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import read_bytes
 from finetune.errors import RecipeError
 from finetune.evaluation.averages import Ensemble
-from finetune.evaluation.views import check_crops, list_crops, permitted_views, unmirror
+from finetune.evaluation.views import check_crops, list_crops, mirror, permitted_views, unmirror
 from finetune.models.backbones import Backbone
 from finetune.models.classifier import Classifier
 from finetune.recipe.cards import View
@@ -28,7 +28,10 @@ from finetune.scores.selection import average
 BATCH = 64
 """Most images read at once."""
 MOST_CROPS = 640
-"""Most crops per forward pass, of the size the network was trained on; fewer where they are larger."""
+"""Most crops in memory at once, of the size the network was trained on."""
+CROPS_PER_PASS = {"cpu": 64, "cuda": 640}
+"""Most crops per forward pass, of the size the network was trained on; fewer where they are larger. On a CPU the
+activations of more are given back to the kernel (see `machine.KEEP_BYTES`): ten crops then cost twenty centres."""
 _REFUSALS = (AssertionError, RuntimeError, ValueError, TypeError)
 """What networks raise at images of a size they cannot take."""
 
@@ -95,7 +98,13 @@ class Viewer:
         return self._cut(_at_scales(pixels, facts, self._scales, self.view.interpolation))
 
     def _cut(self, images: Mapping[int, np.ndarray]) -> list[np.ndarray]:
-        return [crop.cut(images[crop.scale_pixels(self.view)], self.view) for crop in self.crops]
+        scales = [crop.scale_pixels(self.view) for crop in self.crops]
+        mirrored = {scale for crop, scale in zip(self.crops, scales, strict=True) if crop.is_mirrored}
+        mirrors = {scale: mirror(images[scale]) for scale in mirrored}
+        return [
+            crop.cut((mirrors if crop.is_mirrored else images)[scale], self.view)
+            for crop, scale in zip(self.crops, scales, strict=True)
+        ]
 
     @torch.inference_mode()
     def judge(self, pictures: Sequence[Sequence[np.ndarray]]) -> torch.Tensor:
@@ -109,7 +118,7 @@ class Viewer:
                 alike.setdefault((crop.size_pixels, pixels.shape), []).append((row, column))
         answers = torch.empty(len(pictures), len(self.crops), self.num_classes)  # (B, V, K)
         for (size, shape), places in alike.items():
-            at_once = max(1, MOST_CROPS * self.view.size_pixels**2 // (shape[0] * shape[1]))
+            at_once = max(1, CROPS_PER_PASS[self.device] * self.view.size_pixels**2 // (shape[0] * shape[1]))
             for start in range(0, len(places), at_once):
                 rows, columns = zip(*places[start : start + at_once], strict=True)
                 stacked = np.stack([pictures[row][column] for row, column in zip(rows, columns, strict=True)])
