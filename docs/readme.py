@@ -123,7 +123,7 @@ def main() -> None:
         ROOT / "docs" / "training.md",
         {name: result(name) for name in ("craft", "ablation", "snapshots", "imbalance", "overhead")},
     )
-    write(ROOT / "docs" / "judging.md", {name: result(name) for name in ("distil", "judging")})
+    write(ROOT / "docs" / "judging.md", {name: result(name) for name in ("distil", "judging", "views")})
 
 
 def write(readme: Path, parts: dict[str, str]) -> None:

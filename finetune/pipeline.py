@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from finetune.data.sources import open_source, read_bytes
 from finetune.errors import DataError, FinetuneError, RecipeError, RunError
 from finetune.evaluation.evaluation import evaluate_run
-from finetune.evaluation.prediction import refuse_views
 from finetune.evaluation.teaching import load_teacher
+from finetune.evaluation.viewing import refuse_views
 from finetune.features.ranking import choose_backbone
 from finetune.features.survey import Look, look, survey_part
 from finetune.machine import describe_environment, tune_process

@@ -87,7 +87,7 @@ train:
   clip_norm: 5.0
   stop_ratio: 4.0
   batch_norm: train
-evaluate: {{views: ten}}
+evaluate: {{views: ten, draws: 3}}
 """
     path = tmp_path / "all.yaml"
     path.write_text(text)
@@ -100,7 +100,8 @@ evaluate: {{views: ten}}
     run = ft.train(ft.load_recipe(path, ["tracking.enabled=false"]), runs=tmp_path / "runs", say=lambda text: None)
     names = [member.name for member in read_members(run.file("snapshots"))]
     assert names == ["cycle-1", "cycle-2", "last-1", "last-2"]
-    assert run.read_json("scores.json")["test"]["top1"]["n"] > 0
+    scores = run.read_json("scores.json")
+    assert scores["test"]["top1"]["n"] > 0 and scores["draws"]["n"] == 3
 
 
 def test_gradual_training_opens_one_stage_of_the_backbone_after_the_other(shapes, tmp_path):

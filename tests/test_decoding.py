@@ -12,7 +12,7 @@ import torchvision.transforms as T
 from PIL import Image
 
 from finetune.data import decoding
-from finetune.data.decoding import BadImage, decode
+from finetune.data.decoding import BadImage, decode, decode_sizes
 
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 
@@ -207,6 +207,41 @@ def test_a_draft_never_falls_below_the_answer(monkeypatch):
         assert pixels.shape[0] == 64
         assert min(width, height) >= min(64, side)
     assert len(drafts) == 8 and drafts[-1][1] < 300  # it does draft
+
+
+SIZES = [(32, "bilinear"), (48, "bicubic"), (80, "nearest"), (None, "bilinear"), (32, "bicubic")]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_several_sizes_of_one_image_are_those_it_has_alone_to_the_bit(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = packed(Image.fromarray(smooth(400, 603)), kind, exif=exif)
+    images, facts = decode_sizes(data, SIZES)
+    for pixels, (shorter, interpolation) in zip(images, SIZES, strict=True):
+        alone, told = read(data, shorter, interpolation)
+        np.testing.assert_array_equal(pixels, alone)
+        assert facts == told
+
+
+@pytest.mark.parametrize(("kind", "times"), [("PNG", 1), ("WEBP", 1), ("JPEG", 3)])
+def test_an_image_is_decoded_once_for_all_sizes_and_a_jpeg_once_for_each_reduction(monkeypatch, kind, times):
+    data = packed(Image.fromarray(smooth(400, 600)), kind)
+    loads, flatten = [], decoding._flatten
+    monkeypatch.setattr(decoding, "_flatten", lambda image: loads.append(image.size) or flatten(image))
+    decode_sizes(data, SIZES)
+    assert len(loads) == times, loads
+    loads.clear()
+    decode_sizes(data, [(96, "bilinear"), (100, "bicubic")])  # both are made of half the size
+    assert len(loads) == 1
+
+
+def test_no_sizes_and_a_broken_file_are_refused():
+    with pytest.raises(ValueError, match="sizes is empty"):
+        decode_sizes(b"", [])
+    with pytest.raises(BadImage, match="truncated"):
+        decode_sizes(packed(Image.fromarray(NOISE), "JPEG")[:900], SIZES)
 
 
 @pytest.mark.parametrize(

@@ -305,12 +305,15 @@ def test_members_that_do_not_fit_together_are_refused(pool, tmp_path):
     changes = {
         "another classes .* number 1 is 'stripes' and not 'disc'": {"classes": plan.classes[::-1]},
         "another split of the images .* test image of one may have taught the other": {"split_digest": "0" * 32},
-        "another view .* same data.image_size": {"data": plan.data.model_copy(update={"image_size": 48})},
     }
     for number, (message, change) in enumerate(changes.items()):
         other = altered(second, tmp_path / str(number), **change)
         with pytest.raises(RunError, match=message):
             ensemble([first, other], tmp_path, "average")
+    other = altered(second, tmp_path / "larger", data=plan.data.model_copy(update={"image_size": 48}))
+    for how in ("soup", "greedy_soup"):
+        with pytest.raises(RunError, match=r"another view .* Average the predictions instead \(how=average\)"):
+            ensemble([first, other], tmp_path, how)
     with pytest.raises(RunError, match="is a probe, and no trained run"):
         ensemble([probe], tmp_path, "average")
     with pytest.raises(RunError, match=r"kept no snapshots\. Train with train\.averaging\.snapshots=3"):

@@ -21,7 +21,7 @@ from finetune.data.loading import ImageStore
 from finetune.data.sources import Item
 from finetune.data.tables import write_parquet
 from finetune.errors import DataError, RecipeError, RunError
-from finetune.evaluation.prediction import BATCH, load_final, predict_views
+from finetune.evaluation.prediction import load_final, predict_views
 from finetune.evaluation.serving import (
     Prediction,
     expand_names,
@@ -31,6 +31,7 @@ from finetune.evaluation.serving import (
     save_predictions,
     write_predictions,
 )
+from finetune.evaluation.viewing import BATCH
 from finetune.evaluation.views import average_views
 from finetune.scores.conformal import prediction_set
 

@@ -18,14 +18,9 @@ from finetune.data.decoding import center_crop, decode
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import open_source
 from finetune.errors import RecipeError, RunError
-from finetune.evaluation import prediction
-from finetune.evaluation.prediction import (
-    Viewer,
-    load_final,
-    predict_draws,
-    predict_probabilities,
-    predict_views,
-)
+from finetune.evaluation import viewing
+from finetune.evaluation.prediction import load_final, predict_draws, predict_probabilities, predict_views
+from finetune.evaluation.viewing import Viewer
 from finetune.evaluation.views import (
     average_views,
     list_crops,
@@ -341,7 +336,7 @@ def test_one_view_is_the_plain_forward_bit_for_bit(run, classifier, store, how):
 @pytest.mark.technique("T151", "T152")
 @pytest.mark.parametrize("views", ["five", "ten"])
 def test_several_views_of_one_scale_are_one_forward_bit_for_bit(run, classifier, store, views):
-    plan, many = run.plan, range(len(store.items))
+    plan, many = run.plan, range(6)
     crops = [crop for index in many for crop in view_crops(store.get(index), plan.view.size_pixels, views)]
     with torch.inference_mode():
         plain = classifier(normalize(torch.from_numpy(np.stack(crops)), plan.view)).softmax(1)
@@ -350,6 +345,17 @@ def test_several_views_of_one_scale_are_one_forward_bit_for_bit(run, classifier,
     assert torch.equal(
         predict_probabilities(classifier, store, many, plan, views), average_views(plain.transpose(0, 1))
     )
+
+
+@pytest.mark.parametrize(("views", "most"), [("ten", 64), ("center/64", 16)])
+def test_a_pass_of_many_crops_is_as_large_as_one_of_many_images(run, classifier, store, views, most):
+    passes, rows = [], [index % len(store.items) for index in range(30)]
+    hook = classifier.backbone.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    predict_views(classifier, store, rows, run.plan, views)
+    hook.remove()
+    count = 30 * len(view_names(views))
+    assert sum(passes) - count in (0, 1)  # one more where it was tried whether the size is taken
+    assert max(passes) == most and viewing.CROPS_PER_PASS["cpu"] == 64
 
 
 def test_no_images_give_no_rows(run, classifier, store):
@@ -390,7 +396,7 @@ def test_an_image_is_decoded_once_however_many_views_are_taken(run, classifier, 
         return decode(data, shorter_pixels=shorter_pixels, interpolation=interpolation)
 
     monkeypatch.setattr(loading, "decode", counted)
-    monkeypatch.setattr(prediction, "decode", counted)
+    monkeypatch.setattr(viewing, "decode", counted)
     answers = predict_views(classifier, store, [0, 3, 5], run.plan, views)
     crops = list_crops(views, 32)
     assert answers.shape == (3, len(crops), 3)
@@ -402,7 +408,7 @@ def test_a_scale_made_from_the_largest_looks_as_if_decoded_alone(tmp_path):
     pixels = np.stack([127 + 120 * np.sin(x * k + y) for k in (1, 2, 3)], axis=2).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "smooth.png")
     data = (tmp_path / "smooth.png").read_bytes()
-    images = prediction._decode_at_scales(data, [160, 120, 64], "bicubic")
+    images = viewing._at_scales(*decode(data, shorter_pixels=160, interpolation="bicubic"), [160, 120, 64], "bicubic")
     for scale, image in images.items():
         alone, _ = decode(data, shorter_pixels=scale, interpolation="bicubic")
         assert np.abs(image.astype(int) - alone).mean() < 1

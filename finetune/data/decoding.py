@@ -11,9 +11,10 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -95,17 +96,41 @@ def decode(data: bytes, *, shorter_pixels: int | None, interpolation: str) -> tu
         BadImage: if `data` is empty, truncated, damaged, too large, or no image.
         ValueError: if `interpolation` is unknown.
     """
-    if interpolation not in _RESAMPLING:
-        raise ValueError(f"interpolation must be one of {', '.join(_RESAMPLING)}, got {interpolation!r}.")
+    (pixels,), facts = decode_sizes(data, [(shorter_pixels, interpolation)])
+    return pixels, facts
+
+
+def decode_sizes(data: bytes, sizes: Sequence[tuple[int | None, str]]) -> tuple[list[np.ndarray], ImageFacts]:
+    """The same image in several sizes, each bit for bit as `decode` gives it alone.
+
+    The file is decoded once. Only a large JPEG may be so once more for each of the reduced sizes (half, quarter,
+    eighth) that `decode` would choose: another one would change the pixels.
+
+    Args:
+        data: the whole file.
+        sizes: one or more; of each, the length of the shorter side and the interpolation, as for `decode`.
+
+    Raises:
+        As `decode`.
+    """
+    for _, interpolation in sizes:
+        if interpolation not in _RESAMPLING:
+            raise ValueError(f"interpolation must be one of {', '.join(_RESAMPLING)}, got {interpolation!r}.")
+    if not sizes:
+        raise ValueError("sizes is empty; name one or more.")
     if not data:
         raise BadImage("empty file")
+    answers: list[np.ndarray] = []
+    known: dict[tuple[int, int], _Loaded] = {}
     with _silence():
-        image = _open(data)
-        try:
-            pixels, facts = _read(image, shorter_pixels, _RESAMPLING[interpolation])
-        except _DAMAGE as fault:
-            raise BadImage(_reason(image, fault)) from fault
-    return pixels, facts
+        for shorter, interpolation in sizes:
+            image = _open(data)  # the header; what is decoded at a reduced size cannot be had at another
+            try:
+                loaded = _load(image, shorter, known)
+                answers.append(_resize(loaded, shorter, _RESAMPLING[interpolation]))
+            except _DAMAGE as fault:
+                raise BadImage(_reason(image, fault)) from fault
+    return answers, loaded.facts
 
 
 def _open(data: bytes) -> Image.Image:
@@ -122,26 +147,50 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _read(image: Image.Image, shorter: int | None, resample: Image.Resampling) -> tuple[np.ndarray, ImageFacts]:
+class _Loaded(NamedTuple):
+    """An image in memory, perhaps reduced."""
+
+    flat: Image.Image
+    full: tuple[int, int]
+    """Width and height before it was reduced."""
+    box: tuple[float, float, float, float] | None
+    """The part of it that is image, where it was reduced."""
+    orientation: int
+    """Of EXIF; still to be undone."""
+    facts: ImageFacts
+
+
+def _load(image: Image.Image, shorter: int | None, known: dict[tuple[int, int], _Loaded]) -> _Loaded:
+    """The image large enough for `shorter`; out of `known` where it was loaded before."""
+    is_jpeg = image.format in ("JPEG", "MPO")
+    if known and not is_jpeg:
+        return next(iter(known.values()))
     kind, orientation, size = _kind(image), _orientation(image), image.size  # asking a PNG for EXIF loads it
     box: tuple[float, float, float, float] | None = None
-    if shorter is not None and image.format in ("JPEG", "MPO"):
+    if shorter is not None and is_jpeg:
         width, height = _fit(size, shorter)
         # PIL never drafts below the size asked for
         drafted = image.draft(None, (DRAFT_GAP * width, DRAFT_GAP * height))
         box = drafted[1] if drafted else None
+    if (reduced := image.size) in known:
+        return known[reduced]
     image.load()
     # Loading turns TIFFs upright by itself, and drafting shrinks JPEGs: only the latter keep the size of the header.
     remaining = _orientation(image)
     full = size if box else image.size
     width, height = full[::-1] if remaining >= 5 else full
     facts = ImageFacts(width=width, height=height, kind=kind, is_rotated=orientation != 1)
-    flat = _flatten(image)
-    if shorter is not None and flat.size != (target := _fit(full, shorter)):
-        flat = flat.resize(target, resample, box=box)
-    if remaining in _UPRIGHT:
-        flat = flat.transpose(_UPRIGHT[remaining])
-    return np.array(flat.convert("RGB")), facts
+    known[reduced] = _Loaded(_flatten(image), full, box, remaining, facts)
+    return known[reduced]
+
+
+def _resize(loaded: _Loaded, shorter: int | None, resample: Image.Resampling) -> np.ndarray:
+    flat = loaded.flat
+    if shorter is not None and flat.size != (target := _fit(loaded.full, shorter)):
+        flat = flat.resize(target, resample, box=loaded.box)
+    if loaded.orientation in _UPRIGHT:
+        flat = flat.transpose(_UPRIGHT[loaded.orientation])
+    return np.array(flat.convert("RGB"))
 
 
 def _fit(size: tuple[int, int], shorter: int) -> tuple[int, int]:

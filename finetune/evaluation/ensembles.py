@@ -14,15 +14,16 @@ from typing import Any, Literal
 import torch
 import yaml
 from safetensors.torch import save_file
-from torch import nn
 
 from finetune.errors import RunError
+from finetune.evaluation.averages import Ensemble
 from finetune.evaluation.members import (
     AVERAGE_FILE,
     KINDS,
     Candidate,
     Members,
     Val,
+    check_views,
     find_candidates,
     predict,
     refuse_strangers,
@@ -46,46 +47,6 @@ How = Literal["average", "greedy", "soup", "greedy_soup", "wise"]
 Say = Callable[[str], None]
 
 
-class Ensemble(nn.Module):
-    """Several classifiers of one view, and logits whose softmax is the average of what they say."""
-
-    weights: torch.Tensor
-
-    def __init__(
-        self, members: Sequence[nn.Module], weights: Sequence[float] | None = None, average: str = "probability"
-    ) -> None:
-        """Hold `members`, weighted alike or by `weights`, and average as `finetune.scores.selection.average` does.
-
-        Raises:
-            ValueError: if there is no member, not one positive weight each, or the average is unknown.
-        """
-        super().__init__()
-        weights = [1.0] * len(members) if weights is None else list(weights)
-        if not members or len(weights) != len(members) or min(weights) <= 0:
-            raise ValueError(f"{len(members)} members need as many positive weights, got {weights}.")
-        if average not in AVERAGES:
-            raise ValueError(f"average must be one of {', '.join(AVERAGES)}, got {average!r}.")
-        self.members, self.average = nn.ModuleList(members), average
-        shares = torch.tensor(weights, dtype=torch.float64)
-        self.register_buffer("weights", shares / shares.sum(), persistent=False)
-
-    @property
-    def backbone(self) -> nn.Module:
-        """That of the first member, for whoever asks what kind of network this is."""
-        return self.members[0].backbone  # type: ignore[return-value]
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Map images (B, 3, H, W) to logits (B, K), float32. Of one member, or equal ones, they are its own."""
-        logits = torch.stack([member(images).double() for member in self.members])  # (M, B, K)
-        ahead = logits.log_softmax(2)
-        ahead = ahead - ahead[:1]  # from the first member on, so that nothing is added to it where all say the same
-        if self.average == "logit":
-            gain = (self.weights[:, None, None] * ahead).sum(0)
-        else:
-            gain = torch.logsumexp(ahead + self.weights.log()[:, None, None], 0)
-        return (logits[0] + gain).float()
-
-
 def load_ensemble(run: RunFolder) -> Ensemble:
     """The average that `run` is, in eval mode on the CPU.
 
@@ -94,8 +55,9 @@ def load_ensemble(run: RunFolder) -> Ensemble:
         BackboneError: if the card of a member's backbone is not at hand.
     """
     found = run.read_json(AVERAGE_FILE)
-    members = [load_final(RunFolder.open(run.file(one["folder"]))) for one in found["members"]]
-    return Ensemble(members, [one["weight"] for one in found["members"]], found["average"]).eval()
+    folders = [RunFolder.open(run.file(one["folder"])) for one in found["members"]]
+    weights, views = [one["weight"] for one in found["members"]], [folder.plan.view for folder in folders]
+    return Ensemble([load_final(folder) for folder in folders], weights, found["average"], views).eval()
 
 
 def read_membership(run: RunFolder) -> dict[str, Any] | None:
@@ -129,7 +91,8 @@ def score_members(run: RunFolder, seen: Look, views: str | None = None) -> dict[
     tables = {}
     for role in JUDGED:
         if rows := seen.indices(role):
-            said = [predict(member, seen, rows, plan, views) for member in ensemble.members]
+            pairs = zip(ensemble.members, ensemble.views, strict=True)
+            said = [predict(member, seen, rows, plan, views, view) for member, view in pairs]
             labels, weights = seen.labels(role), ensemble.weights.tolist()
             table = ensemble_table(torch.stack(said), labels, names=names, kind=ensemble.average, weights=weights)
             tables[role] = [row.as_dict() for row in table]
@@ -154,7 +117,7 @@ def make_ensemble(
     snapshots of one run; or one network mixed from their weights. Equal weights count once, however often they come.
 
     Args:
-        runs: finished, on the same images, classes, split and view.
+        runs: finished, on the same images, classes and split; to mix their weights, also in the same view.
         how: `average` all predictions; `greedy`: those that val chooses; `soup`: the mean of all weights;
             `greedy_soup`: of those that do not harm it on val; `wise`: between the start and the end of one training.
         members: of each run its `final` weights, its `snapshots`, its `last` epochs, or `all` of them.
@@ -170,7 +133,7 @@ def make_ensemble(
         ValueError: if the arguments contradict each other.
     """
     _check(how, members, average, alpha)
-    refuse_strangers(runs)
+    refuse_strangers(runs, is_mixture=how not in ("average", "greedy"))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"{folder} is there already, and a run folder is never overwritten; give a new name.")
     if how not in ("average", "greedy"):
@@ -227,7 +190,7 @@ def _average(candidates: Sequence[Candidate], how: How, average: str, most: int,
     record: dict[str, Any] = {"how": how, "average": average, "num_candidates": len(candidates)}
     if how == "greedy":
         judge = Val(candidates[0], seen)
-        said = torch.stack([judge.probabilities(candidate.load()) for candidate in candidates])
+        said = torch.stack([judge.probabilities(candidate.load(), candidate.plan.view) for candidate in candidates])
         chosen = greedy_selection(said, judge.labels, most=most, kind=average)
         record["val_log_losses"] = _losses_along(said, judge.labels, chosen, average)
         names = ", ".join(candidates[at].name for at in chosen)
@@ -239,6 +202,7 @@ def _average(candidates: Sequence[Candidate], how: How, average: str, most: int,
             f"{candidates[members[0]].run.path} is a probe, and no trained run would be averaged with it. "
             "A probe is solved exactly, so restarts of it are all the same; use that run as it is."
         )
+    check_views(base.plan, [candidates[at] for at in members], say)
     rows = [candidates[at].as_dict(chosen.count(at) / len(chosen)) for at in members]
     for number, row in enumerate(rows, start=1):
         row["folder"] = f"members/{number}"

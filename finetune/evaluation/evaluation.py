@@ -9,11 +9,14 @@ import numpy as np
 import torch
 
 from finetune.evaluation.comparing import selection_flags
+from finetune.evaluation.draws import compare_draws, draw
 from finetune.evaluation.ensembles import read_membership, score_members, selection_note
 from finetune.evaluation.prediction import load_final, predict_probabilities, temper
 from finetune.evaluation.teaching import read_answers
+from finetune.evaluation.view_scores import Looked, look_by_view, view_arrays, view_scores
 from finetune.evaluation.views import permitted_views, view_names
 from finetune.features.survey import Look
+from finetune.models.classifier import Classifier
 from finetune.recipe.ladder import next_experiment
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder, write_whole
@@ -37,7 +40,8 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
     views, fallback = permitted_views(views or plan.evaluate.views, plan.data.allowed_changes)
     probe = _probe_probabilities(look)
     is_probe = probe is not None and not plan.stages and views == "center"
-    final = probe if is_probe else _final_probabilities(run, look, plan, views)
+    looked = _look_by_view(run, look, plan, views)
+    final = probe if is_probe else _final_probabilities(run, look, plan, views, looked)
     assert final is not None
     labels = {role: look.labels(role) for role in (*JUDGED, "calibration")}
     scores: dict[str, Any] = {"views": views, "views_note": fallback, "classes": list(plan.classes)}
@@ -45,9 +49,11 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
     scores |= _score(tempered, labels, plan.classes)
     if len(labels["calibration"]):
         scores["conformal"] = _promise(plan, final, labels)
-    arrays = _arrays(tempered, labels, look)
+    arrays = _arrays(tempered, labels, look) | view_arrays(looked)
+    scores |= view_scores(looked, labels["test"])
+    center = tempered
     if views != "center":
-        single = _final_probabilities(run, look, plan, "center")
+        single = _final_probabilities(run, look, plan, "center", {})
         center, _ = _calibrate(plan, single, labels)
         scores["center"] = _score(center, labels, plan.classes)
         gains = {role: _pair(tempered[role], center[role], labels[role]) for role in JUDGED if len(labels[role])}
@@ -63,6 +69,8 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
     if plan.train.distillation.teacher is not None and read_membership(run) is None:
         scores["teacher"], answers = _beside_teacher(run, look, tempered, labels)
         arrays |= {f"teacher_{role}_probabilities": rows.numpy() for role, rows in answers.items()}
+    if plan.evaluate.draws:
+        scores["draws"] = _draw(run, look, center, labels)
     scores["next"] = _propose(run, look)
     probe_facts = look.facts.probe
     scores["chosen_by_val"] = selection_flags(plan, probe_chosen_by=probe_facts.chosen_by if probe_facts else "val")
@@ -114,10 +122,27 @@ def _probe_probabilities(look: Look) -> dict[str, torch.Tensor] | None:
     return {role: look.probe.logits(look.stacked(role)).softmax(1).float() for role in (*JUDGED, "calibration")}
 
 
-def _final_probabilities(run: RunFolder, look: Look, plan: Plan, views: str) -> dict[str, torch.Tensor]:
+def _look_by_view(run: RunFolder, look: Look, plan: Plan, views: str) -> dict[str, Looked]:
+    """What each view says of val and test; nothing where there is one view."""
+    if len(view_names(views, plan.view.size_pixels)) == 1:
+        return {}
     classifier = load_final(run)
     return {
-        role: predict_probabilities(classifier, look.store, look.indices(role), plan, views, plan.evaluate.average)
+        role: look_by_view(classifier, look.store, look.indices(role), look.labels(role), plan, views)
+        for role in JUDGED
+        if look.indices(role)
+    }
+
+
+def _final_probabilities(
+    run: RunFolder, look: Look, plan: Plan, views: str, looked: Mapping[str, Looked]
+) -> dict[str, torch.Tensor]:
+    """Averaged over views; roles that were `looked` at are not looked at again."""
+    classifier, how = load_final(run), plan.evaluate.average
+    return {
+        role: looked[role].average
+        if role in looked
+        else predict_probabilities(classifier, look.store, look.indices(role), plan, views, how)
         for role in (*JUDGED, "calibration")
     }
 
@@ -148,6 +173,23 @@ def _promise(
             probabilities["test"], labels["test"], threshold, coverage=coverage, num_calibration=count
         )
     return found
+
+
+def _draw(
+    run: RunFolder, look: Look, center: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Draws of the head's dropout in the centre view, beside the ordinary answer in that view; both tempered."""
+    plan, classifier = run.plan, load_final(run)
+    if not isinstance(classifier, Classifier):
+        return {"n": 0, "sentence": "no draws: several networks are averaged, and each is judged without dropout"}
+    drawn = {role: draw(classifier, look.store, look.indices(role), plan) for role in (*JUDGED, "calibration")}
+    tempered, temperature = _calibrate(plan, {role: one.mean for role, one in drawn.items()}, labels)
+    return {
+        "n": plan.evaluate.draws,
+        "temperature": temperature,
+        **_score(tempered, labels, plan.classes),
+        **compare_draws(plan.evaluate.draws, drawn, tempered, center, labels),
+    }
 
 
 def _score(

@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from finetune.errors import RunError
+from finetune.errors import RecipeError, RunError
 from finetune.evaluation.prediction import load_final, predict_probabilities
 from finetune.evaluation.soups import Score, State
-from finetune.evaluation.views import permitted_views
+from finetune.evaluation.views import check_crops, list_crops, permitted_views
 from finetune.features.survey import Look, look
 from finetune.models.batch_norm import pooled_statistics
+from finetune.recipe.cards import View
 from finetune.recipe.plan import Plan
 from finetune.recipe.reading import load_recipe
 from finetune.recipe.runs import RunFolder
@@ -41,8 +42,8 @@ _SAME_SPLIT = (
     "images, shares and seed; with another seed only where the data name train, val, calibration and test themselves."
 )
 _SAME_VIEW = (
-    "Images are prepared once for all members. Train them with the same data.image_size, crop_pct, interpolation, mean "
-    "and std."
+    "One network cannot look at images in two ways. Average the predictions instead (how=average), or train with the "
+    "same data.image_size, crop_pct, interpolation, mean and std."
 )
 
 
@@ -89,11 +90,15 @@ class Candidate:
         }
 
 
-def refuse_strangers(runs: Sequence[RunFolder]) -> None:
-    """Nothing, where all runs are finished and were taught and judged on the same images in the same way.
+def refuse_strangers(runs: Sequence[RunFolder], *, is_mixture: bool) -> None:
+    """Nothing, where all runs are finished and were taught and judged on the same images.
+
+    Args:
+        runs: those that shall become one.
+        is_mixture: their weights are to be mixed, and so they must also look at images in the same view.
 
     Raises:
-        RunError: if there is none, or one is not finished, is an average itself, or differs in classes, split or view.
+        RunError: if there is none, or one is not finished, is an average itself, or differs in what must be the same.
     """
     if not runs:
         raise RunError("there are no runs to make an ensemble of; name the folders of at least one.")
@@ -109,7 +114,7 @@ def refuse_strangers(runs: Sequence[RunFolder]) -> None:
             ("split of the images", first.split_digest[:12], plan.split_digest[:12], _SAME_SPLIT),
             ("view", first.view, plan.view, _SAME_VIEW),
         ):
-            if ours != theirs:
+            if ours != theirs and (is_mixture or what != "view"):
                 raise RunError(f"{run.path} has another {what} than {runs[0].path}: {_difference(theirs, ours)}. {do}")
 
 
@@ -151,6 +156,24 @@ def find_candidates(runs: Sequence[RunFolder], members: Members, say: Callable[[
     return list(found.values())
 
 
+def check_views(plan: Plan, members: Sequence[Candidate], say: Callable[[str], None]) -> None:
+    """Nothing, where each member can take the views that `plan` is judged in; a line where they look differently.
+
+    Raises:
+        RunError: if a view cannot be cut out of the images that a member looks at.
+    """
+    views, _ = permitted_views(plan.evaluate.views, plan.data.allowed_changes)
+    own = [member.plan.view for member in members]
+    for member, view in zip(members, own, strict=True):
+        try:
+            check_crops(list_crops(views, view.size_pixels), view)
+        except RecipeError as fault:
+            raise RunError(f"{member.name} looks at {view.size_pixels} px: {fault}") from fault
+    if len(set(own)) > 1:
+        sizes = ", ".join(dict.fromkeys(f"{view.size_pixels} of {view.shorter_pixels} px" for view in own))
+        say(f"members look at images as each was trained: {sizes}; a file is decoded once")
+
+
 def selection_sentence(candidates: Sequence[Candidate], *, is_selected: bool) -> str | None:
     """Why the val score of what is made of `candidates` is no estimate; None where val chose nothing."""
     is_stopped = any(not one.member and one.plan.stages and one.plan.train.keep == "best" for one in candidates)
@@ -190,11 +213,11 @@ class Val:
         """(N,) of the val images."""
         return self.seen.labels("val")
 
-    def probabilities(self, classifier: nn.Module) -> torch.Tensor:
-        """(N, K) of the val images, in the views of the plan."""
+    def probabilities(self, classifier: nn.Module, view: View | None = None) -> torch.Tensor:
+        """(N, K) of the val images, in the views of the plan; `view` is the classifier's, where it is another."""
         plan = self._base.plan
         views, _ = permitted_views(plan.evaluate.views, plan.data.allowed_changes)
-        return predict(classifier, self.seen, self.seen.indices("val"), plan, views)
+        return predict(classifier, self.seen, self.seen.indices("val"), plan, views, view)
 
     def judge(self, state: State) -> Score:
         """Accuracy and log loss of a network with these weights."""
@@ -217,10 +240,12 @@ class Val:
         return self._classifier
 
 
-def predict(classifier: nn.Module, seen: Look, rows: Sequence[int], plan: Plan, views: str) -> torch.Tensor:
-    """(N, K) of the images `rows` of `seen`."""
+def predict(
+    classifier: nn.Module, seen: Look, rows: Sequence[int], plan: Plan, views: str, view: View | None = None
+) -> torch.Tensor:
+    """(N, K) of the images `rows` of `seen`; `view` is the classifier's, where it is not the plan's."""
     how = plan.evaluate.average
-    return predict_probabilities(classifier, seen.store, rows, plan, views, how)  # type: ignore[arg-type]
+    return predict_probabilities(classifier, seen.store, rows, plan, views, how, view)  # type: ignore[arg-type]
 
 
 def _digest(run: RunFolder, plan: Plan, member: Member | None) -> str:

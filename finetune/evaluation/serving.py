@@ -20,7 +20,8 @@ from finetune.data.loading import ImageStore
 from finetune.data.sources import IMAGE_SUFFIXES, Item
 from finetune.data.tables import write_parquet
 from finetune.errors import DataError, RecipeError, RunError
-from finetune.evaluation.prediction import Viewer, load_final, temper
+from finetune.evaluation.prediction import load_final, temper
+from finetune.evaluation.viewing import AnyViewer, open_viewer
 from finetune.evaluation.views import average_views
 from finetune.recipe.runs import RunFolder, write_whole
 from finetune.scores.conformal import prediction_set
@@ -97,7 +98,7 @@ def predict_stream(
         top_k=top_k,
         threshold=None if coverage is None else _threshold(run, scores, coverage),
     )
-    return _stream(Viewer(load_final(run), plan, scores["views"]), names, wish)
+    return _stream(open_viewer(load_final(run), plan, scores["views"]), names, wish)
 
 
 def _threshold(run: RunFolder, scores: dict[str, Any], coverage: float) -> float:
@@ -115,14 +116,14 @@ def _threshold(run: RunFolder, scores: dict[str, Any], coverage: float) -> float
     return float(known["threshold"])
 
 
-def _stream(viewer: Viewer, names: Iterable[str | Path], wish: _Wish) -> Iterator[Prediction]:
+def _stream(viewer: AnyViewer, names: Iterable[str | Path], wish: _Wish) -> Iterator[Prediction]:
     paths = expand_names(names)
     with ThreadPoolExecutor(2) as pool:
         while batch := list(islice(paths, viewer.images_at_once)):
             yield from _look_at(viewer, batch, wish, pool)
 
 
-def _look_at(viewer: Viewer, paths: Sequence[Path], wish: _Wish, pool: ThreadPoolExecutor) -> list[Prediction]:
+def _look_at(viewer: AnyViewer, paths: Sequence[Path], wish: _Wish, pool: ThreadPoolExecutor) -> list[Prediction]:
     """Predictions for a batch; its pixels are gone when it returns."""
     items = [Item(name=str(path), label=0, role=None, file=path) for path in paths]
     store = ImageStore(items, viewer.view, limit_bytes=0)
@@ -141,7 +142,7 @@ def _look_at(viewer: Viewer, paths: Sequence[Path], wish: _Wish, pool: ThreadPoo
     return answers
 
 
-def _read(viewer: Viewer, store: ImageStore, index: int) -> list[np.ndarray] | str:
+def _read(viewer: AnyViewer, store: ImageStore, index: int) -> list[np.ndarray] | str:
     """The crops of an image, or why there are none."""
     path = store.items[index].file
     try:

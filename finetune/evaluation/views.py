@@ -84,15 +84,18 @@ class Crop:
         return max(self.size_pixels, round(self.size_pixels * view.shorter_pixels / view.size_pixels))
 
     def cut(self, pixels: np.ndarray, view: View) -> np.ndarray:
-        """This crop of an image (H, W, 3) at its scale: (size, size, 3), or (H, W, 3) if whole; contiguous.
+        """This crop: (size, size, 3), or (H, W, 3) if whole; contiguous.
+
+        Args:
+            pixels: (H, W, 3), the image at this crop's scale, or its mirror image if the crop is mirrored.
+            view: says how large a crop is where its name does not.
 
         Raises:
             ValueError: if the image is smaller than the crop.
         """
-        image = pixels[:, ::-1] if self.is_mirrored else pixels
-        if self.place != "whole":
-            image = _cut(image, self.place, self.size_pixels or view.size_pixels)
-        return np.ascontiguousarray(image)  # torch.from_numpy refuses the negative strides of a mirrored array
+        if self.place == "whole":
+            return np.ascontiguousarray(pixels)
+        return np.ascontiguousarray(_cut(pixels, self.place, self.size_pixels or view.size_pixels))
 
 
 def list_crops(views: str, size_pixels: int = 224) -> tuple[Crop, ...]:
@@ -205,8 +208,19 @@ def view_crops(pixels: np.ndarray, size: int, views: str) -> list[np.ndarray]:
     crops = list_crops(views, size)
     if any(crop.place == "whole" or crop.shorter_pixels or crop.size_pixels for crop in crops):
         raise ValueError(f"{views} cannot be cut out of one resized image; `predict_views` makes the others.")
-    images = {False: pixels, True: pixels[:, ::-1]}
+    images = {False: pixels}
+    if any(crop.is_mirrored for crop in crops):
+        images[True] = mirror(pixels)
     return [np.ascontiguousarray(_cut(images[crop.is_mirrored], crop.place, size)) for crop in crops]
+
+
+def mirror(pixels: np.ndarray) -> np.ndarray:
+    """The mirror image (H, W, 3), contiguous.
+
+    Mirroring once and cutting then is many times as fast as copying crops out of numpy's reversed view, which goes
+    pixel by pixel: for five crops of 96 px that takes a quarter of the time of decoding.
+    """
+    return torch.from_numpy(np.ascontiguousarray(pixels)).flip(1).numpy()
 
 
 def _cut(image: np.ndarray, place: str, size: int) -> np.ndarray:

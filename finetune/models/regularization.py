@@ -261,8 +261,8 @@ def sample_predictions(classifier: nn.Module, images: torch.Tensor, draws: int =
     stay as they are. Modes and torch's generators are left as they were found.
 
     Args:
-        classifier: gives logits (B, K); frozen as it was in training.
-        images: (B, 3, H, W).
+        classifier: gives logits (B, K); frozen as it was in training. A head will do.
+        images: (B, 3, H, W), or what else it takes.
         draws: S.
         seed: of the draws; the same seed gives the same answer.
 

@@ -39,6 +39,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         reasons.append(Reason(key="backbone", value=facts.backbone.name, why=facts.ranking.why))
     strategy = decide("train.strategy", recipe.train.strategy, advice.strategy, f"{advice.why} [{advice.cell}]")
     refuse_depth(recipe, strategy, advice.why)
+    _refuse_draws_of_a_probe(recipe, strategy, advice.why)
     name = recipe.name or facts.root.rstrip("/").rsplit("/", 1)[-1] or "data"
     data = _decide_data(recipe, facts, decide)
     hardware = _decide_hardware(recipe, facts, decide)
@@ -146,9 +147,24 @@ def _refuse_contradictions(recipe: Recipe, facts: Facts) -> None:
         )
     if head.kind == "mlp" and (verdict := judge_activation(head.activation)).verdict == "refused":
         faults.append(f"head.activation is {head.activation}: {verdict.why}")
+    if recipe.evaluate.draws and not (head.dropout or head.drop_connect):
+        faults.append(
+            f"evaluate.draws is {recipe.evaluate.draws}, but the head drops nothing, so all draws would be the same; "
+            "set head.dropout (0.5 is usual) or head.drop_connect, or evaluate.draws to 0."
+        )
     faults += _swap_faults(recipe, facts)
     if faults:
         raise RecipeError("\n".join(faults))
+
+
+def _refuse_draws_of_a_probe(recipe: Recipe, strategy: str, why: str) -> None:
+    """Raises RecipeError where draws are asked for and the model is a probe, whose head never met dropout."""
+    if recipe.evaluate.draws and strategy == "probe":
+        said = "the recipe says so" if recipe.train.strategy else f"the advice is: {why}"
+        raise RecipeError(
+            f"evaluate.draws is {recipe.evaluate.draws}, but the model is the probe ({said}), which is solved without "
+            "dropout. Set another train.strategy, or evaluate.draws to 0."
+        )
 
 
 def _swap_faults(recipe: Recipe, facts: Facts) -> list[str]:

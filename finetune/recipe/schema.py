@@ -310,6 +310,9 @@ class EvaluateSpec(Section):
     """Share of images whose prediction set is to hold the true class."""
     calibrate: bool = True
     """Fit one temperature on the calibration images."""
+    draws: Annotated[int, Field(ge=0, le=200)] = 0
+    """After the ordinary judgement, this many passes with the head's dropout left on, and what their mean gains; 0 is
+    none. Needs `head.dropout` or `head.drop_connect`."""
 
 
 class HardwareSpec(Section):

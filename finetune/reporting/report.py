@@ -307,7 +307,7 @@ def _read_predictions(path: Path) -> dict[str, np.ndarray]:
         return {}
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files if name.startswith(("test_", "val_"))}
+            return {n: stored[n] for n in stored.files if n.startswith(("test_", "val_")) and "_view_" not in n}
     except (ValueError, EOFError, zipfile.BadZipFile) as fault:
         raise RunError(f"{path} is damaged ({fault}); `finetune evaluate {path.parent}` writes it anew.") from fault
 

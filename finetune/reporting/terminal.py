@@ -206,22 +206,7 @@ def scores_text(scores: Mapping[str, Any]) -> str:
                     f"  {role:<5} {name:<{narrow}} top-1 {percent(own['top1']):<32} "
                     f"log loss {own['log_loss']['value']:.3f}   ECE {100 * own['ece']['value']:.1f} %"
                 )
-    if pair := scores.get("paired", {}).get("test"):
-        lines.append(
-            f"  final minus probe on test: {percent({**pair, 'value': pair['difference']}, signed=True)}{_judge(pair)}"
-        )
-    if pair := teacher.get("paired", {}).get("test"):
-        told = percent({**pair, "value": pair["difference"]}, signed=True)
-        lines.append(
-            f"  final minus teacher on test: {told}{_judge(pair)}, for one pass in place of {teacher['networks']}"
-        )
-    if teacher.get("note"):
-        lines.append(f"  teacher: {teacher['note']}")
-    if gain := (scores.get("views_gain") or {}).get("test"):
-        lines.append(
-            f"  {scores['views']} minus center on test: {percent({**gain, 'value': gain['difference']}, signed=True)}"
-            f"{_judge(gain)}, for {scores['views_gain']['crops']} times the passes"
-        )
+    lines += _difference_lines(scores, teacher)
     if sets := scores.get("conformal", {}).get("test"):
         size = sets["mean_size"]["value"]
         lines.append(
@@ -238,6 +223,28 @@ def scores_text(scores: Mapping[str, Any]) -> str:
         said = f"next to try: {found['key']}={found['value']}, for {found['why']}"
         lines += textwrap.wrap(said, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
     return "\n".join(lines)
+
+
+def _difference_lines(scores: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
+    """What training, a teacher, more views and draws changed on the same test images."""
+
+    def line(what: str, pair: Mapping[str, Any], rest: str = "") -> str:
+        told = percent({**pair, "value": pair["difference"]}, signed=True)
+        return f"  {what} on test: {told}{_judge(pair)}{rest}"
+
+    lines = []
+    if pair := scores.get("paired", {}).get("test"):
+        lines.append(line("final minus probe", pair))
+    if pair := teacher.get("paired", {}).get("test"):
+        lines.append(line("final minus teacher", pair, f", for one pass in place of {teacher['networks']}"))
+    if teacher.get("note"):
+        lines.append(f"  teacher: {teacher['note']}")
+    if gain := (scores.get("views_gain") or {}).get("test"):
+        passes = f", for {scores['views_gain']['crops']} times the passes"
+        lines.append(line(f"{scores['views']} minus center", gain, passes))
+    if said := (scores.get("draws") or {}).get("sentence"):
+        lines += textwrap.wrap(said, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
+    return lines
 
 
 def _member_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

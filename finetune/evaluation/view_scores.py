@@ -1,0 +1,121 @@
+"""Scores by view: what each view says alone, taken from the one look whose average is judged.
+
+All of it is as the networks said it, averaged over the members of an ensemble, before any temperature: that is fitted
+to the average over views. What mirrored views say is of the image as it is.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.data.loading import ImageStore
+from finetune.evaluation.prediction import predict_in_batches
+from finetune.evaluation.viewing import open_viewer
+from finetune.evaluation.views import average_views
+from finetune.models.classifier import Classifier
+from finetune.recipe.plan import Plan
+from finetune.scores.intervals import bootstrap_mean, wilson
+from finetune.scores.metrics import decide, log_losses, top_k_accuracy
+
+MOST_BYTES = 256 * 2**20
+"""Probabilities of all views of val, or of test, are kept up to this; the table is made in any case."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Looked:
+    """What V views said of N images."""
+
+    names: tuple[str, ...]
+    """Of the views, V."""
+    average: torch.Tensor  # (N, K) float32
+    is_right: torch.Tensor  # (N, V)
+    losses: torch.Tensor  # (N, V), in nats
+    probabilities: torch.Tensor | None  # (N, V, K) float16; None where they are more than `MOST_BYTES`
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the probabilities, kept or not."""
+        return 2 * self.is_right.numel() * self.average.shape[1]
+
+
+def look_by_view(
+    classifier: Classifier,
+    store: ImageStore,
+    indices: Sequence[int],
+    labels: torch.Tensor,
+    plan: Plan,
+    views: str,
+) -> Looked:
+    """What every view says, and the average that `predict_probabilities` gives, bit for bit.
+
+    Args:
+        classifier: moved to the device of the plan.
+        store: where the images come from.
+        indices: N items of the store.
+        labels: (N,).
+        plan: of the run.
+        views: as in `list_crops`.
+
+    Raises:
+        As `predict_views`.
+    """
+    viewer = open_viewer(classifier, plan, views)
+    shape = (len(indices), len(viewer.crops), viewer.num_classes)
+    average = torch.empty(shape[0], shape[2])
+    is_right, losses = torch.empty(shape[:2], dtype=torch.bool), torch.empty(shape[:2], dtype=torch.float64)
+    kept = torch.empty(shape, dtype=torch.float16) if 2 * np.prod(shape, dtype=np.int64) <= MOST_BYTES else None
+    start = 0
+    for said in predict_in_batches(viewer, store, indices):  # (V, B, K)
+        rows = slice(start, start + said.shape[1])
+        average[rows] = average_views(said, plan.evaluate.average)
+        for view, own in enumerate(said):
+            is_right[rows, view] = decide(own) == labels[rows]
+            losses[rows, view] = log_losses(own, labels[rows])
+        if kept is not None:
+            kept[rows] = said.transpose(0, 1).half()
+        start = rows.stop
+    names = tuple(crop.name for crop in viewer.crops)
+    return Looked(names=names, average=average, is_right=is_right, losses=losses, probabilities=kept)
+
+
+def view_arrays(looked: Mapping[str, Looked]) -> dict[str, np.ndarray]:
+    """By role, what `predictions.npz` holds of its views: their names (V,) and, if kept, probabilities (N, V, K)."""
+    arrays = {}
+    for role, one in looked.items():
+        arrays[f"{role}_view_names"] = np.array(one.names, dtype=str)
+        if one.probabilities is not None:
+            arrays[f"{role}_view_probabilities"] = one.probabilities.numpy()
+    return arrays
+
+
+def view_scores(looked: Mapping[str, Looked], labels: torch.Tensor) -> dict[str, Any]:
+    """What `scores.json` holds of the views: a table of them on test, and a note where probabilities were not kept.
+
+    Args:
+        looked: by role.
+        labels: (N,) of test.
+
+    Returns:
+        `views_table`: rows of name, top1 and log_loss (each with its interval), one for each view in their order, then
+        one named `average`; empty without test images. `views_table_note` where something is left out.
+    """
+    found: dict[str, Any] = {}
+    if (test := looked.get("test")) is not None and len(labels):
+        found["views_table"] = [
+            _row(name, wilson(int(right.sum()), len(labels)), losses)
+            for name, right, losses in zip(test.names, test.is_right.T, test.losses.T, strict=True)
+        ]
+        average = _row("average", top_k_accuracy(test.average, labels), log_losses(test.average, labels))
+        found["views_table"].append(average)
+    if left := {role: one.num_bytes for role, one in looked.items() if one.probabilities is None}:
+        sizes = ", ".join(f"{role} {size / 2**20:,.0f} MB" for role, size in left.items())
+        most = MOST_BYTES // 2**20
+        found["views_table_note"] = f"probabilities by view are not in predictions.npz: {sizes}, and {most} are kept"
+    return found
+
+
+def _row(name: str, top1: Any, losses: torch.Tensor) -> dict[str, Any]:
+    return {"name": name, "top1": top1.as_dict(), "log_loss": bootstrap_mean(losses, seed=0).as_dict()}
