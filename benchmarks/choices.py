@@ -5,6 +5,7 @@ how sure the head begins, and how the probe scales its features.
     python benchmarks/choices.py ratio [--shared ../shared]
     python benchmarks/choices.py ladder [--shared ../shared]
     python benchmarks/choices.py depth [--shared ../shared]
+    python benchmarks/choices.py far [--shared ../shared]
     python benchmarks/choices.py soften [--shared ../shared]
     python benchmarks/choices.py scale [--shared ../shared]
     python benchmarks/choices.py whiten [--shared ../shared]
@@ -81,6 +82,24 @@ def compare_depths(shared: Path, work: Path) -> None:
                 whole = whole or spent
                 row.append(f"{percent(run.read_json('scores.json'))} ({spent / whole:.2f})")
             print(f"| `{name}`, {per_class} | {' | '.join(row)} |", flush=True)
+
+
+def compare_far(shared: Path, work: Path) -> None:
+    """Enough images unlike those of pretraining: whether batch norm and the backbone's rate should go further."""
+    import finetune as ft
+
+    variants = (("frozen", 0.3), ("train", 0.3), ("train", 1))
+    for backbone in advice.BACKBONES:
+        for seed in advice.SEEDS:
+            for name in ("malaria", "sign_digits"):
+                row = []
+                for mode, ratio in variants:
+                    wishes = ["train.strategy=full", f"train.batch_norm={mode}", "augment.preset=light"]
+                    wishes += [f"train.optimizer.backbone_lr_ratio={ratio}"]
+                    recipe = advice.cell_recipe(name, backbone, 400, seed, shared, work, wishes)
+                    run = ft.train(recipe, runs=work / "runs", say=lambda text: None)
+                    row.append(percent(run.read_json("scores.json")))
+                print(f"| `{name}`, {backbone.partition('.')[2]}, {seed} | {' | '.join(row)} |", flush=True)
 
 
 def compare_epochs(shared: Path, work: Path) -> None:
@@ -168,7 +187,7 @@ def compare_whitening(shared: Path, work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["keep", "ratio", "ladder", "depth", "soften", "scale", "whiten"])
+    parser.add_argument("what", choices=["keep", "ratio", "ladder", "depth", "far", "soften", "scale", "whiten"])
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
     parser.add_argument("--work", type=Path, default=HERE / "advice")
     arguments = parser.parse_args()
@@ -180,6 +199,7 @@ def main() -> None:
         "ratio": compare_ratios,
         "ladder": compare_ladders,
         "depth": compare_depths,
+        "far": compare_far,
         "soften": compare_softening,
         "scale": compare_scales,
         "whiten": compare_whitening,
