@@ -88,10 +88,10 @@ def compare_far(shared: Path, work: Path) -> None:
     """Enough images unlike those of pretraining: whether batch norm and the backbone's rate should go further."""
     import finetune as ft
 
-    variants = (("frozen", 0.3), ("train", 0.3), ("train", 1))
-    for backbone in advice.BACKBONES:
-        for seed in advice.SEEDS:
-            for name in ("malaria", "sign_digits"):
+    variants = (("frozen", 0.3), ("train", 1))
+    for name in ("malaria", "sign_digits"):
+        for backbone in advice.BACKBONES:
+            for seed in advice.SEEDS:
                 row = []
                 for mode, ratio in variants:
                     wishes = ["train.strategy=full", f"train.batch_norm={mode}", "augment.preset=light"]

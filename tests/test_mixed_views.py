@@ -19,6 +19,7 @@ from finetune.evaluation.prediction import load_final, predict_probabilities, pr
 from finetune.evaluation.serving import predict, predict_stream
 from finetune.evaluation.viewing import MixedViewer, Viewer, open_viewer
 from finetune.features.survey import look
+from finetune.recipe.distillation import read_teacher
 from finetune.scores.calibration import log_probabilities
 from finetune.scores.selection import average
 
@@ -184,3 +185,8 @@ def test_views_that_a_member_cannot_cut_are_refused_before_anything_is_written(p
     assert not (tmp_path / "made").exists()
     with pytest.raises(RunError, match="Average the predictions instead"):
         make_ensemble(pool[:2], how="soup", folder=tmp_path / "made", say=quiet)
+
+
+def test_an_average_of_different_views_is_refused_as_a_teacher(joined):
+    with pytest.raises(RunError, match=r"train\.distillation\.teacher: .*look at images in different views"):
+        read_teacher(str(joined.path))

@@ -42,6 +42,11 @@ def read_teacher(named: str | None) -> TeacherFacts | None:
         raise RunError(f"{KEY}: {fault}") from fault
     if not all(member.final_weights().exists() for member in (run, *members)):
         raise RunError(f"{KEY}: {path} is not trained to its end. `finetune resume {path}` goes on.")
+    if len({member.plan.view for member in members}) > 1:
+        raise RunError(
+            f"{KEY}: {path} averages networks that look at images in different views, but a teacher looks at those of "
+            "its student. Name one of its members, or an average of networks with one view."
+        )
     if not run.file("predictions.npz").exists():
         raise RunError(f"{KEY}: {path} is not judged yet. `finetune evaluate {path}` does so.")
     return TeacherFacts(
