@@ -49,6 +49,8 @@ VARIANTS: dict[str, list[str]] = {
     "mixup 0.2": ["augment.mixup=0.2"],
     "layer decay 0.65, top at full rate": ["train.optimizer.layer_decay=0.65", "train.optimizer.backbone_lr_ratio=1"],
 }
+LARGE = ("plain", "2.5 times the budget")
+"""Not for `ablate`: a small job trains for as many epochs as any may already."""
 FIELDS = ("set", "seed", "variant", "strategy", "images", "top1", "log_loss", "num_test", "cpu_seconds", "commit")
 
 
@@ -57,6 +59,13 @@ def recipe_for(name: str, seed: int, shared: Path, more: list[str]):
 
     wishes = [f"data.root={shared / 'data' / name}", f"backbone={BACKBONE}", f"data.image_size={PIXELS[name]}"]
     return ft.load_recipe(None, [*wishes, f"seed={seed}", "tracking.enabled=false", *more])
+
+
+def look_first(name: str, seed: int, shared: Path, more: list[str]) -> None:
+    """Fill the caches, so that no job pays alone for what several share."""
+    import finetune as ft
+
+    ft.survey(recipe_for(name, seed, shared, [word for word in more if not word.startswith("budget=")]))
 
 
 def run_plain(name: str, seed: int, shared: Path) -> dict:
@@ -147,13 +156,16 @@ def run_all(shared: Path, work: Path, only: list[str], sets: list[str], results:
             for name in sets:
                 if any((r["set"], r["seed"], r["variant"]) == (name, str(seed), variant) for r in read_rows(results)):
                     continue
-                # every job pays for its own survey
-                os.environ["FINETUNE_CACHE"] = str(work / "caches" / f"{name}-{seed}-{time.time_ns()}")
+                # a whole job pays for its own survey; the small ones of a set and seed share theirs
+                is_small, own = results == SMALL_RESULTS, "small" if results == SMALL_RESULTS else str(time.time_ns())
+                os.environ["FINETUNE_CACHE"] = str(work / "caches" / f"{name}-{seed}-{own}")
+                more = VARIANTS[variant] + (SMALL if is_small else [])
+                if is_small:
+                    look_first(name, seed, shared, more)
                 began = time.process_time()
                 if variant == "plain":
                     found = [("ours", run_plain(name, seed, shared))]
                 else:
-                    more = VARIANTS[variant] + (SMALL if results == SMALL_RESULTS else [])
                     found = run_ours(name, seed, shared, work, more)
                 spent = time.process_time() - began
                 common = {"set": name, "seed": seed, "commit": commit.stdout.strip()}
@@ -215,7 +227,7 @@ def main() -> None:
         if arguments.what == "run":
             run_all(shared, work, arguments.only or ["default", "plain"], arguments.sets, RESULTS)
         else:
-            variants = arguments.only or [name for name in VARIANTS if name != "plain"]
+            variants = arguments.only or [name for name in VARIANTS if name not in LARGE]
             run_all(shared, work, variants, arguments.sets, SMALL_RESULTS)
     for results in (RESULTS, SMALL_RESULTS):
         if results.exists():
