@@ -162,7 +162,7 @@ def test_what_no_choice_needs_is_not_measured(few, monkeypatch):
     assert facts.similarity is None or (facts.similarity.control is None and facts.similarity.shift == ())
 
 
-def test_a_named_strategy_is_told_the_similarity_too_for_its_rates_follow_it(few, monkeypatch):
+def test_a_named_strategy_is_told_the_similarity_too(few, monkeypatch):
     advised = facts_of(few).similarity
     for name in ("measure_profile", "measure_control"):
         monkeypatch.setattr(measuring, name, None)

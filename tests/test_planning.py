@@ -292,23 +292,6 @@ def test_batch_statistics_are_learned_only_where_they_are_needed():
     assert norm("pretrained=false", similarity=None, has_batch_norm=False) == "frozen"
 
 
-@pytest.mark.parametrize(
-    ("wishes", "facts", "mode"),
-    [
-        ((), {}, "train"),
-        ((), {"similarity": 0.9}, "frozen"),
-        ((), {"similarity": None}, "frozen"),
-        ((), {"per_class": SMALL_PER_CLASS - 1}, "frozen"),
-        (("train.batch_size=8",), {}, "frozen"),
-        (("train.strategy=partial",), {}, "frozen"),
-        (("train.batch_norm=frozen",), {}, "frozen"),
-    ],
-)
-def test_batch_norm_follows_enough_images_unlike_those_of_pretraining(wishes, facts, mode):
-    facts = make_facts(**{"similarity": 0.1, "per_class": 900, **facts})
-    assert make_plan(load_recipe(None, ["train.strategy=full", *wishes]), facts).train.batch_norm == mode
-
-
 @pytest.mark.parametrize(("per_class", "preset"), [(20, "medium"), (900, "light")])
 def test_variation_follows_the_images_and_not_who_chose_the_strategy(per_class, preset):
     facts = make_facts(per_class=per_class, similarity=None)

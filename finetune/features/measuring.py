@@ -105,7 +105,7 @@ def measure(
         material: what to measure on.
         for_advice: also measure depths, control, source response and timing, which only the choice of a strategy needs.
         for_flips: also ask whether mirroring shows.
-        for_training: also measure similarity, by which rates are chosen; `for_advice` implies it.
+        for_training: also measure similarity, which belongs beside any training; `for_advice` implies it.
     """
     named = [FORMAT, material.backbone.digest, material.view.digest, material.precision, material.split_digest]
     named += [material.device, str(torch.get_num_threads())]  # what is timed depends on these

@@ -117,11 +117,6 @@ def is_small(facts: Facts) -> bool:
     return facts.images_per_class.median < SMALL_PER_CLASS
 
 
-def is_far(facts: Facts) -> bool:
-    """Whether there is enough data, unlike what the backbone knows, to go further from where it began."""
-    return not is_small(facts) and facts.similarity is not None and facts.similarity.value < SIMILAR
-
-
 def advise(facts: Facts) -> Advice:
     """The strategy for these facts; facts without a probe (random weights) always mean `full`."""
     if facts.probe is None:

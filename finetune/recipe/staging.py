@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune.errors import RecipeError
-from finetune.recipe.advice import is_far, partial_depth
+from finetune.recipe.advice import partial_depth
 from finetune.recipe.batch_norm import small_batch_warning
 from finetune.recipe.distillation import decide_distillation, idle_distillation, teacher_faults
 from finetune.recipe.facts import Facts
@@ -74,7 +74,7 @@ def decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, decid
     }
     cycles = decided["schedule"]["cycles"] if decided["schedule"]["name"] in ("cyclic", "growing") else 0
     decided |= _decide_keeping(wish, facts, epochs, cycles, quiet)
-    decided["batch_norm"] = _decide_batch_norm(recipe, facts, strategy, batch, quiet)
+    decided["batch_norm"] = _decide_batch_norm(recipe, facts, batch, quiet)
     return decided
 
 
@@ -166,16 +166,14 @@ def _decide_keeping(wish: TrainSpec, facts: Facts, epochs: int, cycles: int, dec
     }
 
 
-def _decide_batch_norm(recipe: Recipe, facts: Facts, strategy: str, batch: int, decide: Decide) -> str:
-    has_batch_norm, is_exact = facts.backbone.has_batch_norm, recipe.train.optimizer.name == "lbfgs"
+def _decide_batch_norm(recipe: Recipe, facts: Facts, batch: int, decide: Decide) -> str:
+    has_batch_norm = facts.backbone.has_batch_norm
     warning = small_batch_warning(batch, sum(facts.counts["train"]))
     choice, why = "frozen", "the statistics of pretraining fit, and do not depend on the batch"
     if not has_batch_norm:
         why = "the backbone has no batch norm"
     elif not recipe.pretrained or recipe.train.reinit > 0:
         choice, why = "train", "random weights need their own statistics"
-    elif strategy == "full" and is_far(facts) and not warning and not is_exact:
-        choice, why = "train", "enough images, unlike those of pretraining: their own statistics fit them better"
     mode = decide("train.batch_norm", recipe.train.batch_norm, choice, why)
     if mode != "frozen" and has_batch_norm and warning:
         decide("train.batch_size", None, batch, warning)
