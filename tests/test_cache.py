@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import finetune as ft
-from finetune.data.decoding import ImageFacts
+from finetune.data.decoding import ImageFacts, facts_row
 from finetune.features import cache as cache_module
 from finetune.features.cache import FeatureCache, evict
 from finetune.features.extraction import extract
@@ -39,7 +39,7 @@ def test_cached_features_come_back_to_the_last_bit():
     assert again.known([digest(1), digest(2)]) == [True, False]
     for depth in (0, -1):
         assert torch.equal(again.features([digest(1)], depth)[0], rows[depth])
-    assert again.facts([digest(1)]) == [FACTS]
+    assert again.facts([digest(1)]).tolist() == [list(facts_row(FACTS))]
 
 
 def test_rows_come_in_the_order_asked_for_from_any_number_of_shards():

@@ -77,6 +77,11 @@ class ImageFacts:
     """The file carried an EXIF orientation other than 1."""
 
 
+def facts_row(facts: ImageFacts) -> tuple[int, int, int, int]:
+    """The facts as numbers: width, height, place in `KINDS`, whether it is rotated."""
+    return facts.width, facts.height, KINDS.index(facts.kind), int(facts.is_rotated)
+
+
 class BadImage(Exception):  # noqa: N818 - a finding about one file, which the audit counts; not always an error
     """A file that holds no readable image. `str(fault)` is the reason in a few words."""
 

@@ -14,31 +14,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
+from finetune.data.items import ROLES, Found, Item, Items
 from finetune.data.shards import read_row
 from finetune.errors import DataError, nearest
 
-ROLES = ("train", "val", "calibration", "test")
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"])
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 _ROLE_OF = {role: role for role in ROLES} | {"valid": "val", "validation": "val"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Item:
-    """One image and its label."""
-
-    name: str
-    """The path relative to the root, with "/"; in parquet `shard.parquet#row`."""
-    label: int
-    """Index into the source's classes."""
-    role: str | None
-    """One of `ROLES` where the source says so."""
-    file: Path
-    row: int | None = None
-    """Row of the parquet shard `file`; None where `file` is the image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +34,9 @@ class Source:
     """folders, table or parquet."""
     classes: tuple[str, ...]
     """Sorted names, in Unicode's composed form (NFC)."""
-    items: tuple[Item, ...]
+    items: Items
     """Sorted by name."""
     warnings: tuple[str, ...]
-
-
-class _Found(NamedTuple):
-    name: str
-    class_name: str
-    role: str | None
-    file: Path
-    row: int | None = None
 
 
 def read_bytes(item: Item) -> bytes:
@@ -120,11 +96,11 @@ def _open_folders(root: Path, folders: Sequence[tuple[Path, str | None]], warnin
             "folder named like its class, or write a table with columns image,label and give that."
         )
     skipped: Counter[str] = Counter()
-    found = [
-        _Found(_name(file, root), _normal(folder.name), role, file)
+    items = Items(
+        Found(_name(file, root), _normal(folder.name), role, file)
         for folder, role in folders
         for file in _image_files(folder, skipped)
-    ]
+    )
     if skipped:
         kinds = ", ".join(f"{n} x {kind}" for kind, n in sorted(skipped.items()))
         warnings.append(
@@ -132,7 +108,7 @@ def _open_folders(root: Path, folders: Sequence[tuple[Path, str | None]], warnin
         )
     if loose:
         warnings.append(f"{len(loose)} images lie outside any class folder and were left (the first: {min(loose)}).")
-    return _source(root, "folders", found, warnings)
+    return _source(root, "folders", items, warnings)
 
 
 def _class_folders(root: Path) -> list[tuple[Path, str | None]]:
@@ -193,30 +169,42 @@ def _raise(fault: OSError) -> None:
 
 
 def _open_table(root: Path, table: Path) -> Source:
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter=TABLE_DELIMITERS[table.suffix.lower()])
-            header = [cell.strip().casefold() for cell in next(reader, [])]
-            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except (csv.Error, UnicodeDecodeError) as fault:
-        raise DataError(f"{table} cannot be read as a table in UTF-8 ({fault}). Save it as UTF-8 text.") from fault
+    _, header = next(_table_rows(table), (1, []))
+    header = [cell.casefold() for cell in header]
     where = [_column(name, header, str(table)) for name in ("image", "label")]
     split = header.index("split") if "split" in header else None
-    short = [line for line, row in rows if any(len(row) <= at or not row[at].strip() for at in where)]
+    short, has_roles = [], False
+    for line, row in _table_rows(table, skip=1):
+        if any(len(row) <= at or not row[at] for at in where):
+            short.append(line)
+        has_roles = has_roles or (split is not None and split < len(row) and bool(row[split]))
     if short:
         lines = ", ".join(map(str, short[:5]))
         raise DataError(f"{table}: {len(short)} rows lack an image or a label (lines {lines}). Fill or delete them.")
-    words = [row[split].strip() if split is not None and split < len(row) else "" for _, row in rows]
-    has_roles = any(words)
-    found = []
-    for (line, row), word in zip(rows, words, strict=True):
-        image, label = (row[at].strip() for at in where)
-        role = _ROLE_OF.get(word.casefold()) if has_roles else None
-        if has_roles and role is None:
-            raise _unknown_split(word, f"{table}, line {line}")
-        file = table.parent / image.replace("\\", "/")
-        found.append(_Found(_name(file, table.parent), _normal(label), role, file))
-    return _source(root, "table", found, [])
+
+    def find() -> Iterator[Found]:
+        for line, row in _table_rows(table, skip=1):
+            word = row[split] if split is not None and split < len(row) else ""
+            role = _ROLE_OF.get(word.casefold()) if has_roles else None
+            if has_roles and role is None:
+                raise _unknown_split(word, f"{table}, line {line}")
+            file = table.parent / row[where[0]].replace("\\", "/")
+            yield Found(_name(file, table.parent), _normal(row[where[1]]), role, file)
+
+    return _source(root, "table", Items(find()), [])
+
+
+def _table_rows(table: Path, skip: int = 0) -> Iterator[tuple[int, list[str]]]:
+    """Lines that are not empty, with their number, and without blanks around the cells."""
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream, delimiter=TABLE_DELIMITERS[table.suffix.lower()])
+            for number, row in enumerate(reader):
+                cells = [cell.strip() for cell in row]
+                if number >= skip and (any(cells) or number == 0):
+                    yield reader.line_num, cells
+    except (csv.Error, UnicodeDecodeError) as fault:
+        raise DataError(f"{table} cannot be read as a table in UTF-8 ({fault}). Save it as UTF-8 text.") from fault
 
 
 def _column(name: str, header: Sequence[str], where: str) -> int:
@@ -233,21 +221,25 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _open_parquet(root: Path, shards: Sequence[Path]) -> Source:
+    return _source(
+        root, "parquet", Items(one for shard in shards for one in _shard_images(root, shard, len(shards))), []
+    )
+
+
+def _shard_images(root: Path, shard: Path, num_shards: int) -> Iterator[Found]:
     import pyarrow as pa
 
-    found: list[_Found] = []
-    for shard in shards:
-        word = re.split(r"[-.]", shard.name)[0]
-        role = _ROLE_OF.get(word.casefold())
-        if role is None and len(shards) > 1:
-            raise _unknown_split(word, str(shard))
-        try:
-            labels = _shard_labels(shard)
-        except pa.ArrowException as fault:
-            raise DataError(f"{shard} is no parquet file we can read ({fault}). Fetch it again.") from fault
-        name = _name(shard, root if root.is_dir() else root.parent)
-        found += [_Found(f"{name}#{row}", label, role, shard, row) for row, label in enumerate(labels)]
-    return _source(root, "parquet", found, [])
+    word = re.split(r"[-.]", shard.name)[0]
+    role = _ROLE_OF.get(word.casefold())
+    if role is None and num_shards > 1:
+        raise _unknown_split(word, str(shard))
+    try:
+        labels = _shard_labels(shard)
+    except pa.ArrowException as fault:
+        raise DataError(f"{shard} is no parquet file we can read ({fault}). Fetch it again.") from fault
+    name = _name(shard, root if root.is_dir() else root.parent)
+    for row, label in enumerate(labels):
+        yield Found(f"{name}#{row}", label, role, shard, row)
 
 
 def _shard_labels(shard: Path) -> list[str]:
@@ -300,15 +292,13 @@ def _unknown_split(word: str, where: str) -> DataError:
     return DataError(f"{where}: {word!r} is not the name of a split. {hint} Rename it or take it away.")
 
 
-def _source(root: Path, kind: str, found: list[_Found], warnings: list[str]) -> Source:
-    if not found:
+def _source(root: Path, kind: str, items: Items, warnings: list[str]) -> Source:
+    if not len(items):
         raise DataError(
             f"data.root: {root} holds no images. Expected are class folders with {', '.join(sorted(IMAGE_SUFFIXES))} "
             "files (perhaps inside train, val, test), a table with columns image,label, or parquet shards."
         )
-    counts: dict[str, Counter[str]] = {}  # role -> class -> images
-    for one in found:
-        counts.setdefault(one.role or "all", Counter())[one.class_name] += 1
+    counts = items.counts()
     learned = counts.get("train") or counts.get("all")
     if not learned:
         raise DataError(f"data.root: {root} names the splits {', '.join(counts)} but no train to learn from. Add it.")
@@ -319,13 +309,11 @@ def _source(root: Path, kind: str, found: list[_Found], warnings: list[str]) -> 
             warnings.append(f"{role} has no image of {len(missing)} of {len(classes)} classes: {_few(missing)}.")
     if single := [c for c in classes if learned[c] == 1]:
         warnings.append(f"{len(single)} classes have a single image to learn from: {_few(single)}.")
-    index = {name: label for label, name in enumerate(classes)}
-    found.sort(key=lambda one: (one.name, 0) if one.row is None else (one.name.rpartition("#")[0], one.row))
-    items = tuple(Item(name=f.name, label=index[f.class_name], role=f.role, file=f.file, row=f.row) for f in found)
+    items.number_classes({name: label for label, name in enumerate(classes)})
     return Source(root=root, kind=kind, classes=classes, items=items, warnings=tuple(warnings))
 
 
-def _check_classes(root: Path, classes: Sequence[str], counts: dict[str, Counter[str]]) -> None:
+def _check_classes(root: Path, classes: Sequence[str], counts: dict[str, dict[str, int]]) -> None:
     faults = [
         f"class {name!r} is in {role} but not in train. {nearest(name, classes)}".strip()
         for role, held in counts.items()

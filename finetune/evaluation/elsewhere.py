@@ -274,8 +274,8 @@ def _count_seen(plan: Plan, images: _Images) -> dict[str, Any]:
     ours = [images.source.items[index] for index in images.rows]
     sizes = {_size(item) for item in ours}
     alike = [item for item in theirs if None in sizes or _size(item) in {*sizes, None}]  # the others need not be read
-    known = set(digest_images(alike).values())
-    count = sum(digest in known for digest in digest_images(ours).values())
+    known = set(digest_images(alike))
+    count = sum(digest in known for digest in digest_images(ours))
     note = f"{count} of {len(ours)} images are among those the run was made from, so the scores flatter it"
     return {"n": count, "note": note if count else None}
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from finetune.data.decoding import KINDS, ImageFacts
+from finetune.data.decoding import ImageFacts, facts_row
 from finetune.recipe.runs import write_whole
 from finetune.recipe.shelf import cache_folder
 
@@ -77,8 +77,8 @@ class FeatureCache:
             self._touch(self._paths[shard])
         return torch.from_numpy(rows)
 
-    def facts(self, digests: Sequence[str]) -> list[ImageFacts]:
-        """What decoding found out about each image.
+    def facts(self, digests: Sequence[str]) -> np.ndarray:
+        """What decoding found out about each image, (N, 4) int32 as `facts_row` writes it.
 
         Raises:
             KeyError: if an image was never put.
@@ -89,10 +89,7 @@ class FeatureCache:
         for shard in np.unique(places[:, 0]):
             chosen = places[:, 0] == shard
             rows[chosen] = self._shards[shard]["facts"][places[chosen, 1]]
-        return [
-            ImageFacts(width=width, height=height, kind=KINDS[kind], is_rotated=bool(is_rotated))
-            for width, height, kind, is_rotated in rows.tolist()
-        ]
+        return rows
 
     def put(self, digest: str, depths: Sequence[torch.Tensor], facts: ImageFacts) -> None:
         """Remember one image: its features (D,) at each stage from the stem, then the pooled top; `flush` writes it."""
@@ -111,8 +108,7 @@ class FeatureCache:
         tensors = {f"depth.{k}": torch.stack([row[k] for row in rows]) for k in range(len(rows[0]) - 1)}
         tensors["depth.-1"] = torch.stack([row[-1] for row in rows])
         tensors["digests"] = torch.from_numpy(_as_bytes(digests))
-        listed = [[f.width, f.height, KINDS.index(f.kind), f.is_rotated] for f in facts]
-        tensors["facts"] = torch.tensor(listed, dtype=torch.int32)
+        tensors["facts"] = torch.tensor([facts_row(one) for one in facts], dtype=torch.int32)
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         write_whole(path, lambda temporary: save_file(tensors, temporary))
         self._fresh, self._waiting = [], {}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from finetune.data.decoding import BadImage, ImageFacts, center_crop, decode
+from finetune.data.decoding import BadImage, ImageFacts, center_crop, decode, facts_row
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import Item, read_bytes
 from finetune.features.cache import FeatureCache
@@ -27,19 +27,47 @@ AHEAD = 4 * BATCH
 """Images that may be decoded but not yet looked at; bounds memory."""
 
 
+class ImageTable:
+    """What decoding found out about images, by their places in a list: 16 bytes each, seen or not."""
+
+    def __init__(self, num_items: int) -> None:
+        self._rows = np.full((num_items, 4), -1, dtype=np.int32)
+
+    def put(self, index: int, facts: ImageFacts) -> None:
+        """Remember one image."""
+        self._rows[index] = facts_row(facts)
+
+    def put_rows(self, indices: Sequence[int], rows: np.ndarray) -> None:
+        """Remember some images, from rows (N, 4) as `facts_row` writes them."""
+        self._rows[list(indices)] = rows
+
+    def update(self, other: "ImageTable") -> None:
+        """Take over what another table of the same list has seen."""
+        seen = other._rows[:, 0] >= 0
+        self._rows[seen] = other._rows[seen]
+
+    def __contains__(self, index: int) -> bool:
+        return bool(self._rows[index, 0] >= 0)
+
+    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Widths, heights, places in `KINDS`, and whether rotated, of the images that were seen; (N,) each."""
+        widths, heights, kinds, rotated = self._rows[self._rows[:, 0] >= 0].T
+        return widths, heights, kinds, rotated
+
+
 @dataclass
 class Extraction:
     """What one pass over some images found."""
 
-    facts: dict[int, ImageFacts] = field(default_factory=dict)
+    facts: ImageTable
     bad: dict[int, str] = field(default_factory=dict)
     """Reason by item index."""
     hits: int = 0
     misses: int = 0
 
 
-def digest_images(items: Sequence[Item]) -> dict[int, str | BadImage]:
-    """Digest of the bytes of every item, or the fault that reading it met; by item index."""
+def digest_images(items: Sequence[Item]) -> list[str | BadImage]:
+    """Digest of the bytes of every item, or the fault that reading it met."""
 
     def digest(item: Item) -> str | BadImage:
         try:
@@ -52,7 +80,7 @@ def digest_images(items: Sequence[Item]) -> dict[int, str | BadImage]:
 
     with ThreadPoolExecutor(num_cores()) as pool:  # in parts, for a thread's task costs as much as a small file
         parts = pool.map(digest_some, range(0, len(items), _AT_ONCE))
-        return dict(enumerate(answer for part in parts for answer in part))
+        return [answer for part in parts for answer in part]
 
 
 def num_cores() -> int:
@@ -87,30 +115,31 @@ def extract(
         precision: `32`, `bf16` or `fp16`.
         progress: called with the number of images done and in all.
     """
-    found, todo = Extraction(), list(indices)
+    found, todo = Extraction(ImageTable(len(items))), list(indices)
     if cache is not None:
         known = cache.known([digests[index] for index in indices])
         todo = [index for index, here in zip(indices, known, strict=True) if not here]
         done = [index for index, here in zip(indices, known, strict=True) if here]
-        found.facts = dict(zip(done, cache.facts([digests[index] for index in done]), strict=True))
+        found.facts.put_rows(done, cache.facts([digests[index] for index in done]))
         found.hits = len(done)
     network: FrozenBackbone | None = None
-    batch: list[tuple[int, np.ndarray]] = []
+    batch: list[tuple[int, np.ndarray, ImageFacts]] = []
     for count, (index, answer) in enumerate(_decode_ahead(items, todo, view), 1):
         if isinstance(answer, BadImage):
             found.bad[index] = str(answer)
         else:
-            pixels, found.facts[index] = answer
+            pixels, facts = answer
+            found.facts.put(index, facts)
             found.misses += 1
             if store is not None:
                 store.put(index, pixels)
-            batch.append((index, center_crop(pixels, view.size_pixels)))
+            batch.append((index, center_crop(pixels, view.size_pixels), facts))
         if batch and (len(batch) == BATCH or count == len(todo)):
             if backbone is not None and cache is not None:
                 network = network or backbone()
-                rows = look_at(network, np.stack([crop for _, crop in batch]), view, device, precision)
-                for row, (position, _) in enumerate(batch):
-                    cache.put(digests[position], [depth[row] for depth in rows], found.facts[position])
+                rows = look_at(network, np.stack([crop for _, crop, _ in batch]), view, device, precision)
+                for row, (position, _, facts) in enumerate(batch):
+                    cache.put(digests[position], [depth[row] for depth in rows], facts)
             batch = []
             progress(count, len(todo))
     if cache is not None:

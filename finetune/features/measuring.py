@@ -55,6 +55,8 @@ FORMAT = "4"
 """Part of the key; raised when what is measured, or how, changes."""
 LEAST_VAL = 100
 """With fewer val images, penalties are chosen by cross-validation on the training images."""
+PROBE_IMAGES = 100_000
+"""Of each role that a probe is solved and judged on at most: a drawn part tells as much, and all need not fit in memory."""
 PROFILE_IMAGES, CONTROL_IMAGES, SHIFT_IMAGES, MIRROR_IMAGES, RESPONSE_IMAGES = 1500, 300, 128, 300, 2000
 """Most training images (or of another role) that each measure looks at."""
 LOST_BY_MIRROR = 0.1
@@ -155,7 +157,9 @@ def _recall(path: Path) -> tuple[Probe, Findings] | None:
 
 def _probe(material: Material) -> tuple[Probe, Findings]:
     num_classes = len(material.classes)
-    parts = {role: (rows := material.rows(role), material.labels[rows]) for role in ("train", "val")}
+    parts = {
+        role: (rows := material.rows(role, most=PROBE_IMAGES), material.labels[rows]) for role in ("train", "val")
+    }
     left_out: tuple[Proportion | None, Proportion | None] = (None, None)
     train, val = ((material.features(rows), labels) for rows, labels in parts.values())
     if len(val[1]) >= LEAST_VAL:

@@ -131,9 +131,9 @@ class _Images:
         self.recipe = recipe
         self.source = open_source(Path(recipe.data.root).expanduser())
         answers = digest_images(self.source.items)
-        self.digests = [answer if isinstance(answer, str) else "" for answer in answers.values()]
-        self.labels = [item.label for item in self.source.items]
-        self.bad = {index: str(answer) for index, answer in answers.items() if isinstance(answer, BadImage)}
+        self.digests = [answer if isinstance(answer, str) else "" for answer in answers]
+        self.labels = self.source.items.labels.tolist()
+        self.bad = {index: str(answer) for index, answer in enumerate(answers) if isinstance(answer, BadImage)}
         self.found_bad = False
         self.warnings: tuple[str, ...] = ()
         machine = measure_machine(recipe.hardware.devices)

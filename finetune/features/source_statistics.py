@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from finetune.data.decoding import BadImage
 from finetune.data.sources import IMAGE_SUFFIXES, Item, open_source
 from finetune.data.splits import draw_sample
 from finetune.errors import BackboneError, DataError
@@ -78,8 +77,8 @@ def measure_statistics(
     """
     items, classes = _list_images(root.expanduser())
     digests = digest_images(items)
-    readable = [index for index, answer in digests.items() if not isinstance(answer, BadImage)]
-    known = [str(answer) if index in set(readable) else "" for index, answer in digests.items()]
+    known = [answer if isinstance(answer, str) else "" for answer in digests]
+    readable = [index for index, answer in enumerate(known) if answer]
     labels = [item.label for item in items]
     rows = draw_sample(readable, labels, known, most=MOST_IMAGES, seed=0)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,23 +5,24 @@ gives the Facts alone.
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
-from finetune.data.decoding import BadImage
+from finetune.data.decoding import KINDS, BadImage
+from finetune.data.items import ROLES, Items
 from finetune.data.loading import Batches, ImageStore
 from finetune.data.normalization import measure_constants
-from finetune.data.sources import ROLES, Item, Source, open_source
+from finetune.data.sources import Source, open_source
 from finetune.data.splits import Split, cut_split
 from finetune.errors import DataError, RecipeError
 from finetune.features.cache import FeatureCache
-from finetune.features.extraction import Extraction, digest_images, extract
+from finetune.features.extraction import Extraction, ImageTable, digest_images, extract
 from finetune.features.measuring import Material, measure
 from finetune.features.probing import Probe
 from finetune.features.surgery import relative_gradients
@@ -63,7 +64,7 @@ class Look:
     """Facts, and what was made on the way to them."""
 
     facts: Facts
-    items: tuple[Item, ...]
+    items: Items
     roles: tuple[str, ...]
     """Of each item: train, val, calibration, test, unused or bad."""
     digests: tuple[str, ...]
@@ -80,7 +81,7 @@ class Look:
 
     def labels(self, role: str) -> torch.Tensor:
         """(N,) of the items that play `role`."""
-        return torch.tensor([self.items[index].label for index in self.indices(role)], dtype=torch.long)
+        return torch.from_numpy(self.items.labels[self.indices(role)]).long()
 
     def stacked(self, role: str) -> torch.Tensor:
         """Features (N, D) of the items that play `role`."""
@@ -119,7 +120,7 @@ def look(
             raise DataError(f"no images play the role {role}; raise data.split.{role} or add images.")
     source = work.source
     seconds = {"images": round(time.perf_counter() - began, 3)}
-    labels = torch.tensor([item.label for item in source.items])
+    labels = torch.from_numpy(source.items.labels).long()
     probe, findings, began = None, Findings(), time.perf_counter()
     if recipe.pretrained:
         strategy = recipe.train.strategy
@@ -186,8 +187,8 @@ class _Survey:
         wish = recipe.hardware.precision
         self.precision = fast_precision(self.machine) if wish == "auto" else wish
         digests = digest_images(self.source.items)
-        self.digests = [answer if isinstance(answer, str) else "" for answer in digests.values()]
-        self.bad = {index: str(answer) for index, answer in digests.items() if isinstance(answer, BadImage)}
+        self.digests = [answer if isinstance(answer, str) else "" for answer in digests]
+        self.bad = {index: str(answer) for index, answer in enumerate(digests) if isinstance(answer, BadImage)}
 
     def extract_part(self, part: int, parts: int) -> Extraction:
         """Look at every image of one part of the list, whatever its role; nothing is divided or measured."""
@@ -211,7 +212,7 @@ class _Survey:
 
     def _divide(self, *, looks: bool) -> tuple[tuple[str, ...], Split, Extraction]:
         """Cut the split and extract the images in it, again without any that turn out broken."""
-        found = Extraction()
+        found = Extraction(ImageTable(len(self.source.items)))
         while True:
             kept = self._readable()
             split = divide(self.recipe, self.source, self.digests, kept)
@@ -299,9 +300,9 @@ def divide(recipe: Recipe, source: Source, digests: Sequence[str], kept: Sequenc
     """The split of the items `kept`, by the shares, the seed and the limit of the recipe."""
     spec, limit = recipe.data.split, recipe.data.max_train_per_class
     return cut_split(
-        [source.items[index].label for index in kept],
+        source.items.labels[list(kept)].tolist(),
         [digests[index] for index in kept],
-        [source.items[index].role for index in kept],
+        [source.items.role(index) for index in kept],
         source.classes,
         val=spec.val,
         calibration=spec.calibration,
@@ -324,12 +325,13 @@ def _split_facts(split: Split, val_labels: torch.Tensor) -> dict[str, Any]:
 
 
 def _image_facts(found: Extraction, cache: FeatureCache | None) -> dict[str, Any]:
-    seen = list(found.facts.values())
+    widths, heights, kinds, rotated = found.facts.columns()
+    held = {KINDS[place]: count for place, count in enumerate(np.bincount(kinds).tolist()) if count}
     return {
-        "image_kinds": dict(sorted(Counter(one.kind for one in seen).items())),
-        "rotated": sum(one.is_rotated for one in seen),
-        "median_width": median(one.width for one in seen),
-        "median_height": median(one.height for one in seen),
+        "image_kinds": dict(sorted(held.items())),
+        "rotated": int(rotated.sum()),
+        "median_width": float(np.median(widths)),
+        "median_height": float(np.median(heights)),
         "features": {"hits": found.hits, "misses": found.misses, "bytes": cache.num_bytes if cache else 0},
     }
 

@@ -1,0 +1,146 @@
+"""The list of images, as columns: a million take some eighty megabytes, and each is an `Item` only while it is asked
+for.
+"""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
+
+ROLES = ("train", "val", "calibration", "test")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Item:
+    """One image and its label."""
+
+    name: str
+    """The path relative to the root, with "/"; in parquet `shard.parquet#row`."""
+    label: int
+    """Index into the source's classes."""
+    role: str | None
+    """One of `ROLES` where the source says so."""
+    file: Path
+    row: int | None = None
+    """Row of the parquet shard `file`; None where `file` is the image."""
+
+
+class Found(NamedTuple):
+    """An image as a source finds it, its class still a name."""
+
+    name: str
+    class_name: str
+    role: str | None
+    file: Path
+    row: int | None = None
+
+
+class Items(Sequence[Item]):
+    """Items, sorted by name; rows of one shard by number."""
+
+    def __init__(self, found: Iterable[Found]) -> None:
+        """Take in what is found, one at a time; classes are numbered by `number_classes`, once all are known."""
+        self._names, self._files = _Texts(), _Texts()
+        folders: dict[str, int] = {}
+        classes: dict[str, int] = {}
+        columns = [array("i"), array("i"), array("b"), array("i")]
+        for one in found:
+            folder, name = str(one.file.parent), one.file.name
+            self._names.append(one.name)
+            self._files.append(name)
+            columns[0].append(folders.setdefault(folder, len(folders)))
+            columns[1].append(classes.setdefault(one.class_name, len(classes)))
+            columns[2].append(-1 if one.role is None else ROLES.index(one.role))
+            columns[3].append(-1 if one.row is None else one.row)
+        self._folders = [Path(folder) for folder in folders]
+        order = self._sorted(columns[3])
+        self._names, self._files = self._names.taken(order), self._files.taken(order)
+        self._folder_of, self._class_of, self._role_of, self._row_of = (np.array(one)[order] for one in columns)
+        self.class_names = list(classes)
+        """As they came, before they are numbered."""
+
+    def number_classes(self, numbers: dict[str, int]) -> None:
+        """Give every class its number, its items' label."""
+        new = np.array([numbers[name] for name in self.class_names], dtype=np.int32)
+        self._class_of, self.class_names = new[self._class_of], sorted(numbers, key=numbers.__getitem__)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int32 of all items."""
+        return self._class_of
+
+    def role(self, index: int) -> str | None:
+        """Of one item, where the source says so."""
+        number = int(self._role_of[index])
+        return None if number < 0 else ROLES[number]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Images by role (`all` where the source names none) and by class."""
+        counts: dict[str, dict[str, int]] = {}
+        for number in np.unique(self._role_of).tolist():
+            own = self._class_of[self._role_of == number]
+            held = np.bincount(own, minlength=len(self.class_names)).tolist()
+            named = {name: count for name, count in zip(self.class_names, held, strict=True) if count}
+            counts["all" if number < 0 else ROLES[number]] = named
+        return counts
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Items) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | list[Item]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self)} items, and no number {index}.")
+        index %= len(self)
+        row = int(self._row_of[index])
+        return Item(
+            name=self._names[index],
+            label=int(self._class_of[index]),
+            role=self.role(index),
+            file=self._folders[self._folder_of[index]] / self._files[index],
+            row=None if row < 0 else row,
+        )
+
+    def _sorted(self, rows: "array[int]") -> np.ndarray:
+        """Positions in the order of names; of shards by row, for #10 comes after #9."""
+
+        def key(place: int) -> tuple[str, int]:
+            name = self._names[place]
+            return (name, 0) if rows[place] < 0 else (name.rpartition("#")[0], rows[place])
+
+        return np.array(sorted(range(len(rows)), key=key), dtype=np.int64)
+
+
+class _Texts:
+    """Many short texts in one piece of memory; names of files keep bytes that are no text."""
+
+    def __init__(self) -> None:
+        self._bytes, self._ends = bytearray(), array("q", [0])
+
+    def append(self, text: str) -> None:
+        self._bytes += text.encode("utf-8", "surrogateescape")
+        self._ends.append(len(self._bytes))
+
+    def __getitem__(self, place: int) -> str:
+        return self._bytes[self._ends[place] : self._ends[place + 1]].decode("utf-8", "surrogateescape")
+
+    def taken(self, order: np.ndarray) -> "_Texts":
+        """The texts at the positions `order`."""
+        chosen = _Texts()
+        for place in order.tolist():
+            chosen._bytes += self._bytes[self._ends[place] : self._ends[place + 1]]
+            chosen._ends.append(len(chosen._bytes))
+        return chosen
