@@ -56,7 +56,7 @@ FORMAT = "4"
 LEAST_VAL = 100
 """With fewer val images, penalties are chosen by cross-validation on the training images."""
 PROBE_IMAGES = 100_000
-"""Of each role that a probe is solved and judged on at most: a drawn part tells as much, and all need not fit in memory."""
+"""Most images of a role that a probe is solved and judged on: a drawn part tells as much, and memory has an end."""
 PROFILE_IMAGES, CONTROL_IMAGES, SHIFT_IMAGES, MIRROR_IMAGES, RESPONSE_IMAGES = 1500, 300, 128, 300, 2000
 """Most training images (or of another role) that each measure looks at."""
 LOST_BY_MIRROR = 0.1
