@@ -118,7 +118,7 @@ def main() -> None:
     for name, make, path in zip(("demo", "plan"), (demo, plan), sys.argv[1:], strict=False):
         parts[name] = make(Path(path))
     write(ROOT / "README.md", parts)
-    write(ROOT / "docs" / "advice.md", {"regret": result("advice")})
+    write(ROOT / "docs" / "advice.md", {"regret": result("advice"), "many": result("many")})
     write(
         ROOT / "docs" / "training.md",
         {name: result(name) for name in ("craft", "ablation", "snapshots", "imbalance", "overhead")},
