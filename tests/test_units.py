@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from finetune.models.activity import GRID
 from finetune.models.backbones import load_backbone
-from finetune.models.units import GRID, judge_units, measure_gradients, measure_units
+from finetune.models.units import dead_share, judge_units, measure_gradients, measure_units
 
 FIXTURES = {
     "tanh, too small": (nn.Tanh, 0.01, "collapses"),
@@ -191,6 +192,21 @@ def test_planted_dead_units_are_found_and_are_those_without_gradient(planted):
     assert layer.dead_share == planted / 20
     net(images).square().sum().backward()
     assert (net[0].weight.grad.abs().sum(1) == 0).nonzero().flatten().tolist() == units
+
+
+@pytest.mark.technique("T045")
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.Hardswish(), nn.GELU()], ids=["relu", "hardswish", "gelu"])
+def test_the_share_of_the_dead_is_that_of_the_layers_that_can_die(act):
+    net, images = nn.Sequential(dense(act), nn.Linear(20, 30), nn.ReLU()), randn(200, 8)
+    net[0][0].bias.data[:5] = -100.0
+    net[1].bias.data[:6] = -1e4
+    net.train()
+    layers = [layer for layer in measure_units(net, images.split(64)) if layer.can_die and not layer.is_silent]
+    wanted = sum(len(layer.dead) for layer in layers) / sum(layer.num_units for layer in layers)
+    assert dead_share(net, images.split(64)) == wanted == (6 / 30 if isinstance(act, nn.GELU) else 11 / 50)
+    assert all(module.training for module in net.modules())
+    with pytest.raises(ValueError, match="batches is empty"):
+        dead_share(net, [])
 
 
 @pytest.mark.technique("T045")

@@ -157,9 +157,7 @@ def _recall(path: Path) -> tuple[Probe, Findings] | None:
 
 def _probe(material: Material) -> tuple[Probe, Findings]:
     num_classes = len(material.classes)
-    parts = {
-        role: (rows := material.rows(role, most=PROBE_IMAGES), material.labels[rows]) for role in ("train", "val")
-    }
+    parts = {role: (rows := material.rows(role, most=PROBE_IMAGES), material.labels[rows]) for role in ("train", "val")}
     left_out: tuple[Proportion | None, Proportion | None] = (None, None)
     train, val = ((material.features(rows), labels) for rows, labels in parts.values())
     if len(val[1]) >= LEAST_VAL:

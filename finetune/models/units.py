@@ -5,8 +5,7 @@ without a thought of being watched is seen as a whole.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
@@ -14,20 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
-FLAT_BELOW = {"relu": 0.0, "relu6": 0.0, "hardswish": -3.0, "hardmish": -2.0}
-"""Pre-activation up to which output and gradient are exactly zero, by kind. A unit of any other kind cannot die."""
-TWO_SIDED = {"tanh": (-0.97, 0.97), "hardtanh": (-0.97, 0.97), "sigmoid": (0.03, 0.97), "hardsigmoid": (0.03, 0.97)}
-"""Outputs beyond which a function with two flat sides counts as saturated, by kind."""
-KINDS = frozenset(
-    {*FLAT_BELOW, *TWO_SIDED, "leakyrelu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "quickgelu", "silu", "mish",
-     "softplus", "softsign", "logsigmoid", "maxout"}
-)  # fmt: skip
-GRID = tuple(round(0.1 * i - 3.05, 2) for i in range(62))
-"""Edges of the histograms' 61 bins; zero is the middle of one. What lies outside counts in the outermost bins."""
+from finetune.models.activity import FLAT_BELOW, TWO_SIDED, Tally, Wakes, Watch
+
 NEARLY_DEAD = 1e-3
 """Share of samples that wake a unit, below which it is nearly dead."""
 COLLAPSE, EXPLOSION = 0.05, 20.0
@@ -120,32 +108,62 @@ def measure_units(
     Raises:
         ValueError: if there is no batch.
     """
-    watch = _Watch()
-    modes = [(module, module.training) for module in model.modules()]
+    watch = Watch()
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and batch_statistics]
     running = [(norm.running_mean, norm.running_var) for norm in norms]
-    num_batches = 0
     try:
-        watch.attach(model)
-        for module, _ in modes:
-            module.training = False
         for norm in norms:
             norm.running_mean = norm.running_var = None  # torch then takes those of the batch, and keeps none
+        _run(model, batches, watch, device)
+    finally:
+        for norm, (mean, variance) in zip(norms, running, strict=True):
+            norm.running_mean, norm.running_var = mean, variance
+    return tuple(_layer(name, tally) for name, tally in watch.tallies.items())
+
+
+@torch.no_grad()
+def dead_share(model: nn.Module, batches: Iterable[Any], *, device: str = "cpu") -> float:
+    """Share of the units that could die and never fire, of layers that are not silent; in evaluation mode.
+
+    Args:
+        model: on `device`; as it was, afterwards.
+        batches: as for `measure_units`, which tells all of this and more, at ten times the cost.
+        device: where to send the input.
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    watch = Watch(Wakes)
+    _run(model, batches, watch, device)
+    mortal = [tally for tally in watch.tallies.values() if tally.kind in FLAT_BELOW and not tally.is_silent]
+    return sum(int((tally.woken == 0).sum()) for tally in mortal) / max(1, sum(tally.num_units for tally in mortal))
+
+
+def _run(model: nn.Module, batches: Iterable[Any], watch: Watch, device: str) -> None:
+    num_batches = 0
+    with watch.on(model):
         for batch in batches:
             images = (batch if isinstance(batch, torch.Tensor) else batch[0]).to(device)
             with watch:
                 model(images)
             num_batches += 1
-    finally:
-        for handle in watch.handles:
-            handle.remove()
-        for module, was_training in modes:
-            module.training = was_training
-        for norm, (mean, variance) in zip(norms, running, strict=True):
-            norm.running_mean, norm.running_var = mean, variance
     if not num_batches:
         raise ValueError("batches is empty; give at least one batch of images.")
-    return tuple(tally.result(name) for name, tally in watch.tallies.items())
+
+
+def _layer(name: str, tally: Tally) -> LayerUnits:
+    """Everything that was counted of one call."""
+    awake = tally.woken.tolist()
+    return LayerUnits(
+        name=name, kind=tally.kind, num_units=tally.num_units, num_samples=tally.num_samples, mean=tally.mean,
+        std=math.sqrt(tally.squares / tally.num_values), zero_share=tally.zeros / tally.num_values,
+        saturated_share=tally.saturated / tally.num_values if tally.kind in TWO_SIDED else None,
+        same_sign_share=tally.same_sign / tally.num_vectors, can_die=tally.kind in FLAT_BELOW,
+        is_silent=tally.is_silent, is_gate=tally.is_gate,
+        dead=tuple(unit for unit, times in enumerate(awake) if not times),
+        nearly_dead=tuple(u for u, times in enumerate(awake) if 0 < times < NEARLY_DEAD * tally.num_samples),
+        counts=tuple(tally.counts.tolist()), is_finite=tally.is_finite,
+    )  # fmt: skip
 
 
 def measure_gradients(model: nn.Module, loss: torch.Tensor) -> tuple[LayerGradients, ...]:
@@ -269,132 +287,3 @@ def _judge_gradients(gradients: Sequence[LayerGradients]) -> str:
 
 def _norm(tensors: Sequence[torch.Tensor]) -> float:
     return math.sqrt(sum(float(tensor.detach().double().square().sum()) for tensor in tensors))
-
-
-def _kind(name: str) -> str | None:
-    """The kind behind the name of a class or function, of torch's or timm's; None if it is no activation."""
-    plain = name.lower().replace("_", "").removesuffix("me")  # timm's memory-efficient ones end so
-    plain = {"swish": "silu", "gelutanh": "gelu"}.get(plain, plain)
-    return plain if plain in KINDS else None
-
-
-class _Watch(TorchFunctionMode):
-    """Tallies every activation that runs inside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tallies: dict[str, _Tally] = {}
-        self.handles: list[RemovableHandle] = []
-        self._calls: Counter[str] = Counter()
-        self._running: list[str] = []
-        self._open: list[_Tally | None] = []
-        self._linear_width = 0
-
-    def __enter__(self) -> "_Watch":
-        self._calls.clear()  # calls are counted anew in each forward pass
-        return super().__enter__()
-
-    def attach(self, model: nn.Module) -> None:
-        """Hook every module of `model`."""
-        for name, module in model.named_modules():
-            enter, leave = self._hooks(name, _kind(type(module).__name__))
-            self.handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind, values = None if self._open else _kind(getattr(func, "__name__", "")), kwargs or {}
-        if kind is None:
-            return func(*args, **values)
-        owner = self._running[-1] if self._running else ""
-        tally = self._enter(f"{owner}.{kind}".lstrip("."), kind, args[0] if args else values.get("input"))
-        output = func(*args, **values)
-        self._leave(tally, output)
-        return output
-
-    def _hooks(self, name: str, kind: str | None) -> tuple[Callable[..., None], Callable[..., None]]:
-        def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self._running.append(name)
-            if kind is not None:
-                is_inner = bool(self._open)  # an activation made of activations is one
-                self._open.append(None if is_inner else self._enter(name or kind, kind, inputs[0] if inputs else None))
-
-        def leave(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            self._running.pop()
-            if kind is not None:
-                self._leave(self._open.pop(), output)
-            elif isinstance(module, nn.Linear):
-                self._linear_width = module.out_features
-            elif isinstance(module, _ConvNd):
-                self._linear_width = 0
-
-        return enter, leave
-
-    def _enter(self, name: str, kind: str, tensor: Any) -> "_Tally | None":
-        if not isinstance(tensor, torch.Tensor) or tensor.ndim < 2:  # the tanh of a lone weight, not of units
-            return None
-        self._calls[name] += 1
-        name = name if self._calls[name] == 1 else f"{name}#{self._calls[name]}"
-        tally = self.tallies.setdefault(name, _Tally(kind))
-        tally.wake(self._by_unit(tensor))  # at once, for what comes may work in place
-        return tally
-
-    def _leave(self, tally: "_Tally | None", output: Any) -> None:
-        if tally is not None:
-            tally.add(self._by_unit(output), is_gate=output.ndim == 4 and output.shape[2:].numel() == 1)
-
-    def _by_unit(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(B, U, positions). After a linear map, or half of one, units come last; after a convolution second."""
-        is_last = tensor.shape[-1] in (self._linear_width, self._linear_width // 2)
-        return tensor.detach().movedim(-1 if is_last else 1, 1).flatten(2) if tensor.ndim > 2 else tensor[:, :, None]
-
-
-class _Tally:
-    """Running sums of one call."""
-
-    def __init__(self, kind: str) -> None:
-        self.kind, self.is_finite, self.is_silent, self.is_gate = kind, True, True, False
-        self.woken = torch.zeros(0, dtype=torch.long)
-        self.num_units = self.num_samples = self.num_vectors = self.num_values = 0
-        self.mean = self.squares = 0.0
-        self.zeros = self.saturated = self.same_sign = 0
-        self.counts = torch.zeros(len(GRID) - 1, dtype=torch.long)
-
-    def wake(self, x: torch.Tensor) -> None:
-        """Count what goes in, (B, U, P)."""
-        self.num_samples += len(x)
-        self.is_silent = self.is_silent and not bool(x.any())
-        if self.kind in FLAT_BELOW:
-            woken = (x > FLAT_BELOW[self.kind]).any(2).sum(0).cpu()
-            self.woken = self.woken + woken if len(self.woken) else woken
-
-    def add(self, y: torch.Tensor, *, is_gate: bool) -> None:
-        """Count what comes out, (B, U, P)."""
-        y = y.float()
-        self.num_units, self.is_gate = y.shape[1], is_gate and self.kind in TWO_SIDED
-        self.is_finite = self.is_finite and bool(y.isfinite().all())
-        variance, mean = (float(value) for value in torch.var_mean(y, correction=0))
-        total, shift = self.num_values + y.numel(), mean - self.mean  # merged as by Chan et al., without cancellation
-        self.squares += variance * y.numel() + shift**2 * self.num_values * y.numel() / total
-        self.mean += shift * y.numel() / total
-        self.num_values = total
-        self.zeros += int((y == 0).sum())
-        self.num_vectors += y.shape[0] * y.shape[2]
-        self.same_sign += int(((y >= 0).all(1) | (y <= 0).all(1)).sum())
-        if self.kind in TWO_SIDED:
-            low, high = TWO_SIDED[self.kind]
-            self.saturated += int(((y < low) | (y > high)).sum())
-        bins = (y[y.isfinite()].clamp(-3, 3) * 10).round().long() + 30  # histc has no deterministic form on a GPU
-        self.counts += torch.bincount(bins, minlength=len(self.counts)).cpu()
-
-    def result(self, name: str) -> LayerUnits:
-        """Everything counted so far."""
-        awake = self.woken.tolist()
-        return LayerUnits(
-            name=name, kind=self.kind, num_units=self.num_units, num_samples=self.num_samples, mean=self.mean,
-            std=math.sqrt(self.squares / self.num_values), zero_share=self.zeros / self.num_values,
-            saturated_share=self.saturated / self.num_values if self.kind in TWO_SIDED else None,
-            same_sign_share=self.same_sign / self.num_vectors, can_die=self.kind in FLAT_BELOW,
-            is_silent=self.is_silent, is_gate=self.is_gate,
-            dead=tuple(unit for unit, times in enumerate(awake) if not times),
-            nearly_dead=tuple(u for u, times in enumerate(awake) if 0 < times < NEARLY_DEAD * self.num_samples),
-            counts=tuple(self.counts.tolist()), is_finite=self.is_finite,
-        )  # fmt: skip

@@ -16,7 +16,7 @@ from finetune.recipe.schema import Recipe, ScheduleSpec, TrainSpec
 
 Decide = Callable[[str, Any, Any, str], Any]
 """Key, wish, choice and reason to the value; the reason is written down."""
-BUDGETS = {"cpu": 6_000, "cuda": 200_000}
+BUDGETS = {"cpu": 8_000, "cuda": 200_000}
 """Images that a default run trains on in all, epochs times images."""
 EPOCHS_RANGE = (3, 20)
 """Fewest and most epochs that the planner chooses."""

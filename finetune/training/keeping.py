@@ -15,7 +15,7 @@ from torch import nn
 from finetune.data.loading import Batches
 from finetune.models.batch_norm import exact_statistics, pooled_statistics
 from finetune.models.classifier import Classifier
-from finetune.models.units import measure_units
+from finetune.models.units import dead_share
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import write_whole
 from finetune.recipe.schedules import cycle_ends
@@ -27,6 +27,8 @@ POINTS_PER_EPOCH = 10
 """Rows of rates and step losses that an epoch leaves in the curves."""
 DEAD_RISE = 0.1
 """A rise of the share of dead units over that at the start that is worth a word."""
+DEAD_LOOKS = 5
+"""Epochs of a stage after which units are counted, about: it costs a forward pass and more."""
 
 
 class Keeper(pl.Callback):
@@ -147,7 +149,7 @@ class Keeper(pl.Callback):
             dead = self._dead_share(module.classifier)
             top1 = found.balanced_top1 if train.choose == "balanced" else found.top1
             if self.epoch < 0:
-                self.start_top1, self.start_dead = top1, dead
+                self.start_top1, self.start_dead = top1, dead or 0.0
             is_harmed = is_clearly_worse(top1, self.start_top1, len(self.val.indices))
             if self.stop.sees(self.epoch, found.chosen_by, is_harmed=is_harmed):
                 state = module.classifier.state_dict()
@@ -155,9 +157,10 @@ class Keeper(pl.Callback):
         values = {**values, "val/loss": found.loss, "val/tempered_loss": found.chosen_by, "val/top1": found.top1}
         if train.choose == "balanced":
             values["val/balanced_top1"] = found.balanced_top1
-        self.curves.append(self.label, self.epoch, module.steps_done, {**values, "dead_units": dead})
+        dead_units = {} if dead is None else {"dead_units": dead}
+        self.curves.append(self.label, self.epoch, module.steps_done, {**values, **dead_units})
         self.notify()
-        if dead > self.start_dead + DEAD_RISE:
+        if dead is not None and dead > self.start_dead + DEAD_RISE:
             self.say(
                 f"{self.label}  {dead:.0%} of the units never fire on val, {self.start_dead:.0%} did not at the start; "
                 "a lower train.optimizer.lr keeps them awake"
@@ -182,12 +185,12 @@ class Keeper(pl.Callback):
         take = exact_statistics if self.plan.train.averaging.batch_norm == "exact" else pooled_statistics
         take(classifier, self.train, device=str(self.plan.hardware.devices))
 
-    def _dead_share(self, classifier: Classifier) -> float:
-        """Share of units that never fire, on the first val batch."""
-        images = next(iter(self.val))[0]
-        layers = measure_units(classifier, [images], device=str(self.plan.hardware.devices))
-        mortal = [layer for layer in layers if layer.can_die and not layer.is_silent]
-        return sum(len(layer.dead) for layer in mortal) / max(1, sum(layer.num_units for layer in mortal))
+    def _dead_share(self, classifier: Classifier) -> float | None:
+        """Share of units that never fire, on the first val batch; at the start, the end, and some epochs between."""
+        epochs = self.plan.stages[self.index].epochs
+        if (self.epoch + 1) % math.ceil(epochs / DEAD_LOOKS) and self.epoch + 1 != epochs:
+            return None
+        return dead_share(classifier, [next(iter(self.val))[0]], device=str(self.plan.hardware.devices))
 
     def _keep_members(self, module: Finetuning) -> None:
         """Write the raw weights where the plan keeps them, with what val says of them."""
