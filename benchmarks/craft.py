@@ -19,7 +19,7 @@ import os
 import statistics
 import subprocess
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from rows import append_row, read_rows
@@ -144,6 +144,18 @@ def run_ours(name: str, seed: int, shared: Path, work: Path, more: list[str]) ->
     return found
 
 
+def run_ours_or_tell(name: str, seed: int, shared: Path, work: Path, more: list[str]) -> list[tuple[str, dict]]:
+    """The same; a training that was stopped because it diverged is a result, too."""
+    from finetune.errors import RunError
+
+    try:
+        return run_ours(name, seed, shared, work, more)
+    except RunError as fault:
+        if "diverged again" not in str(fault):
+            raise
+    return [("ours", {"strategy": "diverged", "images": 0, "top1": 0.0, "log_loss": 0.0, "num_test": 0})]
+
+
 def run_all(shared: Path, work: Path, only: list[str], sets: list[str], results: Path) -> None:
     import torch
 
@@ -166,7 +178,7 @@ def run_all(shared: Path, work: Path, only: list[str], sets: list[str], results:
                 if variant == "plain":
                     found = [("ours", run_plain(name, seed, shared))]
                 else:
-                    found = run_ours(name, seed, shared, work, more)
+                    found = run_ours_or_tell(name, seed, shared, work, more)
                 spent = time.process_time() - began
                 common = {"set": name, "seed": seed, "commit": commit.stdout.strip()}
                 for label, row in found:
@@ -184,19 +196,25 @@ def run_all(shared: Path, work: Path, only: list[str], sets: list[str], results:
 def table(results: Path) -> str:
     """Mean over seeds by set and variant, and the difference from the default on the same seeds."""
     values: dict[tuple[str, str], dict[str, dict[str, str]]] = defaultdict(dict)
+    diverged: Counter[tuple[str, str]] = Counter()
     for row in read_rows(results):
-        values[row["variant"], row["set"]][row["seed"]] = row
+        if row["strategy"] == "diverged":
+            diverged[row["variant"], row["set"]] += 1
+        else:
+            values[row["variant"], row["set"]][row["seed"]] = row
     variants = list(dict.fromkeys(variant for variant, _ in values))
     beside = "plain" if "plain" in variants else "default"
     sets = " | ".join(f"`{name}`" for name in PIXELS)
     lines = [f"| | {sets} | mean | against default | log loss | cost, of {beside} |", "|---" * (len(PIXELS) + 5) + "|"]
     for variant in variants:
-        cells, gaps, losses, costs, plains = [], [], [], 0.0, 0.0
+        cells, notes, gaps, losses, costs, plains = [], [], [], [], 0.0, 0.0
         for name in PIXELS:
             own, base = values[variant, name], values["default", name]
             seeds = sorted(set(own) & set(base))
             top1 = [100 * float(own[seed]["top1"]) for seed in seeds]
             cells.append(f"{statistics.mean(top1):.1f}" if top1 else "")
+            if lost := diverged[variant, name]:
+                notes.append(f"`{name}` diverged in {lost} of {lost + len(top1)} runs")
             gaps += [100 * (float(own[s]["top1"]) - float(base[s]["top1"])) for s in seeds]
             losses += [float(own[s]["log_loss"]) for s in seeds]
             plain = values["plain", name] or base
@@ -208,7 +226,8 @@ def table(results: Path) -> str:
         error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
         against = "" if variant == "default" else f"{statistics.mean(gaps):+.1f} ± {1.96 * error:.1f}"
         cost = f"{costs / plains:.2f}" if plains and variant != "probe" else ""
-        lines.append(f"| {variant} | {' | '.join(cells)} | {mean:.1f} | {against} | {statistics.mean(losses):.3f} | "
+        name = f"{variant} ({'; '.join(notes)})" if notes else variant
+        lines.append(f"| {name} | {' | '.join(cells)} | {mean:.1f} | {against} | {statistics.mean(losses):.3f} | "
                      f"{cost} |")  # fmt: skip
     return "\n".join(lines)
 
