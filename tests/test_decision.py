@@ -340,6 +340,9 @@ def test_a_strategy_that_the_recipe_chose_is_not_called_advised():
     ]
     why = decision_context(make_facts(), make_plan(train={"strategy": "probe"}))["why"]
     assert why.endswith("different from the source. The advice is partial; the recipe says probe.")
+    named = [{"key": "train.strategy", "value": "partial", "why": "the recipe says so"}]
+    why = decision_context(make_facts(), make_plan(train={"strategy": "partial"}, reasons=named))["why"]
+    assert why.endswith("The advice is partial, and the recipe says so.")
 
 
 def test_a_forecast_without_numbers_shows_dashes():

@@ -33,14 +33,16 @@ def test_an_overfitting_run_gets_one_regulariser_more_and_the_next_only_after_it
 @pytest.mark.technique("T118")
 @pytest.mark.parametrize("seen", [OVERFIT, UNDERFIT])
 def test_no_experiment_moves_the_schedule_together_with_the_rate(seen):
-    wishes = ["train.strategy=full", "augment.preset=light"]
+    wishes, rungs = ["train.strategy=full", "augment.preset=light"], 0
     for _ in range(6):
         if (found := next_experiment(plan_of(*wishes), **seen)) is None:
             break
+        rungs += 1
         before, after = plan_of(*wishes).train, plan_of(*wishes, f"{found.key}={found.value}").train
         assert before.optimizer.lr == after.optimizer.lr or before.schedule == after.schedule
         assert not found.key.startswith("train.schedule.")
         wishes = [wish for wish in wishes if not wish.startswith(found.key)] + [f"{found.key}={found.value}"]
+    assert rungs >= 3
 
 
 @pytest.mark.technique("T139")

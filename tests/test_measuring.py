@@ -162,6 +162,19 @@ def test_what_no_choice_needs_is_not_measured(few, monkeypatch):
     assert facts.similarity is None or (facts.similarity.control is None and facts.similarity.shift == ())
 
 
+def test_a_probe_that_cannot_see_all_images_sees_some_of_each_class_and_the_facts_say_so(few, monkeypatch):
+    whole = facts_of(few, PROBE)
+    monkeypatch.setattr(measuring, "PROBE_BYTES", 4 * 128 * 12)  # of 128 features
+    monkeypatch.setattr(survey, "PROBE_BYTES", 4 * 128 * 12)
+    seen = look(ft.load_recipe(str(few), [*SMALL, PROBE]))
+    facts = seen.facts
+    num_train = sum(facts.counts["train"])
+    assert whole.probe.train.n == num_train > 12 == facts.probe.train.n
+    assert seen.probe.weight.abs().sum(1).min() > 0  # no class was forgotten
+    (told,) = set(facts.warnings) - set(whole.warnings)
+    assert told.startswith(f"the probe was solved on 12 of {num_train} training images, drawn class by class")
+
+
 def test_a_named_strategy_is_told_the_similarity_too(few, monkeypatch):
     advised = facts_of(few).similarity
     for name in ("measure_profile", "measure_control"):

@@ -61,6 +61,8 @@ def test_a_value_in_place_of_a_section_is_told_what_it_may_mean():
 def test_an_unknown_view_is_told_which_there_are():
     with pytest.raises(RecipeError, match=r"'ten,nine' is no view, nor a list of views. Views are center, "):
         load_recipe(None, ["evaluate.views=ten,nine"])
+    with pytest.raises(RecipeError, match=r"'whole/288' is no view"):  # it is as large as the image
+        load_recipe(None, ["evaluate.views=whole/288"])
 
 
 def test_a_folder_is_a_recipe_for_itself(tmp_path):

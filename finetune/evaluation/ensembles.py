@@ -189,6 +189,7 @@ def _average(candidates: Sequence[Candidate], how: How, average: str, most: int,
     chosen = tuple(range(len(candidates)))
     record: dict[str, Any] = {"how": how, "average": average, "num_candidates": len(candidates)}
     if how == "greedy":
+        check_views(candidates[0].plan, candidates, lambda line: None)  # before val is looked at by any
         judge = Val(candidates[0], seen)
         said = torch.stack([judge.probabilities(candidate.load(), candidate.plan.view) for candidate in candidates])
         chosen = greedy_selection(said, judge.labels, most=most, kind=average)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.data.decoding import center_crop
 from finetune.data.loading import ImageStore
+from finetune.data.splits import draw_sample
 from finetune.features.cache import FeatureCache
 from finetune.features.chirality import measure_chirality, sided_classes
 from finetune.features.depths import NEIGHBOURS, cross_validate, measure_profile, neighbours_left_out, proportion
@@ -55,8 +56,8 @@ FORMAT = "4"
 """Part of the key; raised when what is measured, or how, changes."""
 LEAST_VAL = 100
 """With fewer val images, penalties are chosen by cross-validation on the training images."""
-PROBE_IMAGES = 100_000
-"""Most images of a role that a probe is solved and judged on: a drawn part tells as much, and memory has an end."""
+PROBE_BYTES = 10**9
+"""Of the features that a probe is solved on; where all of a role would take more, a part is drawn, class by class."""
 PROFILE_IMAGES, CONTROL_IMAGES, SHIFT_IMAGES, MIRROR_IMAGES, RESPONSE_IMAGES = 1500, 300, 128, 300, 2000
 """Most training images (or of another role) that each measure looks at."""
 LOST_BY_MIRROR = 0.1
@@ -110,7 +111,7 @@ def measure(
         for_training: also measure similarity, which belongs beside any training; `for_advice` implies it.
     """
     named = [FORMAT, material.backbone.digest, material.view.digest, material.precision, material.split_digest]
-    named += [material.device, str(torch.get_num_threads())]  # what is timed depends on these
+    named += [material.device, str(torch.get_num_threads()), str(PROBE_BYTES)]  # what is timed depends on the first
     named += material.classes  # their names may tell sides
     named.append(material.backbone.card.statistics_sha256 or "")
     key = hashlib.sha256(
@@ -155,9 +156,17 @@ def _recall(path: Path) -> tuple[Probe, Findings] | None:
     return probe, findings
 
 
+def probe_rows(material: Material, role: str) -> list[int]:
+    """The images of a role that a probe is solved or judged on: all, or those whose features fit in `PROBE_BYTES`."""
+    rows, most = material.rows(role), max(1, PROBE_BYTES // (4 * material.backbone.num_features))
+    if len(rows) <= most:
+        return rows
+    return draw_sample(rows, material.labels.tolist(), material.digests, most=most, seed=material.seed)
+
+
 def _probe(material: Material) -> tuple[Probe, Findings]:
     num_classes = len(material.classes)
-    parts = {role: (rows := material.rows(role, most=PROBE_IMAGES), material.labels[rows]) for role in ("train", "val")}
+    parts = {role: (rows := probe_rows(material, role), material.labels[rows]) for role in ("train", "val")}
     left_out: tuple[Proportion | None, Proportion | None] = (None, None)
     train, val = ((material.features(rows), labels) for rows, labels in parts.values())
     if len(val[1]) >= LEAST_VAL:

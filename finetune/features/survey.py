@@ -23,7 +23,7 @@ from finetune.data.splits import Split, cut_split
 from finetune.errors import DataError, RecipeError
 from finetune.features.cache import FeatureCache
 from finetune.features.extraction import Extraction, ImageTable, digest_images, extract
-from finetune.features.measuring import Material, measure
+from finetune.features.measuring import PROBE_BYTES, Material, measure
 from finetune.features.probing import Probe
 from finetune.features.surgery import relative_gradients
 from finetune.features.viewing import choose_view, fast_precision, measure_machine, refuse_size, whose_constants
@@ -140,7 +140,7 @@ def look(
         classes=source.classes,
         bad_images=tuple(BadFile(name=source.items[index].name, reason=why) for index, why in sorted(work.bad.items())),
         num_images=len(source.items) - len(work.bad),
-        warnings=(*source.warnings, *split.warnings),
+        warnings=(*source.warnings, *split.warnings, *_partly(findings, split)),
         backbone=_backbone_facts(work.backbone),
         view=work.view,
         crop_pct=recipe.data.crop_pct or work.backbone.card.crop_pct,
@@ -294,6 +294,15 @@ class _Survey:
             precision=self.precision,
             progress=lambda done, total: self._progress("images", done, total),
         )
+
+
+def _partly(findings: Findings, split: Split) -> list[str]:
+    """A word where the probe has not seen all training images."""
+    num_train = sum(split.counts["train"])
+    if findings.probe is None or findings.probe.train.n == num_train:
+        return []
+    told = f"the probe was solved on {findings.probe.train.n:,} of {num_train:,} training images, drawn class by class"
+    return [f"{told}, for the features of all would take over {PROBE_BYTES / 1e9:g} GB."]
 
 
 def divide(recipe: Recipe, source: Source, digests: Sequence[str], kept: Sequence[int]) -> Split:

@@ -17,14 +17,15 @@ def _as_text(value: object) -> object:
 
 Text = Annotated[str, BeforeValidator(_as_text)]
 _VIEW = (
-    r"((center|flip|five|ten|whole|whole_flip)(@\d+)?(/\d+)?|resolutions|"
+    r"((center|flip|five|ten)(@\d+)?(/\d+)?|(whole|whole_flip)(@\d+)?|resolutions|"
     r"multiscale(_five)?|fully_convolutional(_unmirrored)?)"
 )
 VIEWS_PATTERN = rf"^{_VIEW}(,{_VIEW})*$"
 """Names of views with commas; `@` gives the shorter side of the image, and `/` the size of the crop."""
 VIEWS_HELP = (
-    "Views are center, flip, five, ten, whole, whole_flip (each also as ten@320 or center/288), resolutions, "
-    "multiscale, multiscale_five, fully_convolutional and fully_convolutional_unmirrored; several with commas."
+    "Views are center, flip, five, ten (each also as ten@320 or center/288), whole, whole_flip (also as whole@320), "
+    "resolutions, multiscale, multiscale_five, fully_convolutional and fully_convolutional_unmirrored; "
+    "several with commas."
 )
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]

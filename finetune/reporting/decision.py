@@ -64,8 +64,12 @@ def decision_context(facts: Part, plan: Part) -> dict[str, Any]:
     advised = str(advice.get("strategy") or "")
     chosen = str((plan.get("train") or {}).get("strategy") or advised)
     shift, why = similarity.get("shift") or (), str(advice.get("why") or "").rstrip(".")
-    if why:
-        why += "." if chosen == advised else f". The advice is {advised}; the recipe says {chosen}."
+    reasons = {reason.get("key"): reason.get("why") for reason in plan.get("reasons") or ()}
+    is_wished = reasons.get("train.strategy") == "the recipe says so"
+    if why and chosen != advised:
+        why += f". The advice is {advised}; the recipe says {chosen}."
+    elif why:
+        why += f". The advice is {advised}, and the recipe says so." if is_wished else "."
     context = {
         "why": why[:1].upper() + why[1:],
         "grid": grid_figure(advice) if similarity else Markup(""),
