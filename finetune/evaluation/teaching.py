@@ -5,11 +5,35 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from finetune.errors import BackboneError
 from finetune.evaluation.prediction import load_final
 from finetune.features.survey import Look
+from finetune.models.backbones import refuse_unknown
+from finetune.recipe.distillation import KEY, list_networks, read_teacher
+from finetune.recipe.facts import TeacherFacts
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder
+from finetune.recipe.shelf import read_zoo
 from finetune.training.distilling import Teacher
+
+
+def find_teacher(named: str | None) -> TeacherFacts | None:
+    """As `read_teacher`, and sure that the backbones of all its networks are at hand; no weights are read.
+
+    Raises:
+        BackboneError: if one is not.
+        RunError: if it is no run, or not trained and judged to its end.
+    """
+    known = read_teacher(named)
+    if known is None:
+        return None
+    zoo = read_zoo()
+    for member in list_networks(RunFolder.open(known.run)):
+        try:
+            refuse_unknown(member.plan.backbone, zoo)
+        except BackboneError as fault:
+            raise _not_at_hand(member, fault) from fault
+    return known
 
 
 def load_teacher(plan: Plan) -> Teacher | None:
@@ -23,7 +47,10 @@ def load_teacher(plan: Plan) -> Teacher | None:
     if path is None:
         return None
     run = RunFolder.open(path)
-    return Teacher(load_final(run), run.plan.view, plan.view)
+    try:
+        return Teacher(load_final(run), run.plan.view, plan.view)
+    except BackboneError as fault:
+        raise _not_at_hand(run, fault) from fault
 
 
 def read_answers(run: RunFolder, seen: Look, roles: tuple[str, ...]) -> dict[str, torch.Tensor] | None:
@@ -45,6 +72,10 @@ def read_answers(run: RunFolder, seen: Look, roles: tuple[str, ...]) -> dict[str
         if len(answers) == len(roles):
             return answers
     return None
+
+
+def _not_at_hand(run: RunFolder, fault: BackboneError) -> BackboneError:
+    return BackboneError(f"{KEY}: {run.path} needs a backbone that is not at hand. {fault}")
 
 
 def _ordered(stored: np.lib.npyio.NpzFile, role: str, prefix: str, seen: Look) -> torch.Tensor | None:
