@@ -240,10 +240,32 @@ def test_a_student_of_an_ensemble_is_one_network_and_is_judged_beside_it(pool, s
     assert pair["difference"] == pytest.approx(ours.mean() - right.mean())
     assert pair["low"] <= pair["difference"] <= pair["high"]
     assert "final minus teacher on test" in scores_text(scores)
-    assert "for one pass in place of 2" in scores_text(scores)
+    assert ", for 1 pass in place of 2" in scores_text(scores)
+    assert "views are compared" not in scores_text(scores)
     page = student.file("report.html").read_text(encoding="utf-8")
-    assert "against its teacher (2 per image)" in page
+    assert "Against its teacher, image by image" in page
+    assert ", for 1 pass per image in place of 2;" in page
     assert any(flag.startswith("train.distillation.teacher") for flag in scores["chosen_by_val"])
+
+
+def test_passes_are_views_times_networks_on_both_sides_and_views_that_differ_are_noted(shapes, pool, tmp_path):
+    teacher = RunFolder(shutil.copytree(pool[0].path, tmp_path / "teacher"))
+    evaluate(teacher.path, views="ten", say=quiet)
+    run = start(shapes, tmp_path / "runs", *taught(teacher), "train.epochs=1")
+    alike = "image in place of"
+    text, page = scores_text(run.read_json("scores.json")), run.file("report.html").read_text(encoding="utf-8")
+    assert ", for 1 pass in place of 10" in text and alike in page
+    assert "judged in ten views and its student in center, so the views are compared" in " ".join(text.split())
+    assert "judged in ten views and its student in center" in page
+    evaluate(teacher.path, views="center", say=quiet)
+    shutil.rmtree(teacher.path)  # what it said, and in which views, is kept
+    scores = evaluate(run.path, views="ten", say=quiet)
+    assert (scores["teacher"]["views"], scores["teacher"]["passes"], scores["teacher"]["student_passes"]) == (
+        "ten", 10, 10,
+    )  # fmt: skip
+    assert "in place of" not in scores_text(scores) and "views_note" not in scores["teacher"]
+    assert alike not in run.file("report.html").read_text(encoding="utf-8")
+    assert ", for 5 passes in place of 10" in scores_text(evaluate(run.path, views="five", say=quiet))
 
 
 def test_the_plan_says_who_teaches_and_at_what_price(student):

@@ -1,5 +1,6 @@
 """Teaching: a finished run as the teacher of another, and its answers beside those of its student."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,16 @@ from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.shelf import read_zoo
 from finetune.training.distilling import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a teacher said when it was judged."""
+
+    views: str
+    """In which it looked at images."""
+    probabilities: dict[str, torch.Tensor]
+    """(N, K) by role, in the order of the student's images."""
 
 
 def find_teacher(named: str | None) -> TeacherFacts | None:
@@ -53,8 +64,8 @@ def load_teacher(plan: Plan) -> Teacher | None:
         raise _not_at_hand(run, fault) from fault
 
 
-def read_answers(run: RunFolder, seen: Look, roles: tuple[str, ...]) -> dict[str, torch.Tensor] | None:
-    """Probabilities (N, K) of the teacher of `run` by role, in the order of the images of `seen`.
+def read_answers(run: RunFolder, seen: Look, roles: tuple[str, ...]) -> Answers | None:
+    """What the teacher of `run` said of the images of `seen`.
 
     From the student's own `predictions.npz` where they are kept there already, so that it can be judged again without
     its teacher; else from the teacher's. Nothing is computed anew.
@@ -62,15 +73,18 @@ def read_answers(run: RunFolder, seen: Look, roles: tuple[str, ...]) -> dict[str
     Returns:
         None where neither has them, or not for all of these images: names may have changed where contents have not.
     """
-    folder = Path(str(run.plan.train.distillation.teacher))
-    for path, prefix in ((run.file("predictions.npz"), "teacher_"), (folder / "predictions.npz", "")):
-        if not path.exists():
+    teacher = RunFolder(Path(str(run.plan.train.distillation.teacher)))
+    for folder, prefix in ((run, "teacher_"), (teacher, "")):
+        if not folder.file("predictions.npz").exists():
             continue
-        with np.load(path) as stored:
+        with np.load(folder.file("predictions.npz")) as stored:
+            views = str(stored["teacher_views"]) if prefix and "teacher_views" in stored else None
             found = {role: _ordered(stored, role, prefix, seen) for role in roles}
+        if not prefix and folder.file("scores.json").exists():
+            views = folder.read_json("scores.json")["views"]
         answers = {role: rows for role, rows in found.items() if rows is not None}
-        if len(answers) == len(roles):
-            return answers
+        if views is not None and len(answers) == len(roles):
+            return Answers(views=views, probabilities=answers)
     return None
 
 
