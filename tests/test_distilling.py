@@ -245,6 +245,8 @@ def test_a_student_of_an_ensemble_is_one_network_and_is_judged_beside_it(pool, s
     page = student.file("report.html").read_text(encoding="utf-8")
     assert "Against its teacher, image by image" in page
     assert ", for 1 pass per image in place of 2;" in page
+    assert "Loss (train: labels and teacher)" in page
+    assert "Loss (train" not in pool[0].file("report.html").read_text(encoding="utf-8")
     assert any(flag.startswith("train.distillation.teacher") for flag in scores["chosen_by_val"])
 
 
