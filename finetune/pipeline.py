@@ -20,17 +20,18 @@ import numpy as np
 import yaml
 from safetensors.torch import load_file, save_file
 
+from finetune.data.items import ROLES
 from finetune.data.sources import open_source, read_bytes
 from finetune.errors import DataError, FinetuneError, RecipeError, RunError
 from finetune.evaluation.evaluation import evaluate_run
-from finetune.evaluation.teaching import load_teacher
+from finetune.evaluation.teaching import find_teacher, load_teacher
 from finetune.evaluation.viewing import refuse_views
 from finetune.features.ranking import choose_backbone
 from finetune.features.survey import Look, look, survey_part
 from finetune.machine import describe_environment, tune_process
 from finetune.models.classifier import Classifier, refuse_layers
 from finetune.piloting import run_pilot
-from finetune.recipe.distillation import name_teacher, read_teacher
+from finetune.recipe.distillation import name_teacher, teacher_faults
 from finetune.recipe.facts import Facts, Ranking
 from finetune.recipe.plan import Plan
 from finetune.recipe.planning import make_plan
@@ -66,10 +67,14 @@ def plan(recipe: Recipe, say: Say = say_on_stderr, *, pilot_seconds: float | Non
     if pilot_seconds is not None and (recipe.train.strategy is not None or not recipe.pretrained):
         raise RecipeError("a pilot chooses train.strategy, which the recipe names already; leave one of the two out.")
     check_optimizer(recipe.train.optimizer)
-    teacher = read_teacher(recipe.train.distillation.teacher)
+    teacher = find_teacher(recipe.train.distillation.teacher)
     recipe, ranking = _with_backbone(recipe, say)
-    seen = look(recipe, _progress(say), roles_seen=("train", "val"))  # a choice has no business with test images
-    facts = seen.facts if pilot_seconds is None else run_pilot(recipe, seen, pilot_seconds, say)
+    seen = look(recipe, _progress(say), roles_seen=_roles_seen(recipe))
+    facts = seen.facts
+    if pilot_seconds is not None:
+        if faults := teacher_faults(recipe, facts.model_copy(update={"teacher": teacher})):  # before seconds are spent
+            raise RecipeError("\n".join(faults))
+        facts = run_pilot(recipe, seen, pilot_seconds, say)
     facts = facts.model_copy(update={"ranking": ranking, "teacher": teacher})
     return facts, _checked_plan(recipe, replace(seen, facts=facts))
 
@@ -79,9 +84,10 @@ def show_images(recipe: Recipe, path: Path, say: Say = say_on_stderr) -> Path:
     from finetune.training.starting import draw_training_views
 
     tune_process()
+    teacher = find_teacher(recipe.train.distillation.teacher)
     recipe, _ = _with_backbone(recipe, say)
-    seen = look(recipe, _progress(say), roles_seen=("train", "val"))
-    facts = seen.facts.model_copy(update={"teacher": read_teacher(recipe.train.distillation.teacher)})
+    seen = look(recipe, _progress(say), roles_seen=_roles_seen(recipe))
+    facts = seen.facts.model_copy(update={"teacher": teacher})
     draw_training_views(make_plan(recipe, facts), seen, path)
     return path
 
@@ -118,7 +124,7 @@ def train(recipe: Recipe, *, runs: Path | None = None, vary: Vary | None = None,
     if not root.exists():
         raise DataError(f"data.root: {root} does not exist.")
     recipe = name_teacher(recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})}))
-    read_teacher(recipe.train.distillation.teacher)  # a wrong one leaves no run folder
+    find_teacher(recipe.train.distillation.teacher)  # a wrong one leaves no run folder
     tune_process()
     check_optimizer(recipe.train.optimizer)
     recipe, ranking = _with_backbone(recipe, say)
@@ -178,6 +184,11 @@ def summarize(run: RunFolder) -> dict[str, Any]:
     }
 
 
+def _roles_seen(recipe: Recipe) -> tuple[str, ...]:
+    """A choice has no business with test images; but a broken one changes the split, which a teacher must share."""
+    return ("train", "val") if recipe.train.distillation.teacher is None else ROLES
+
+
 def _with_backbone(recipe: Recipe, say: Say) -> tuple[Recipe, Ranking | None]:
     """The recipe with its backbone named, and the ranking that named it where there was a choice."""
     name, ranking = choose_backbone(recipe, progress=_progress(say))
@@ -205,7 +216,7 @@ def _walk(
 def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, vary: Vary | None) -> None:
     clock = Clock(run)
     is_new = not run.file("plan.yaml").exists()
-    teacher = read_teacher(recipe.train.distillation.teacher) if is_new else None  # images would take longer
+    teacher = find_teacher(recipe.train.distillation.teacher) if is_new else None  # images would take longer
     seen = look(recipe, _progress(say))
     clock.lap("survey")
     if not is_new:

@@ -14,12 +14,12 @@ from torch import nn
 import finetune as ft
 from finetune.combining import ensemble as combine
 from finetune.data.loading import normalize
-from finetune.errors import RecipeError, RunError
+from finetune.errors import BackboneError, RecipeError, RunError
 from finetune.evaluation.prediction import load_final
 from finetune.evaluation.teaching import load_teacher
-from finetune.pipeline import evaluate, plan
+from finetune.pipeline import evaluate, plan, show_images
 from finetune.recipe.cards import View
-from finetune.recipe.distillation import read_teacher
+from finetune.recipe.distillation import inherit_imbalance, read_teacher
 from finetune.recipe.plan import read_plan
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.schema import OptimizerSpec
@@ -240,10 +240,34 @@ def test_a_student_of_an_ensemble_is_one_network_and_is_judged_beside_it(pool, s
     assert pair["difference"] == pytest.approx(ours.mean() - right.mean())
     assert pair["low"] <= pair["difference"] <= pair["high"]
     assert "final minus teacher on test" in scores_text(scores)
-    assert "for one pass in place of 2" in scores_text(scores)
+    assert ", for 1 pass in place of 2" in scores_text(scores)
+    assert "views are compared" not in scores_text(scores)
     page = student.file("report.html").read_text(encoding="utf-8")
-    assert "against its teacher (2 per image)" in page
+    assert "Against its teacher, image by image" in page
+    assert ", for 1 pass per image in place of 2;" in page
+    assert "Loss (train: labels and teacher)" in page
+    assert "Loss (train" not in pool[0].file("report.html").read_text(encoding="utf-8")
     assert any(flag.startswith("train.distillation.teacher") for flag in scores["chosen_by_val"])
+
+
+def test_passes_are_views_times_networks_on_both_sides_and_views_that_differ_are_noted(shapes, pool, tmp_path):
+    teacher = RunFolder(shutil.copytree(pool[0].path, tmp_path / "teacher"))
+    evaluate(teacher.path, views="ten", say=quiet)
+    run = start(shapes, tmp_path / "runs", *taught(teacher), "train.epochs=1")
+    alike = "image in place of"
+    text, page = scores_text(run.read_json("scores.json")), run.file("report.html").read_text(encoding="utf-8")
+    assert ", for 1 pass in place of 10" in text and alike in page
+    assert "judged in ten views and its student in center, so the views are compared" in " ".join(text.split())
+    assert "judged in ten views and its student in center" in page
+    evaluate(teacher.path, views="center", say=quiet)
+    shutil.rmtree(teacher.path)  # what it said, and in which views, is kept
+    scores = evaluate(run.path, views="ten", say=quiet)
+    assert (scores["teacher"]["views"], scores["teacher"]["passes"], scores["teacher"]["student_passes"]) == (
+        "ten", 10, 10,
+    )  # fmt: skip
+    assert "in place of" not in scores_text(scores) and "views_note" not in scores["teacher"]
+    assert alike not in run.file("report.html").read_text(encoding="utf-8")
+    assert ", for 5 passes in place of 10" in scores_text(evaluate(run.path, views="five", say=quiet))
 
 
 def test_the_plan_says_who_teaches_and_at_what_price(student):
@@ -294,8 +318,11 @@ def test_weight_0_ends_in_the_weights_of_a_run_without_a_teacher(shapes, pool, t
     ids=lambda wishes: wishes[0].partition("=")[2],
 )
 def test_whatever_trains_can_be_taught(shapes, pool, tmp_path, wishes):
-    run = start(shapes, tmp_path, *taught(pool[2]), *wishes)
+    short = [*wishes, *([] if "train.epochs=4" in wishes else ["train.epochs=1"])]
+    run = start(shapes, tmp_path / "taught", *taught(pool[2]), *short)
+    alone = load_file(start(shapes, tmp_path / "alone", *short).final_weights())
     assert run.read_json("scores.json")["teacher"]["paired"]["test"]["n"] > 0
+    assert any(not torch.equal(value, alone[name]) for name, value in load_file(run.final_weights()).items())
     if wishes[0].startswith("data.normalize"):
         assert run.plan.view.mean != pool[2].plan.view.mean
 
@@ -388,6 +415,91 @@ def test_an_unfinished_teacher_is_refused_and_leaves_no_folder(shapes, pool, tmp
     teacher.file(name).unlink()
     assert wanted in refusal(shapes, tmp_path, *taught(teacher))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_broken_test_image_is_found_by_a_plan_as_by_a_training(shapes, tmp_path):
+    images = tmp_path / "images"
+    for path in sorted(shapes.rglob("*.png")):
+        role = ("test", "val", "train", "train")[int(path.stem) % 4]
+        target = images / role / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    broken = images / "test" / "disc" / "00.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    teacher = start(images, tmp_path / "runs", "train.epochs=1")
+    recipe = ft.load_recipe(None, [f"data.root={images}", *SMALL, *FULL, *taught(teacher)])
+    facts, decided = plan(recipe, say=quiet)
+    assert [one.name for one in facts.bad_images] == ["test/disc/00.png"]
+    assert decided.split_digest == teacher.plan.split_digest
+    assert show_images(recipe, tmp_path / "views.png", say=quiet).exists()
+    alone = ft.load_recipe(None, [f"data.root={images}", *SMALL, *FULL])
+    assert not plan(alone, say=quiet)[0].bad_images  # without a teacher no test image is opened
+
+
+@pytest.mark.parametrize("folder", [".", "members/2"])
+def test_a_teacher_whose_backbone_is_not_at_hand_is_refused_before_images_are_looked_at(
+    shapes, pool, tmp_path, monkeypatch, folder
+):
+    monkeypatch.setattr("finetune.pipeline.look", None)
+    teacher = RunFolder(shutil.copytree(pool[0 if folder == "." else 2].path, tmp_path / "teacher"))
+    changed(RunFolder(teacher.file(folder)), backbone="lost_card")
+    with pytest.raises(BackboneError, match=r"train\.distillation\.teacher: .*'lost_card' is neither a card"):
+        start(shapes, tmp_path / "runs", *taught(teacher))
+    assert not (tmp_path / "runs").exists()
+
+
+def changed(run, **parts):
+    """The run with other parts of its plan."""
+    run.write_text("plan.yaml", run.plan.model_copy(update=parts).to_yaml())
+    return run
+
+
+@pytest.mark.parametrize("folder", [".", "members/1"])
+def test_another_backbone_head_or_view_of_any_network_is_another_teacher(pool, tmp_path, folder):
+    teacher = RunFolder(shutil.copytree(pool[2].path, tmp_path / "teacher"))
+    one = RunFolder(teacher.file(folder))
+    was = one.plan
+    digests = {read_teacher(str(pool[2].path)).weights_digest, read_teacher(str(teacher.path)).weights_digest}
+    assert len(digests) == 1
+    others = [{"backbone": "another"}, {"head": was.head.model_copy(update={"activation": "gelu"})}]
+    if folder == ".":  # members with views of their own are no teacher at all
+        others.append({"data": was.data.model_copy(update={"mean": (0.1, 0.2, 0.3)})})
+    for parts in others:
+        changed(one, **{"backbone": was.backbone, "head": was.head, "data": was.data, **parts})
+        digests.add(read_teacher(str(teacher.path)).weights_digest)
+    assert len(digests) == 1 + len(others)
+
+
+def test_a_pilot_spends_no_second_where_the_teacher_is_wrong(shapes, pool, monkeypatch):
+    monkeypatch.setattr("finetune.pipeline.run_pilot", None)
+    wishes = [*SMALL, *FULL, *taught(pool[0]), "train.strategy=null", "data.split.seed=5"]
+    with pytest.raises(RecipeError, match="was trained on another split"):
+        plan(ft.load_recipe(None, [f"data.root={shapes}", *wishes]), say=quiet, pilot_seconds=60)
+
+
+def balanced(run, kind, **rest):
+    train = run.plan.train
+    imbalance = train.imbalance.model_copy(update={"kind": kind})
+    return changed(run, train=train.model_copy(update={"imbalance": imbalance}), **rest)
+
+
+def test_a_probe_was_never_balanced_and_members_that_differ_are_not_followed(pool, tmp_path):
+    teacher = RunFolder(shutil.copytree(pool[2].path, tmp_path / "teacher"))
+    for number in (1, 2):
+        balanced(RunFolder(teacher.file(f"members/{number}")), "logits")
+    known = read_teacher(str(teacher.path))
+    assert inherit_imbalance(known, [9, 9])[0] == "logits"  # the plan of the whole, which says none, counts for nothing
+    second = RunFolder(teacher.file("members/2"))
+    shutil.copy(pool[1].file("probe.safetensors"), second.path)
+    balanced(second, "logits", stages=())
+    known = read_teacher(str(teacher.path))
+    assert known.imbalances == ("logits", "none")
+    kind, why = inherit_imbalance(known, [9, 9])
+    assert kind == "none" and why.endswith(
+        "its teacher's networks differ in this (logits, none), so it sets no example"
+    )
+    assert inherit_imbalance(known, [99, 9])[0] == "logits"
+    assert inherit_imbalance(None, [9, 9])[0] == "none"
 
 
 def test_an_advised_probe_is_refused_where_a_teacher_is_named(shapes, pool, tmp_path, monkeypatch):

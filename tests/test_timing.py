@@ -8,7 +8,7 @@ from test_planning import make_facts
 from finetune.features.timing import NORMS, time_training
 from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
-from finetune.recipe.facts import TimingFacts
+from finetune.recipe.facts import TeacherFacts, TimingFacts
 from finetune.recipe.forecasts import EPOCH_SECONDS, START_SECONDS, predict_memory, predict_seconds
 from finetune.recipe.shelf import default_backbone, read_zoo
 
@@ -76,6 +76,13 @@ def test_seconds_are_epochs_of_steps_and_looks_at_val():
     facts = forecast_facts()
     expected = START_SECONDS + 4 * (1500 / 100 + 210 / 300 + EPOCH_SECONDS) + 210 / 300 + (210 + 60 + 210) / 300
     assert predict_seconds(facts, trains="5", epochs=4) == pytest.approx(expected)
+    known = TeacherFacts(
+        run="runs/teacher", networks=3, weights_digest="0", split_digest="0", classes=facts.classes, view=facts.view,
+        crop_pct=1.0, imbalances=("none",),
+    )  # fmt: skip
+    beside = facts.model_copy(update={"teacher": known})
+    assert predict_seconds(beside, trains="5", epochs=4) == pytest.approx(expected + 4 * 1500 * 3 / 300)
+    assert predict_seconds(beside, trains="0", epochs=4) == 0
     assert predict_seconds(facts, trains="2", epochs=4) < expected
     assert predict_seconds(facts, trains="0", epochs=4) == 0
     assert predict_seconds(facts, trains="3", epochs=4) is None

@@ -57,7 +57,7 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
         center, _ = _calibrate(plan, single, labels)
         scores["center"] = _score(center, labels, plan.classes)
         gains = {role: _pair(tempered[role], center[role], labels[role]) for role in JUDGED if len(labels[role])}
-        scores["views_gain"] = {"crops": len(view_names(views, plan.view.size_pixels)), **gains}
+        scores["views_gain"] = {"crops": _num_crops(views, plan), **gains}
     if probe is not None:
         tempered_probe, _ = _calibrate(plan, probe, labels)
         scores["probe"] = _score(tempered_probe, labels, plan.classes)
@@ -67,8 +67,8 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
             }
         arrays |= {f"probe_{role}_probabilities": rows.numpy() for role, rows in tempered_probe.items()}
     if plan.train.distillation.teacher is not None and read_membership(run) is None:
-        scores["teacher"], answers = _beside_teacher(run, look, tempered, labels)
-        arrays |= {f"teacher_{role}_probabilities": rows.numpy() for role, rows in answers.items()}
+        scores["teacher"], more = _beside_teacher(run, look, tempered, labels, views)
+        arrays |= more
     if plan.evaluate.draws:
         scores["draws"] = _draw(run, look, center, labels)
     scores["next"] = _propose(run, look)
@@ -84,17 +84,38 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
 
 
 def _beside_teacher(
-    run: RunFolder, look: Look, final: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Scores of the teacher, and student minus teacher on the same images; and what the teacher answered."""
+    run: RunFolder, look: Look, final: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor], views: str
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Scores of the teacher, and student minus teacher on the same images; and what the teacher answered.
+
+    Args:
+        run: the student.
+        look: its images.
+        final: its probabilities (N, K) by role.
+        labels: (N,) by role.
+        views: in which it looked at images.
+    """
     facts = run.read_json("facts.json")["teacher"]
     record: dict[str, Any] = {"run": facts["run"], "networks": facts["networks"]}
     answers = read_answers(run, look, JUDGED)
     if answers is None:
         note = "its answers to these very images are not at hand, so the two are not compared"
         return {**record, "note": note}, {}
-    paired = {role: _pair(final[role], answers[role], labels[role], "teacher") for role in JUDGED if len(labels[role])}
-    return {**record, **_score(answers, labels, run.plan.classes), "paired": paired}, answers
+    said = answers.probabilities
+    record |= {"views": answers.views, "passes": facts["networks"] * _num_crops(answers.views, run.plan)}
+    record["student_passes"] = _num_crops(views, run.plan)
+    if answers.views != views:
+        record["views_note"] = (
+            f"it was judged in {answers.views} views and its student in {views}, so the views are compared as well"
+        )
+    paired = {role: _pair(final[role], said[role], labels[role], "teacher") for role in JUDGED if len(labels[role])}
+    arrays = {f"teacher_{role}_probabilities": rows.numpy() for role, rows in said.items()}
+    arrays["teacher_views"] = np.array(answers.views)
+    return {**record, **_score(said, labels, run.plan.classes), "paired": paired}, arrays
+
+
+def _num_crops(views: str, plan: Plan) -> int:
+    return len(view_names(views, plan.view.size_pixels))
 
 
 def _propose(run: RunFolder, look: Look) -> dict[str, str] | None:
@@ -124,7 +145,7 @@ def _probe_probabilities(look: Look) -> dict[str, torch.Tensor] | None:
 
 def _look_by_view(run: RunFolder, look: Look, plan: Plan, views: str) -> dict[str, Looked]:
     """What each view says of val and test; nothing where there is one view."""
-    if len(view_names(views, plan.view.size_pixels)) == 1:
+    if _num_crops(views, plan) == 1:
         return {}
     classifier = load_final(run)
     return {

@@ -1,15 +1,50 @@
 """Teaching: a finished run as the teacher of another, and its answers beside those of its student."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from finetune.errors import BackboneError
 from finetune.evaluation.prediction import load_final
 from finetune.features.survey import Look
+from finetune.models.backbones import refuse_unknown
+from finetune.recipe.distillation import KEY, list_networks, read_teacher
+from finetune.recipe.facts import TeacherFacts
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder
+from finetune.recipe.shelf import read_zoo
 from finetune.training.distilling import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What a teacher said when it was judged."""
+
+    views: str
+    """In which it looked at images."""
+    probabilities: dict[str, torch.Tensor]
+    """(N, K) by role, in the order of the student's images."""
+
+
+def find_teacher(named: str | None) -> TeacherFacts | None:
+    """As `read_teacher`, and sure that the backbones of all its networks are at hand; no weights are read.
+
+    Raises:
+        BackboneError: if one is not.
+        RunError: if it is no run, or not trained and judged to its end.
+    """
+    known = read_teacher(named)
+    if known is None:
+        return None
+    zoo = read_zoo()
+    for member in list_networks(RunFolder.open(known.run)):
+        try:
+            refuse_unknown(member.plan.backbone, zoo)
+        except BackboneError as fault:
+            raise _not_at_hand(member, fault) from fault
+    return known
 
 
 def load_teacher(plan: Plan) -> Teacher | None:
@@ -23,11 +58,14 @@ def load_teacher(plan: Plan) -> Teacher | None:
     if path is None:
         return None
     run = RunFolder.open(path)
-    return Teacher(load_final(run), run.plan.view, plan.view)
+    try:
+        return Teacher(load_final(run), run.plan.view, plan.view)
+    except BackboneError as fault:
+        raise _not_at_hand(run, fault) from fault
 
 
-def read_answers(run: RunFolder, seen: Look, roles: tuple[str, ...]) -> dict[str, torch.Tensor] | None:
-    """Probabilities (N, K) of the teacher of `run` by role, in the order of the images of `seen`.
+def read_answers(run: RunFolder, seen: Look, roles: tuple[str, ...]) -> Answers | None:
+    """What the teacher of `run` said of the images of `seen`.
 
     From the student's own `predictions.npz` where they are kept there already, so that it can be judged again without
     its teacher; else from the teacher's. Nothing is computed anew.
@@ -35,16 +73,23 @@ def read_answers(run: RunFolder, seen: Look, roles: tuple[str, ...]) -> dict[str
     Returns:
         None where neither has them, or not for all of these images: names may have changed where contents have not.
     """
-    folder = Path(str(run.plan.train.distillation.teacher))
-    for path, prefix in ((run.file("predictions.npz"), "teacher_"), (folder / "predictions.npz", "")):
-        if not path.exists():
+    teacher = RunFolder(Path(str(run.plan.train.distillation.teacher)))
+    for folder, prefix in ((run, "teacher_"), (teacher, "")):
+        if not folder.file("predictions.npz").exists():
             continue
-        with np.load(path) as stored:
+        with np.load(folder.file("predictions.npz")) as stored:
+            views = str(stored["teacher_views"]) if prefix and "teacher_views" in stored else None
             found = {role: _ordered(stored, role, prefix, seen) for role in roles}
+        if not prefix and folder.file("scores.json").exists():
+            views = folder.read_json("scores.json")["views"]
         answers = {role: rows for role, rows in found.items() if rows is not None}
-        if len(answers) == len(roles):
-            return answers
+        if views is not None and len(answers) == len(roles):
+            return Answers(views=views, probabilities=answers)
     return None
+
+
+def _not_at_hand(run: RunFolder, fault: BackboneError) -> BackboneError:
+    return BackboneError(f"{KEY}: {run.path} needs a backbone that is not at hand. {fault}")
 
 
 def _ordered(stored: np.lib.npyio.NpzFile, role: str, prefix: str, seen: Look) -> torch.Tensor | None:

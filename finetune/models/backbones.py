@@ -115,6 +115,18 @@ def load_backbone(name: str, *, zoo: Mapping[str, Card], pretrained: bool = True
     return _load_timm(name, zoo, pretrained)
 
 
+def refuse_unknown(name: str, zoo: Mapping[str, Card]) -> None:
+    """Nothing, where `load_backbone` knows `name`; no weights are read.
+
+    Raises:
+        BackboneError: if not.
+    """
+    if name.startswith(TORCHVISION) and name not in zoo:
+        _find_torchvision(name, zoo)
+    elif name not in zoo:
+        _find_timm(name, zoo)
+
+
 def divide_into_stages(model: nn.Module) -> tuple[tuple[str, ...], dict[str, int]]:
     """Names of the stages from stem to top, and the stage of every parameter and buffer of `model`.
 
@@ -265,7 +277,8 @@ def _load_card(card: Card, zoo: Mapping[str, Card], pretrained: bool) -> Backbon
     return Backbone(model, card, build=build, has_source=True)
 
 
-def _load_torchvision(name: str, zoo: Mapping[str, Card], pretrained: bool) -> Backbone:
+def _find_torchvision(name: str, zoo: Mapping[str, Card]) -> tuple[str, Any]:
+    """Architecture and weights."""
     from torchvision.models import get_model_weights
 
     arch, _, member = name.removeprefix(TORCHVISION).partition(".")
@@ -275,7 +288,11 @@ def _load_torchvision(name: str, zoo: Mapping[str, Card], pretrained: bool) -> B
     choices = {one.name: one for one in enum}
     if member and member not in (*choices, "DEFAULT"):
         raise BackboneError(f"backbone {name!r}: {arch} has no weights {member!r}. It has {', '.join(choices)}.")
-    weights = choices.get(member, enum.DEFAULT)  # type: ignore[attr-defined]
+    return arch, choices.get(member, enum.DEFAULT)  # type: ignore[attr-defined]
+
+
+def _load_torchvision(name: str, zoo: Mapping[str, Card], pretrained: bool) -> Backbone:
+    arch, weights = _find_torchvision(name, zoo)
     card = _torchvision_card(f"{TORCHVISION}{arch}.{weights.name}", arch, weights)
     size = {"image_size": card.input_size[1]} if arch.startswith("vit_") else {}
     build = partial(_build_torchvision, arch, **size)
@@ -303,16 +320,23 @@ def _torchvision_card(name: str, arch: str, weights: Any) -> Card:
     )  # fmt: skip
 
 
-def _load_timm(name: str, zoo: Mapping[str, Card], pretrained: bool) -> Backbone:
+def _find_timm(name: str, zoo: Mapping[str, Card]) -> Any:
+    """What timm says of the weights called so; None where there are none."""
     import timm
     from timm.models import get_pretrained_cfg
 
     if not timm.is_model(name.partition(".")[0]):
         raise _unknown(name, zoo)
     try:
-        contract = get_pretrained_cfg(name)
+        return get_pretrained_cfg(name)
     except RuntimeError as fault:  # the architecture exists, the tag does not
         raise _unknown(name, zoo) from fault
+
+
+def _load_timm(name: str, zoo: Mapping[str, Card], pretrained: bool) -> Backbone:
+    import timm
+
+    contract = _find_timm(name, zoo)
     if contract is None or (pretrained and not contract.has_weights):
         raise BackboneError(f"backbone {name}: nobody published weights for it under this name. Choose a tag of "
                             f"`timm.list_pretrained('{name.partition('.')[0]}*')`, or another backbone.")  # fmt: skip

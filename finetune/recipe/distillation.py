@@ -4,12 +4,15 @@ Read from its files alone, weights as bytes, so that a wrong teacher is refused 
 """
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import RunError
 from finetune.recipe.facts import Facts, TeacherFacts
+from finetune.recipe.imbalance import decide_imbalance
+from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.schema import DistillationSpec, Recipe
 
@@ -37,7 +40,7 @@ def read_teacher(named: str | None) -> TeacherFacts | None:
     path = str(Path(named).expanduser().absolute())
     try:
         run = RunFolder.open(path)
-        plan, members = run.plan, _members(run)
+        plan, members = run.plan, list_networks(run)
     except RunError as fault:
         raise RunError(f"{KEY}: {fault}") from fault
     if not all(member.final_weights().exists() for member in (run, *members)):
@@ -57,8 +60,15 @@ def read_teacher(named: str | None) -> TeacherFacts | None:
         classes=plan.classes,
         view=plan.view,
         crop_pct=plan.data.crop_pct or 1.0,
-        imbalance=plan.train.imbalance.kind or "none",
+        imbalances=tuple(dict.fromkeys(_imbalance(member.plan) for member in members)),
     )
+
+
+def list_networks(run: RunFolder) -> list[RunFolder]:
+    """The run folders whose networks answer: those of an average's members, or the run itself."""
+    if not run.file("ensemble.json").exists():
+        return [run]
+    return [RunFolder.open(run.file(one["folder"])) for one in run.read_json("ensemble.json")["members"]]
 
 
 def refuse_other_teacher(run: RunFolder) -> None:
@@ -145,6 +155,16 @@ def decide_distillation(
     return {**wish.model_dump(), "teacher": known.run}
 
 
+def inherit_imbalance(known: TeacherFacts | None, counts: Sequence[int]) -> tuple[str, str]:
+    """A kind of `ImbalanceSpec` and why: the teacher's, where there is one and all its networks had the same."""
+    if known is not None and len(known.imbalances) == 1:
+        return known.imbalances[0], "as its teacher was trained: the two speak of classes equally common"
+    kind, why = decide_imbalance(counts)
+    if known is not None:
+        why += f"; its teacher's networks differ in this ({', '.join(known.imbalances)}), so it sets no example"
+    return kind, why
+
+
 def idle_distillation(wish: DistillationSpec) -> list[tuple[str, str]]:
     """Keys that are set and mean nothing without a teacher, each with what would read it."""
     if wish.teacher is not None:
@@ -152,15 +172,17 @@ def idle_distillation(wish: DistillationSpec) -> list[tuple[str, str]]:
     return [(f"train.distillation.{key}", KEY) for key in ("temperature", "weight") if key in wish.model_fields_set]
 
 
-def _members(run: RunFolder) -> list[RunFolder]:
-    """The run folders whose networks answer: those of an average's members, or the run itself."""
-    if not run.file("ensemble.json").exists():
-        return [run]
-    return [RunFolder.open(run.file(one["folder"])) for one in run.read_json("ensemble.json")["members"]]
+def _imbalance(plan: Plan) -> str:
+    """What was done about uneven classes; nothing for a probe, whose plan may name a kind that it never read."""
+    return plan.train.imbalance.kind or "none" if plan.stages else "none"
 
 
 def _digest(run: RunFolder, members: list[RunFolder]) -> str:
+    """Of all that the answers depend on: weights, networks, what these are given, and how they are averaged."""
     digest = hashlib.sha256()
+    for plan in (one.plan for one in (run, *members)):
+        words = [plan.backbone, plan.head.model_dump(mode="json"), plan.view.digest, plan.classes]
+        digest.update(json.dumps(words, sort_keys=True).encode())
     average = run.file("ensemble.json")
     if average.exists():
         digest.update(average.read_bytes())

@@ -292,13 +292,13 @@ class TeacherFacts(_Value):
     networks: int
     """That every one of its answers costs."""
     weights_digest: str
-    """Of the files of all its networks, and of how they are averaged."""
+    """Of all its networks, of what they are given, and of how they are averaged."""
     split_digest: str
     classes: tuple[str, ...]
     view: View
     crop_pct: float
-    imbalance: str
-    """What was done in its training about uneven classes."""
+    imbalances: tuple[str, ...]
+    """What was done about uneven classes where its networks were trained, each kind once."""
 
 
 class Facts(Findings):

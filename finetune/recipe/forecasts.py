@@ -13,6 +13,8 @@ EPOCH_SECONDS = 0.15
 def predict_seconds(facts: Facts, *, trains: str, epochs: int) -> float | None:
     """Seconds of a training and its evaluation, without the survey; None where nothing was timed.
 
+    A teacher is not timed: each of its networks is taken to look at images as fast as the student's own backbone.
+
     Args:
         facts: hold the timing of steps on this machine.
         trains: a number of top stages, `norms`, or `0` for the probe, which the survey has solved already.
@@ -27,6 +29,8 @@ def predict_seconds(facts: Facts, *, trains: str, epochs: int) -> float | None:
         return 0.0
     judged = (num["test"] + num["val"] + num["calibration"]) / forward
     each = num["train"] / speeds[trains] + num["val"] / forward + EPOCH_SECONDS
+    if facts.teacher is not None:
+        each += num["train"] * facts.teacher.networks / forward
     return START_SECONDS + (epochs * each) + num["val"] / forward + judged
 
 

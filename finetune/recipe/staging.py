@@ -7,9 +7,9 @@ from typing import Any
 from finetune.errors import RecipeError
 from finetune.recipe.advice import partial_depth
 from finetune.recipe.batch_norm import small_batch_warning
-from finetune.recipe.distillation import decide_distillation, idle_distillation, teacher_faults
+from finetune.recipe.distillation import decide_distillation, idle_distillation, inherit_imbalance, teacher_faults
 from finetune.recipe.facts import Facts
-from finetune.recipe.imbalance import decide_imbalance, uneven
+from finetune.recipe.imbalance import uneven
 from finetune.recipe.plan import Stage
 from finetune.recipe.schedules import whole_epochs
 from finetune.recipe.schema import Recipe, ScheduleSpec, TrainSpec
@@ -65,9 +65,7 @@ def decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, decid
     decided["epochs"] = 1 if strategy == "probe" else epochs
     decided["averaging"] = _decide_averaging(wish, epochs * max(1, num_train // batch), quiet)
     decided["distillation"] = decide_distillation(wish.distillation, facts.teacher, decide)
-    balance = decide_imbalance(facts.counts["train"])
-    if facts.teacher is not None:
-        balance = facts.teacher.imbalance, "as its teacher was trained: the two speak of classes equally common"
+    balance = inherit_imbalance(facts.teacher, facts.counts["train"])
     decided["imbalance"] = {
         **wish.imbalance.model_dump(),
         "kind": quiet("train.imbalance.kind", wish.imbalance.kind, *balance),

@@ -131,7 +131,7 @@ def render_report(run_folder: Path, *, read_image: ReadImage | None = None) -> s
         per_class=per_class[:MAX_ROWS],
         num_hidden_classes=max(0, len(per_class) - MAX_ROWS),
         stage_keys=list(dict.fromkeys(key for stage in plan.get("stages") or () for key in stage if key != "name")),
-        panels=draw_curves(run_folder / "curves.csv"),
+        panels=draw_curves(run_folder / "curves.csv", is_taught=bool(facts.get("teacher"))),
         matrix=figures.confusion_matrix(confusion, classes) if fits_matrix else Markup(""),
         confused=confused_pairs(confusion, classes),
         reliability=figures.reliability_diagram(bins),
@@ -249,12 +249,12 @@ def count_rows(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"name": name, "counts": row} for name, row in zip(classes, rows, strict=True)] if counts else []
 
 
-def draw_curves(path: Path) -> list[Markup]:
-    """The panels for which `curves.csv` holds values; none where there is no such file."""
+def draw_curves(path: Path, *, is_taught: bool = False) -> list[Markup]:
+    """The panels for which `curves.csv` holds values, none without it; `is_taught`: train loss is a teacher's too."""
     measured, stages = _read_curves(path)
     rates = {name: name.removeprefix("lr/") for name in measured if name.startswith("lr/")}
     wanted: tuple[tuple[str, dict[str, str], dict[str, bool]], ...] = (
-        ("Loss", {"train/loss": "train", "val/loss": "val"}, {}),
+        (f"Loss{' (train: labels and teacher)' * is_taught}", {"train/loss": "train", "val/loss": "val"}, {}),
         ("Top-1 accuracy", {"train/top1": "train", "val/top1": "val"}, {"shares": True}),
         ("Learning rate", rates, {"log": True}),
         ("Gradient norm", {"gradient_norm": "all parameters"}, {"log": True}),

@@ -236,15 +236,21 @@ def _difference_lines(scores: Mapping[str, Any], teacher: Mapping[str, Any]) -> 
     if pair := scores.get("paired", {}).get("test"):
         lines.append(line("final minus probe", pair))
     if pair := teacher.get("paired", {}).get("test"):
-        lines.append(line("final minus teacher", pair, f", for one pass in place of {teacher['networks']}"))
-    if teacher.get("note"):
-        lines.append(f"  teacher: {teacher['note']}")
+        lines.append(line("final minus teacher", pair, _passes(teacher)))
+    for note in filter(None, (teacher.get("note"), teacher.get("views_note"))):
+        lines += textwrap.wrap(f"teacher: {note}", WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
     if gain := (scores.get("views_gain") or {}).get("test"):
         passes = f", for {scores['views_gain']['crops']} times the passes"
         lines.append(line(f"{scores['views']} minus center", gain, passes))
     if said := (scores.get("draws") or {}).get("sentence"):
         lines += textwrap.wrap(said, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
     return lines
+
+
+def _passes(teacher: Mapping[str, Any]) -> str:
+    """What an answer of the student costs in place of the teacher's, where that is another number of passes."""
+    ours, theirs = teacher["student_passes"], teacher["passes"]
+    return "" if ours == theirs else f", for {ours} pass{'es' if ours > 1 else ''} in place of {theirs}"
 
 
 def _member_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
