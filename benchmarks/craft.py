@@ -40,6 +40,7 @@ VARIANTS: dict[str, list[str]] = {
     "same rate everywhere": ["train.optimizer.backbone_lr_ratio=1"],
     "batch norm trains": ["train.batch_norm=train"],
     "batch norm trains, same rate everywhere": ["train.batch_norm=train", "train.optimizer.backbone_lr_ratio=1"],
+    "any orientation": ["data.invariances=[hflip,vflip,rot90]"],
     "no augmentation": ["augment.preset=none"],
     "constant rate": ["train.schedule.name=constant"],
     "no warm-up": ["train.schedule.warmup_fraction=0"],
@@ -49,8 +50,8 @@ VARIANTS: dict[str, list[str]] = {
     "mixup 0.2": ["augment.mixup=0.2"],
     "layer decay 0.65, top at full rate": ["train.optimizer.layer_decay=0.65", "train.optimizer.backbone_lr_ratio=1"],
 }
-LARGE = ("plain", "2.5 times the budget")
-"""Not for `ablate`: a small job trains for as many epochs as any may already."""
+LARGE = ("plain", "2.5 times the budget", "any orientation")
+"""Not for `ablate`: a small job trains for as many epochs as any may already, and only cells have no up."""
 FIELDS = ("set", "seed", "variant", "strategy", "images", "top1", "log_loss", "num_test", "cpu_seconds", "commit")
 
 
