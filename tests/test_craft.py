@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +11,9 @@ from torch import nn
 import finetune as ft
 from finetune.data.augmentation import Augmentation
 from finetune.errors import RecipeError, RunError
-from finetune.evaluation.prediction import load_final
+from finetune.evaluation.prediction import load_final, predict_probabilities
+from finetune.features.survey import look
+from finetune.models.regularization import FractionalMaxPool
 from finetune.recipe.schedules import rate_factor
 from finetune.training.snapshots import read_members
 
@@ -62,14 +65,31 @@ def test_every_option_runs_to_its_end_and_predicts_what_it_was_judged_by(shapes,
         assert torch.equal(again(images), again(images))
 
 
+@pytest.mark.technique("T132")
+def test_regions_that_move_in_training_are_in_the_network_that_is_shipped_and_still(shapes, tmp_path):
+    wishes = ["data.image_size=160", "regularization.fractional_pooling=true"]
+    with pytest.raises(RecipeError, match=r"fractional_pooling is for tops drawn anew; set train\.reinit"):
+        start(shapes, tmp_path, *wishes, "train.strategy=full")
+    run = start(shapes, tmp_path, *wishes, "train.strategy=partial", "train.reinit=1", "train.epochs=1")
+    network, images = load_final(run), torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    assert any(isinstance(piece, FractionalMaxPool) for piece in network.modules())
+    with torch.inference_mode():
+        assert torch.equal(network(images), network(images))
+    seen = look(ft.load_recipe(run.file("recipe.yaml")))
+    with np.load(run.file("predictions.npz")) as stored:
+        said = predict_probabilities(network, seen.store, seen.indices("test"), run.plan, "center")
+        np.testing.assert_allclose(stored["test_probabilities"], said.numpy(), atol=1e-6)
+
+
 def test_a_recipe_that_uses_every_option_is_checked_and_is_planned(shapes, tmp_path):
     text = f"""
 name: all
-data: {{root: {shapes}, image_size: 32, invariances: [hflip]}}
+data: {{root: {shapes}, image_size: 64, invariances: [hflip]}}
 augment: {{preset: heavy, domain: fine, crop: scale, rotate_degrees: 10, pca_color: 0.1, policy: rand, cutout: 0.2,
           mixup: 0.2, cutmix: 1.0}}
 head: {{kind: mlp, hidden: 32, activation: leaky_relu, init: xavier, bias: 0.01, dropout: 0.5, drop_connect: 0.2}}
-regularization: {{label_smoothing: 0.1, stochastic_depth: 0.1, channel_dropout: 0.1, l2_sp: 0.01}}
+regularization: {{label_smoothing: 0.1, stochastic_depth: 0.1, channel_dropout: 0.1, fractional_pooling: true,
+                 l2_sp: 0.01}}
 train:
   strategy: gradual
   reinit: 1

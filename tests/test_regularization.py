@@ -17,6 +17,7 @@ from finetune.models.regularization import (
     DropConnectLinear,
     FractionalMaxPool,
     insert_channel_dropout,
+    insert_fractional_pooling,
     random_pieces,
     sample_predictions,
     set_stochastic_depth,
@@ -398,3 +399,28 @@ def test_noise_that_a_frozen_stage_never_met_is_not_drawn(noisy_classifier):
     with pytest.raises(ValueError, match="draws must be at least 1, got 0"):
         sample_predictions(noisy_classifier, randn(2, 3, 64, 64), 0)
     assert not any(module.training for module in noisy_classifier.modules())
+
+
+@pytest.mark.technique("T132")
+@pytest.mark.parametrize("arch", ["test_resnet", "torchvision/resnet18", "mobilenetv2_035"])
+def test_moving_regions_stand_before_the_last_pooling_and_are_still_at_test(arch):
+    backbone = load_backbone(arch, zoo={}, pretrained=False)
+    keys, images = set(backbone.state_dict()), randn(4, 3, 160, 160)
+    plain = backbone.eval()(images)
+    insert_fractional_pooling(backbone, 160)
+    assert set(backbone.state_dict()) == keys
+    assert len([piece for piece in backbone.modules() if isinstance(piece, FractionalMaxPool)]) == 1
+    assert backbone(images).shape == plain.shape
+    assert torch.equal(backbone(images), backbone(images))
+    assert not torch.equal(backbone(images), plain)
+    pools = [piece for piece in backbone.modules() if isinstance(piece, FractionalMaxPool)]
+    pools[0].training = True
+    assert not torch.equal(backbone(images), backbone(images))
+
+
+@pytest.mark.technique("T132")
+def test_moving_regions_need_maps_to_move_on():
+    with pytest.raises(ValueError, match=r"needs maps of 2 x 2 or more, but .* pools maps of \(1, 1\) last"):
+        insert_fractional_pooling(load_backbone("mobilenetv2_035", zoo={}, pretrained=False), 32)
+    with pytest.raises(ValueError, match="has no pooling at its end"):
+        insert_fractional_pooling(load_backbone("test_vit", zoo={}, pretrained=False), 160)

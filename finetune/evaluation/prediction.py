@@ -18,7 +18,7 @@ from finetune.evaluation.views import average_views
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
-from finetune.models.regularization import random_pieces, sample_predictions
+from finetune.models.regularization import insert_fractional_pooling, random_pieces, sample_predictions
 from finetune.recipe.cards import View
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder
@@ -49,6 +49,8 @@ def load_final(run: RunFolder, backbone: Backbone | None = None) -> Classifier:
                 f"{plan.backbone} now has weights {backbone.digest[:12]}, but {run.path} was made with "
                 f"{plan.weights_digest[:12]}. Put the card it was made with first in FINETUNE_ZOO."
             )
+    if plan.stages and plan.regularization.fractional_pooling:
+        insert_fractional_pooling(backbone, plan.view.size_pixels)
     probe = load_file(run.file("probe.safetensors")) if not plan.stages else {"weight": None, "bias": None}
     head = make_head(
         backbone.num_features,

@@ -24,6 +24,9 @@ _NO_SHORTCUT = {
 """What timm and torchvision write on a block that nothing bypasses; to skip it would lose the image."""
 
 
+_POOLS = frozenset({"SelectAdaptivePool2d", "AdaptiveAvgPool2d", "FastAdaptiveAvgPool", "FastAdaptiveAvgPool2d"})
+
+
 class DropConnectLinear(nn.Linear):
     """A linear map whose weights are dropped in training, anew for every example and pass.
 
@@ -54,7 +57,8 @@ class FractionalMaxPool(nn.Module):
 
     Graham 2014, https://arxiv.org/abs/1412.6071. In training the regions are drawn for every example and pass, alike
     for all channels; at test they are fixed, where torch's own layer goes on drawing. It may stand before the last
-    pooling of a top that is trained anew. To average over regions at test, use `sample_predictions`.
+    pooling of a top that is trained anew (`insert_fractional_pooling`). To average over regions at test, use
+    `sample_predictions`.
     """
 
     def __init__(self, ratio: float = 2**0.5) -> None:
@@ -78,6 +82,42 @@ class FractionalMaxPool(nn.Module):
         size = int(height / self.ratio), int(width / self.ratio)
         draws = draws.expand(-1, channels, -1).contiguous()
         return F.fractional_max_pool2d(maps, 2, output_size=size, _random_samples=draws)
+
+
+def insert_fractional_pooling(backbone: Backbone, size_pixels: int) -> str:
+    """Put a `FractionalMaxPool` before the pooling that ends `backbone`; the name of the latter, as it was.
+
+    What the backbone says then changes at test, too, so it belongs to a top that learns anew, and into every copy.
+
+    Args:
+        backbone: changed in place.
+        size_pixels: of the images that will come.
+
+    Raises:
+        ValueError: if it does not end in a pooling over maps of 2 x 2 or more.
+    """
+    found: list[tuple[str, tuple[int, ...]]] = []
+
+    def note(name: str, module: nn.Module, args: tuple[torch.Tensor, ...], output: object) -> None:
+        found.append((name, tuple(args[0].shape[2:])))
+
+    pools = {name: m for name, m in backbone.named_modules() if type(m).__name__ in _POOLS}
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in pools.items()]
+    was_training = backbone.training
+    try:
+        with torch.inference_mode():
+            backbone.eval()(next(backbone.parameters()).new_zeros(1, 3, size_pixels, size_pixels))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        backbone.train(was_training)
+    if not found or len(found[-1][1]) != 2 or min(found[-1][1]) < 2:
+        seen = f"pools maps of {found[-1][1]} last" if found else "has no pooling at its end"
+        raise ValueError(f"fractional_pooling needs maps of 2 x 2 or more, but {_name(backbone)} {seen}.")
+    name = found[-1][0]  # the outermost is the last to finish
+    parent, _, leaf = name.rpartition(".")
+    setattr(backbone.get_submodule(parent), leaf, nn.Sequential(FractionalMaxPool(), pools[name]).train(was_training))
+    return name
 
 
 def set_stochastic_depth(backbone: nn.Module, rate: float) -> int:

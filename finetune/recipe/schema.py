@@ -152,6 +152,8 @@ class RegularizationSpec(Section):
     """Share of passes in which the last residual block is skipped; lower blocks in proportion to their depth."""
     channel_dropout: Share = 0.0
     """Share of whole feature maps dropped between the trained stages of the backbone."""
+    fractional_pooling: bool = False
+    """Pool the last maps over regions that move in training and are fixed at test; for tops drawn anew."""
     l2_sp: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Pull of pretrained weights back to where they began, instead of to zero."""
 

@@ -236,6 +236,8 @@ def training_faults(recipe: Recipe, facts: Facts) -> list[str]:
         faults.append(
             "train.strategy lora leaves pretrained weights where they are, so regularization.l2_sp must be 0."
         )
+    if recipe.regularization.fractional_pooling and not train.reinit:
+        faults.append("regularization.fractional_pooling is for tops drawn anew; set train.reinit to 1 or more.")
     needs_own = not recipe.pretrained or train.reinit > 0
     if needs_own and facts.backbone.has_batch_norm and train.batch_norm in ("frozen", "statistics"):
         faults.append(
@@ -293,7 +295,9 @@ def _lbfgs_faults(recipe: Recipe, facts: Facts) -> list[str]:
         "hardware.precision must be 32": recipe.hardware.precision not in ("auto", "32"),
         "augment.mixup and cutmix must be 0": bool(augment.mixup or augment.cutmix),
         "head.dropout and drop_connect must be 0": bool(recipe.head.dropout or recipe.head.drop_connect),
-        "regularization must drop nothing": bool(rules.stochastic_depth or rules.channel_dropout),
+        "regularization must drop and move nothing": bool(
+            rules.stochastic_depth or rules.channel_dropout or rules.fractional_pooling
+        ),
         f"train.batch_size must be at least {num_train}, all training images": recipe.train.batch_size < num_train,
         "train.batch_norm must be frozen": recipe.train.batch_norm not in (None, "frozen"),
         "train.imbalance.kind must draw every image": recipe.train.imbalance.kind == "sampler",

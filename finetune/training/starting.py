@@ -17,7 +17,7 @@ from finetune.models.backbones import Backbone
 from finetune.models.classifier import Classifier
 from finetune.models.heads import PROBE_SOFTENING, make_head
 from finetune.models.initialization import reinitialize_stages
-from finetune.models.regularization import insert_channel_dropout, set_stochastic_depth
+from finetune.models.regularization import insert_channel_dropout, insert_fractional_pooling, set_stochastic_depth
 from finetune.recipe.plan import Plan
 from finetune.training.losses import log_priors
 
@@ -49,6 +49,8 @@ def make_classifier(
             set_stochastic_depth(backbone, rules.stochastic_depth)
         if rules.channel_dropout:
             insert_channel_dropout(backbone, rules.channel_dropout, backbone.stages[len(backbone.stages) - top :])
+        if rules.fractional_pooling:
+            insert_fractional_pooling(backbone, plan.view.size_pixels)
     except ValueError as fault:
         raise RecipeError(f"regularization: {fault}") from fault
     if any(stage.trains == "lora" for stage in plan.stages):
