@@ -2,6 +2,7 @@
 for.
 """
 
+import sys
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,12 @@ class Items(Sequence[Item]):
             counts["all" if number < 0 else ROLES[number]] = named
         return counts
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the columns take."""
+        columns = (self._folder_of, self._class_of, self._role_of, self._row_of)
+        return sum(column.nbytes for column in columns) + self._names.num_bytes + self._files.num_bytes
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Items) and list(self) == list(other)
 
@@ -136,6 +143,11 @@ class _Texts:
 
     def __getitem__(self, place: int) -> str:
         return self._bytes[self._ends[place] : self._ends[place + 1]].decode("utf-8", "surrogateescape")
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of texts and places."""
+        return sys.getsizeof(self._bytes) + sys.getsizeof(self._ends)
 
     def taken(self, order: np.ndarray) -> "_Texts":
         """The texts at the positions `order`."""
