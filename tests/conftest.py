@@ -58,3 +58,8 @@ def draw_shapes(folder: Path, *, per_class: int, pixels: int = 40) -> Path:
                     brush.line((x, row, x + size, row), fill=colour, width=2)
             image.save(folder / label / f"{number:02}.png")
     return folder
+
+
+def role_of(number):
+    """The role of the image of this number in its class: ten train, five val, three calibrate, the rest test."""
+    return "train" if number < 10 else "val" if number < 15 else "calibration" if number < 18 else "test"

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import role_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -53,7 +54,7 @@ def divided(shapes, tmp_path_factory):
     root = tmp_path_factory.mktemp("divided") / "shapes"
     for folder in sorted(shapes.iterdir()):
         for number, path in enumerate(sorted(folder.iterdir())):
-            role = "train" if number < 10 else "val" if number < 15 else "calibration" if number < 18 else "test"
+            role = role_of(number)
             (root / role / folder.name).mkdir(parents=True, exist_ok=True)
             shutil.copy(path, root / role / folder.name)
     return root

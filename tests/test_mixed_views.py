@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import role_of
 from PIL import Image
 from torch import nn
 
@@ -38,7 +39,7 @@ def photographs(shapes, tmp_path_factory):
     root = tmp_path_factory.mktemp("jpegs") / "shapes"
     for folder in sorted(shapes.iterdir()):
         for number, path in enumerate(sorted(folder.iterdir())):
-            role = "train" if number < 10 else "val" if number < 15 else "calibration" if number < 18 else "test"
+            role = role_of(number)
             (root / role / folder.name).mkdir(parents=True, exist_ok=True)
             image = Image.open(path).resize((220, 170 + 20 * (number % 3)), Image.Resampling.BICUBIC)
             image.save(root / role / folder.name / f"{path.stem}.jpg", quality=90)

@@ -16,9 +16,9 @@ from finetune.data.loading import ImageStore
 from finetune.evaluation.prediction import draw_in_batches
 from finetune.models.classifier import Classifier
 from finetune.recipe.plan import Plan
-from finetune.scores.comparison import mean_difference
-from finetune.scores.intervals import bootstrap_mean, paired_difference
-from finetune.scores.metrics import decide, log_losses
+from finetune.scores.comparison import answered_right, mean_difference
+from finetune.scores.intervals import bootstrap_mean
+from finetune.scores.metrics import log_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +85,10 @@ def compare_draws(
 
 
 def _pair(drawn: torch.Tensor, ordinary: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
-    right, ordinary_right = decide(drawn) == labels, decide(ordinary) == labels
-    only_drawn, only_ordinary = int((right & ~ordinary_right).sum()), int((~right & ordinary_right).sum())
-    interval = paired_difference(only_drawn, only_ordinary, len(labels))
+    losses = mean_difference(log_losses(drawn, labels), log_losses(ordinary, labels))
     return {
-        "difference": interval.value,
-        "low": interval.low,
-        "high": interval.high,
-        "n": interval.n,
-        "only_draws_right": only_drawn,
-        "only_ordinary_right": only_ordinary,
-        "log_loss_difference": mean_difference(log_losses(drawn, labels), log_losses(ordinary, labels)).as_dict(),
+        **answered_right(drawn, ordinary, labels, ("draws", "ordinary")),
+        "log_loss_difference": losses.as_dict(),
     }
 
 

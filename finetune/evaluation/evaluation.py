@@ -21,8 +21,8 @@ from finetune.recipe.ladder import next_experiment
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder, write_whole
 from finetune.scores.calibration import fit_temperature, log_probabilities
+from finetune.scores.comparison import answered_right
 from finetune.scores.conformal import describe, fit_threshold
-from finetune.scores.intervals import paired_difference
 from finetune.scores.metrics import score_predictions
 
 JUDGED = ("val", "test")
@@ -219,19 +219,11 @@ def _score(
     return {role: score_predictions(probabilities[role], labels[role], classes) for role in JUDGED if len(labels[role])}
 
 
-def _pair(final: torch.Tensor, other: torch.Tensor, labels: torch.Tensor, name: str = "probe") -> dict[str, Any]:
+def _pair(
+    final: torch.Tensor, other: torch.Tensor, labels: torch.Tensor, name: str = "probe"
+) -> dict[str, float | int]:
     """Final minus the other, which is called `name`, on the same images."""
-    right, other_right = final.argmax(1) == labels, other.argmax(1) == labels
-    only_final, only_other = int((right & ~other_right).sum()), int((~right & other_right).sum())
-    interval = paired_difference(only_final, only_other, len(labels))
-    return {
-        "difference": interval.value,
-        "low": interval.low,
-        "high": interval.high,
-        "n": interval.n,
-        "only_final_right": only_final,
-        f"only_{name}_right": only_other,
-    }
+    return answered_right(final, other, labels, ("final", name))
 
 
 def _arrays(

@@ -11,7 +11,8 @@ from statistics import NormalDist, mean, stdev
 
 import torch
 
-from finetune.scores.intervals import Interval, bootstrap_mean
+from finetune.scores.intervals import Interval, bootstrap_mean, paired_difference
+from finetune.scores.metrics import decide
 
 LEVEL = 0.05
 """Share of comparisons of equal classifiers that may be taken for a difference."""
@@ -67,6 +68,30 @@ def adjust(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - place) * p_values[index]))
         adjusted[index] = highest
     return adjusted
+
+
+def answered_right(
+    first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, names: tuple[str, str]
+) -> dict[str, float | int]:
+    """First minus second in accuracy on the same images, with its paired 95 % interval; ready for JSON.
+
+    Args:
+        first: probabilities (N, K).
+        second: the same of the other.
+        labels: (N,).
+        names: of both, for the counts of images that one alone answers rightly.
+    """
+    right, other_right = decide(first) == labels, decide(second) == labels
+    only_first, only_second = int((right & ~other_right).sum()), int((~right & other_right).sum())
+    interval = paired_difference(only_first, only_second, len(labels))
+    return {
+        "difference": interval.value,
+        "low": interval.low,
+        "high": interval.high,
+        "n": interval.n,
+        f"only_{names[0]}_right": only_first,
+        f"only_{names[1]}_right": only_second,
+    }
 
 
 def mean_difference(first: torch.Tensor, second: torch.Tensor, seed: int = 0) -> Interval:
