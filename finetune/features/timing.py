@@ -8,6 +8,7 @@ import copy
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from finetune.data.loading import normalize
 from finetune.models.backbones import Backbone
 from finetune.models.classifier import Classifier
+from finetune.models.folding import Folding
 from finetune.recipe.cards import View
 from finetune.recipe.facts import TimingFacts
 
@@ -60,6 +62,7 @@ def time_training(
         size = max(2, min(batch_size, int(speed * SECONDS / (4 * (STEPS + 1)))))
         images = _take(crops, size, view, device)
         forward = size / min(_seconds(lambda: classifier(images), device) for _ in range(STEPS))
+        folding = Folding(model, size_pixels=few.shape[-1], device=device) if precision == "32" else None
     labels = torch.arange(size, device=device) % num_classes
     rows = []
     wanted: list[int | str] = [*depths, NORMS]
@@ -67,9 +70,9 @@ def time_training(
         _set_trainable(classifier, depth)
         parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-9)
-        kept = [_step(classifier, images, labels, optimizer, precision, device)]  # warms up, and is counted
+        kept = [_step(classifier, images, labels, optimizer, precision, device, folding)]  # warms up, and is counted
         best = min(
-            _seconds(lambda: _step(classifier, images, labels, optimizer, precision, device), device)  # noqa: B023
+            _seconds(lambda: _step(classifier, images, labels, optimizer, precision, device, folding), device)  # noqa: B023
             for _ in range(STEPS)
         )
         own = 4 * 3 * sum(parameter.numel() for parameter in parameters)  # gradient and two moments
@@ -90,6 +93,7 @@ def _step(
     optimizer: torch.optim.Optimizer,
     precision: str,
     device: str,
+    folding: Folding | None,
 ) -> int:
     """One step as training takes it; bytes that its backward pass kept, weights not counted."""
     held: dict[int, int] = {}
@@ -103,7 +107,11 @@ def _step(
 
     classifier.train()
     optimizer.zero_grad(set_to_none=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), _autocast(device, precision):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        _autocast(device, precision),
+        folding() if folding else nullcontext(),
+    ):
         loss = F.cross_entropy(classifier(images).float(), labels)
     loss.backward()
     nn.utils.clip_grad_norm_((group for group in optimizer.param_groups[0]["params"]), math.inf)

@@ -14,9 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from finetune.models.backbones import Backbone
 from finetune.models.classifier import stages_of_modules
-
-TOLERANCE = 1e-3
-"""Greatest difference of a fused network's features, as a share of their spread, before it is not used."""
+from finetune.models.folding import TOLERANCE, example_images, layers_after, watch_pairs
 
 
 class FrozenBackbone:
@@ -25,8 +23,7 @@ class FrozenBackbone:
     def __init__(self, backbone: Backbone, *, size_pixels: int, device: str) -> None:
         self.depths = len(backbone.stages)
         """Answers per image: one for each stage from the stem, where the last is the pooled top."""
-        example = torch.rand(2, 3, size_pixels, size_pixels, generator=torch.Generator().manual_seed(0)).to(device)
-        self._model = _fused(backbone.eval().to(device), example.contiguous(memory_format=torch.channels_last))
+        self._model = _fused(backbone.eval().to(device), example_images(size_pixels, device))
         self._model.to(memory_format=torch.channels_last)
         self._ends = _stage_ends(backbone, self._model)
 
@@ -85,7 +82,7 @@ def _fused(backbone: Backbone, example: torch.Tensor) -> Backbone:
     names = {module: name for name, module in backbone.named_modules()}
     stage_of = stages_of_modules(backbone)
     with torch.no_grad():
-        watched, expected = _watch(backbone, example)
+        watched, expected = watch_pairs(backbone, example)
         pairs = [(names[conv], names[norm]) for conv, norm in watched]
         # between two stages the convolution's own output is what the lower one shows
         pairs = [(conv, norm) for conv, norm in pairs if stage_of[conv] == stage_of[norm]]
@@ -98,31 +95,6 @@ def _fused(backbone: Backbone, example: torch.Tensor) -> Backbone:
     return fused if float(error) < TOLERANCE else backbone
 
 
-def _watch(backbone: Backbone, example: torch.Tensor) -> tuple[list[tuple[nn.Conv2d, _BatchNorm]], torch.Tensor]:
-    """Each convolution whose output goes straight into a batch norm, both called once; and what the network says."""
-    made: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}
-    calls: dict[nn.Module, int] = {}
-    fed: list[tuple[nn.Conv2d, _BatchNorm]] = []
-
-    def after(module: nn.Module, inputs: Any, output: Any) -> None:
-        calls[module] = calls.get(module, 0) + 1
-        if isinstance(module, nn.Conv2d):
-            made[id(output)] = (module, output)  # the tensor is kept, so that no other gets its identity
-        elif inputs and id(inputs[0]) in made:
-            fed.append((made[id(inputs[0])][0], module))  # type: ignore[arg-type]
-
-    watched = [m for m in backbone.modules() if isinstance(m, nn.Conv2d | _BatchNorm)]
-    handles = [module.register_forward_hook(after) for module in watched]
-    try:
-        expected = backbone(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [
-        (conv, norm) for conv, norm in fed if calls[conv] == calls[norm] == 1 and norm.running_mean is not None
-    ], expected
-
-
 def _fuse(model: nn.Module, conv_name: str, norm_name: str) -> None:
     conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
     assert isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm)
@@ -131,7 +103,6 @@ def _fuse(model: nn.Module, conv_name: str, norm_name: str) -> None:
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
     conv.weight, conv.bias = weight, bias
-    # timm's batch norms carry the dropout and the activation that follow them
-    rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if isinstance(part, nn.Module)]
+    rest = layers_after(norm)
     parent, _, leaf = norm_name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.Sequential(*rest) if rest else nn.Identity())

@@ -173,6 +173,7 @@ def _make_module(
         divergence=Divergence(len(plan.classes), spec.stop_ratio),
         average=_make_average(classifier, averaging) if keeps_average else None,
         average_from=0 if swa_start is None else round(swa_start * steps),
+        folds=plan.hardware.precision == "32",
         warn=say,
     )
 

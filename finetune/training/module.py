@@ -8,6 +8,7 @@ effective batch, the schedule and the number of steps stay what the plan says.
 import hashlib
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from finetune.errors import RunError
 from finetune.models.classifier import Classifier
+from finetune.models.folding import Folding
 from finetune.recipe.schedules import Plateau
 from finetune.scores.calibration import fit_temperature
 from finetune.training.averaging import WeightAverage
@@ -63,6 +65,7 @@ class Finetuning(pl.LightningModule):
         divergence: Divergence | None = None,
         average: WeightAverage | None = None,
         average_from: int = 0,
+        folds: bool = False,
         warn: Callable[[str], None],
     ) -> None:
         super().__init__()
@@ -77,6 +80,8 @@ class Finetuning(pl.LightningModule):
         """What a return to the last good state multiplies all rates by."""
         self.plateau, self.average, self._average_from = plateau, average, average_from
         self._optimizer, self._step, self._divergence, self._warn = optimizer, step, divergence, warn
+        self._folds = folds
+        self._folding: Folding | None = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer that the stage was given."""
@@ -205,8 +210,11 @@ class Finetuning(pl.LightningModule):
 
     def _pieces(self, images: torch.Tensor, targets: torch.Tensor, size: int) -> tuple[float, int]:
         total, hits = 0.0, 0
+        if self._folds and self._folding is None:
+            self._folding = Folding(self.classifier.backbone, size_pixels=images.shape[-1], device=images.device)
         for x, y in zip(images.split(size), targets.split(size), strict=True):
-            logits = self.classifier(x)  # (b, K)
+            with self._folding() if self._folding else nullcontext():
+                logits = self.classifier(x)  # (b, K)
             losses = self._step.loss(logits.float(), y)  # (b,)
             if self._step.distillation is not None:
                 losses = self._step.distillation(losses, logits, x)
