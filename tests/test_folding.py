@@ -10,7 +10,7 @@ from torch import nn
 
 from finetune.models.folding import Folding
 
-MODELS = ("test_resnet", "test_efficientnet", "test_byobnet", "mobilenetv2_035", "regnetx_002")
+MODELS = ("test_resnet", "test_efficientnet", "test_byobnet", "tf_mobilenetv3_small_minimal_100", "regnetx_002")
 
 
 def prepare(name: str) -> nn.Module:

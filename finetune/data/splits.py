@@ -135,9 +135,10 @@ def _cut(
         needs = _needs(sum(map(len, members)), wanted)
         left = list(members)
         for role in wanted:
-            for group in _take(left, needs[role]):
-                left.remove(group)
-                chosen[role] += group
+            taken = _take(left, needs[role])
+            chosen[role] += [i for group in taken for i in group]
+            gone = {id(group) for group in taken}
+            left = [group for group in left if id(group) not in gone]
     return chosen
 
 

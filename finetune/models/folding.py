@@ -13,12 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame, conv2d_same
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 TOLERANCE = 1e-3
 """Greatest difference of a network's answers with fused or folded layers, as a share of their spread, before it is
 not used."""
+_KNOWN = (nn.Conv2d.forward, Conv2dSame.forward)
 
 
 class Folding:
@@ -96,8 +98,8 @@ def layers_after(norm: _BatchNorm) -> list[nn.Module]:
 
 
 def _is_plain(conv: nn.Conv2d, norm: _BatchNorm) -> bool:
-    """Whether both compute what torch's layers do, and nobody listens between them."""
-    return type(conv).forward is nn.Conv2d.forward and not conv._forward_hooks and not norm._forward_pre_hooks
+    """Whether both are layers that we know to compute, and nobody listens between them."""
+    return type(conv).forward in _KNOWN and not conv._forward_hooks and not norm._forward_pre_hooks
 
 
 def _convolve(conv: nn.Conv2d, norm: _BatchNorm, inputs: torch.Tensor) -> torch.Tensor:
@@ -108,7 +110,10 @@ def _convolve(conv: nn.Conv2d, norm: _BatchNorm, inputs: torch.Tensor) -> torch.
     shift = -norm.running_mean * scale if conv.bias is None else (conv.bias - norm.running_mean) * scale
     if norm.bias is not None:
         shift = shift + norm.bias
-    return conv._conv_forward(inputs, conv.weight * scale.view(-1, 1, 1, 1), shift)
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    if isinstance(conv, Conv2dSame):
+        return conv2d_same(inputs, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv._conv_forward(inputs, weight, shift)
 
 
 def _pass_on(norm: _BatchNorm, outputs: torch.Tensor) -> torch.Tensor:
