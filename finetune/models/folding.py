@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Conv2dSame, conv2d_same
+import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -112,7 +113,8 @@ def _convolve(conv: nn.Conv2d, norm: _BatchNorm, inputs: torch.Tensor) -> torch.
         shift = shift + norm.bias
     weight = conv.weight * scale.view(-1, 1, 1, 1)
     if isinstance(conv, Conv2dSame):
-        return conv2d_same(inputs, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+        padded = pad_same(inputs, list(weight.shape[-2:]), list(conv.stride), list(conv.dilation))
+        return F.conv2d(padded, weight, shift, conv.stride, 0, conv.dilation, conv.groups)
     return conv._conv_forward(inputs, weight, shift)
 
 
