@@ -120,8 +120,8 @@ def main() -> None:
     text = (
         f"The steps of `fit` take {_told(steps)} times the processor time of a bare loop of the same "
         f"{EPOCHS * len(train)} steps, and the whole of it, {EPOCHS} looks at val, checkpoints and all, "
-        f"{_told(whole)} times that of the loop with a look at val after each epoch (median of {ROUNDS} alternating rounds, and the range; "
-        f"{PIXELS} px, 64 images per step; `python benchmarks/overhead.py`)."
+        f"{_told(whole)} times that of the loop with a look at val after each epoch (median of {ROUNDS} alternating "
+        f"rounds, and the range; {PIXELS} px, 64 images per step; `python benchmarks/overhead.py`)."
     )
     (HERE / "results" / "overhead.md").write_text(text + "\n", encoding="utf-8")
     print(text)
