@@ -33,11 +33,12 @@ PER_CLASS = (5, 20, 50, 400)
 SEEDS = (0, 1, 2)
 PIXELS, TEST_PER_CLASS, BUDGET, EPOCHS = 64, 250, 10_000, (3, 20)
 STRATEGIES = {
-    "partial": ["train.strategy=partial", "head.init=probe", "train.optimizer.backbone_lr_ratio=1"],
+    "top_third": ["train.strategy=partial", "train.depth=3", "head.init=probe", "train.optimizer.backbone_lr_ratio=1"],
+    "partial": ["train.strategy=partial", "head.init=probe"],
     "full": ["train.strategy=full", "head.init=zero"],
     "probe_then_full": ["train.strategy=full", "head.init=probe"],
 }
-"""The probe itself is scored in every one of these runs."""
+"""The probe itself is scored in every one of these runs. Of eight stages, `partial` trains six at half the head's rate."""
 FIELDS = ("set", "backbone", "per_class", "seed", "strategy", "num_train", "epochs", "top1", "num_test", "cpu_seconds",
           "pixels", "commit")  # fmt: skip
 
@@ -154,11 +155,11 @@ SETTINGS = ["augment.preset=light"]
 """The same in every run, so that strategies differ in nothing else."""
 
 
-def train_all(shared: Path, work: Path) -> None:
+def train_all(shared: Path, work: Path, backbones: list[str]) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True
     )
-    for cell in cells():
+    for cell in (cell for cell in cells() if cell[1] in backbones):
         for strategy in STRATEGIES:
             done = {
                 (r["set"], r["backbone"], int(r["per_class"]), int(r["seed"]), r["strategy"])
@@ -173,10 +174,14 @@ def main() -> None:
     parser.add_argument("what", choices=["train", "measure"])
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
     parser.add_argument("--work", type=Path, default=HERE / "advice")
+    parser.add_argument("--backbones", nargs="+", choices=BACKBONES, default=BACKBONES, help="for one process each")
     arguments = parser.parse_args()
     shared, work = arguments.shared.resolve(), arguments.work.resolve()
     os.environ |= {"FINETUNE_ZOO": str(shared / "zoo"), "FINETUNE_CACHE": str(work / "cache")}
-    {"train": train_all, "measure": measure_all}[arguments.what](shared, work)
+    if arguments.what == "train":
+        train_all(shared, work, arguments.backbones)
+    else:
+        measure_all(shared, work)
 
 
 if __name__ == "__main__":

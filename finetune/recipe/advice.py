@@ -26,8 +26,8 @@ GAIN_ERRORS = {"partial": 0.120, "full": 0.116}
 LEAST_GAIN = 0.005
 """Accuracy that training must be expected to add to the probe, which costs nothing."""
 WORTH = 0.01
-"""Accuracy by which partial must be expected to beat full to be taken: differences below it are noise between cells,
-and on data sets that the rule was not fitted to, following them loses."""
+"""Accuracy by which full must be expected to beat partial to be taken: it costs more, and differences below it are
+noise between cells, which to follow loses on data sets that the rule was not fitted to."""
 SOLVED = 0.985
 """A probe whose interval starts above this leaves nothing that val could show."""
 ORDER = ("probe", "partial", "full")
@@ -37,11 +37,12 @@ ORDER = ("probe", "partial", "full")
 def partial_depth(stages: int, profile: ProfileFacts | None = None) -> int:
     """Top stages that `partial` trains where the recipe does not say.
 
-    A third, rounded up; or all above the depth whose features lead the top by more than one standard error, if those
-    are more: they are the ones that do not fit.
+    All but the lowest quarter, and but one at least: the first layers are few weights that every image passes, and
+    training is better without them (Kumar et al. 2022, https://arxiv.org/abs/2211.09359; `benchmarks/LOG.md`). Or all
+    above the depth whose features lead the top by more than one standard error, if those are more.
     """
     above = 0 if profile is None or profile.earlier is None else stages - 1 - profile.earlier
-    return max(1, math.ceil(stages / 3), above)
+    return max(1, stages - max(1, stages // 4), above)
 
 
 def similarity_of_shift(shifts: Sequence[Measure]) -> tuple[float, float, float]:
@@ -103,13 +104,13 @@ def choose(gains: Mapping[str, float]) -> str:
     best = max(gains.values())
     if best < LEAST_GAIN:
         return "probe"
-    return "partial" if gains["partial"] >= gains["full"] + WORTH else "full"
+    return "full" if gains["full"] >= gains["partial"] + WORTH else "partial"
 
 
 def _preference(gains: Mapping[str, float]) -> str:
-    if choose(gains) == "partial":
-        return "partial is expected to be clearly better"
-    return f"full, for partial is not expected to be better by {100 * WORTH:g}"
+    if choose(gains) == "full":
+        return "full is expected to be clearly better"
+    return f"partial, for full costs more and is not expected to be better by {100 * WORTH:g}"
 
 
 def is_small(facts: Facts) -> bool:
@@ -124,7 +125,7 @@ def advise(facts: Facts) -> Advice:
         return _advice(facts, "random weights", "full", "full", why)
     if facts.similarity is None:
         why = "the recipe says so, and nothing was measured to advise otherwise"
-        return _advice(facts, UNMEASURED, "full", "partial", why)
+        return _advice(facts, UNMEASURED, "partial", "full", why)
     per_class, similar = facts.images_per_class.median, facts.similarity.value
     cell = f"{'small' if is_small(facts) else 'large'}, {'similar' if similar >= SIMILAR else 'different'}"
     gains = {strategy: (expected_gain(facts, strategy) or (0.0,))[0] for strategy in ORDER}
@@ -139,7 +140,7 @@ def advise(facts: Facts) -> Advice:
     if facts.pilot:
         strategy, runner_up, why = _judge_pilot(facts)
     elif facts.probe.val.low >= SOLVED:
-        strategy, runner_up = "probe", "full"
+        strategy, runner_up = "probe", "partial"
         why = f"the probe's interval on val starts at {facts.probe.val.low:.3f}, so nothing is left to gain"
     return _advice(facts, cell, strategy, runner_up, why)
 

@@ -33,9 +33,9 @@ LEARNING_RATES = {
 """Peak rate of the head by optimizer, at 64 images per step; timm's begin at that of `adamw`."""
 LARGEST_RATE = 1.0
 """However large the batch."""
-RATIOS = {"partial": 1.0, "full": 0.3, "gradual": 0.3, "surgical": 0.3, "norms": 1.0, "biases": 1.0, "lora": 1.0}
-"""Rate of the backbone's top over that of the head: see `benchmarks/LOG.md`. The top stages alone bear a full one, and
-so do the few numbers of norms, biases and adapters."""
+RATIOS = {"partial": 0.5, "full": 0.3, "gradual": 0.3, "surgical": 0.3, "norms": 1.0, "biases": 1.0, "lora": 1.0}
+"""Rate of the backbone's top over that of the head: see `benchmarks/LOG.md`. Training bears more where the first layers
+are still, and the head's own where it is the top third alone, or the few numbers of norms, biases and adapters."""
 LAYER_DECAY = 1.0
 WEIGHT_DECAY = 0.01
 LEAST_VAL = 100
@@ -60,7 +60,8 @@ def decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, decid
     if batch < wish.batch_size:
         quiet("train.batch_size", None, batch, "there are no more training images than these")
     decided["depth"] = _decide_depth(wish, facts, strategy, quiet)
-    decided["optimizer"] = _decide_optimizer(recipe, strategy, batch, quiet)
+    is_top = strategy == "partial" and 3 * decided["depth"] <= len(facts.backbone.stages) + 2  # a third, rounded up
+    decided["optimizer"] = _decide_optimizer(recipe, 1.0 if is_top else RATIOS.get(strategy, 1.0), batch, quiet)
     decided["schedule"], epochs = _decide_schedule(recipe, facts, device, quiet)
     decided["epochs"] = 1 if strategy == "probe" else epochs
     decided["averaging"] = _decide_averaging(wish, epochs * max(1, num_train // batch), quiet)
@@ -82,18 +83,18 @@ def _decide_depth(wish: TrainSpec, facts: Facts, strategy: str, decide: Decide) 
         return stages
     depth = max(partial_depth(stages, facts.profile), wish.reinit)
     above = " and all above the best depth" if depth > partial_depth(stages) else ""
-    why = f"the top third of {stages} stages{above}; the rest stays as it was pretrained"
+    why = f"all but the lowest quarter of {stages} stages{above}; the first layers stay as they were pretrained"
     return int(decide("train.depth", wish.depth, depth, why))
 
 
-def _decide_optimizer(recipe: Recipe, strategy: str, batch: int, decide: Decide) -> dict[str, Any]:
+def _decide_optimizer(recipe: Recipe, ratio: float, batch: int, decide: Decide) -> dict[str, Any]:
     wish = recipe.train.optimizer
     rule = decide("train.optimizer.name", wish.name, "adamw", "robust to the rate on small data")
     rate = min(LARGEST_RATE, LEARNING_RATES.get(rule, LEARNING_RATES["adamw"]) * (1 if rule == "lbfgs" else batch / 64))
     rate = decide("train.optimizer.lr", wish.lr, rate, f"for {rule} at {batch} images per step")
     gentle = "pretrained weights move gently, or what they know is lost"
     few = "what moves is near the head, or little, and bears its rate"
-    ratio = RATIOS.get(strategy, 1.0) if recipe.pretrained else 1.0
+    ratio = ratio if recipe.pretrained else 1.0
     why = "random weights have nothing to keep" if not recipe.pretrained else gentle if ratio < 1 else few
     return {
         **wish.model_dump(),
