@@ -38,7 +38,8 @@ STRATEGIES = {
     "full": ["train.strategy=full", "head.init=zero"],
     "probe_then_full": ["train.strategy=full", "head.init=probe"],
 }
-"""The probe itself is scored in every one of these runs. Of eight stages, `partial` trains six at half the head's rate."""
+"""The probe itself is scored in every one of these runs. Of eight stages, `partial` trains six, at half the head's
+rate."""
 FIELDS = ("set", "backbone", "per_class", "seed", "strategy", "num_train", "epochs", "top1", "num_test", "cpu_seconds",
           "pixels", "commit")  # fmt: skip
 

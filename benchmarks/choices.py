@@ -1,10 +1,12 @@
 """Small experiments behind some defaults, as told in LOG.md: which epoch to keep, how fast the backbone moves,
-how sure the head begins, and how the probe scales its features.
+how many of its stages move, how sure the head begins, and how the probe scales its features.
 
     python benchmarks/choices.py keep  [--shared ../shared]     # a row per cell and rule, some minutes
     python benchmarks/choices.py ratio [--shared ../shared]
     python benchmarks/choices.py ladder [--shared ../shared]
     python benchmarks/choices.py depth [--shared ../shared]
+    python benchmarks/choices.py budget [--shared ../shared]
+    python benchmarks/choices.py size [--shared ../shared]
     python benchmarks/choices.py far [--shared ../shared]
     python benchmarks/choices.py soften [--shared ../shared]
     python benchmarks/choices.py scale [--shared ../shared]
@@ -28,10 +30,10 @@ CLASSES = {"ants_bees": 2, "flowers5": 5, "sign_digits": 10, "malaria": 2, "cifa
 RATIO_CELLS = (("flowers5", 20), ("ants_bees", 50), ("sign_digits", 20), ("malaria", 50))
 
 
-def train(name: str, per_class: int, wishes: list[str], shared: Path, work: Path) -> Any:
+def train(name: str, per_class: int, wishes: list[str], shared: Path, work: Path, *, share: float = 1) -> Any:
     import finetune as ft
 
-    epochs = min(20, max(3, round(advice.BUDGET / (0.85 * per_class * CLASSES[name]))))
+    epochs = round(share * min(20, max(3, round(advice.BUDGET / (0.85 * per_class * CLASSES[name])))))
     more = ["augment.preset=light", "train.batch_norm=frozen", f"train.epochs={epochs}", *wishes]
     recipe = advice.cell_recipe(name, BACKBONE, per_class, 0, shared, work, more)
     return ft.train(recipe, runs=work / "runs", say=lambda text: None)
@@ -68,10 +70,12 @@ def compare_ladders(shared: Path, work: Path) -> None:
 
 
 def compare_depths(shared: Path, work: Path) -> None:
-    """How many stages train, and how fast: accuracy, and processor time over that of training all nine."""
-    variants = (("full", None, 0.3), ("partial", 3, 1), ("partial", 5, 1), ("partial", 6, 1), ("partial", 6, 0.5),
-                ("partial", 6, 0.3))  # fmt: skip
-    for per_class in (20, 400, 50, 5):
+    """How many stages train, and how fast: accuracy, and processor time over that of training all eight."""
+    variants = [("full", None, 0.3), ("full", None, 0.5)]
+    variants += [
+        ("partial", depth, ratio) for depth, ratio in ((3, 1), (5, 0.5), (6, 0.3), (6, 0.5), (6, 0.7), (7, 0.5))
+    ]
+    for per_class in (20, 5, 50, 400):
         for name in advice.SETS:
             row, whole = [], 0.0
             for strategy, depth, ratio in variants:
@@ -82,6 +86,38 @@ def compare_depths(shared: Path, work: Path) -> None:
                 whole = whole or spent
                 row.append(f"{percent(run.read_json('scores.json'))} ({spent / whole:.2f})")
             print(f"| `{name}`, {per_class} | {' | '.join(row)} |", flush=True)
+
+
+def compare_budgets(shared: Path, work: Path) -> None:
+    """Half of the epochs, and smaller batches at a rate that follows their root: accuracy, and processor time."""
+    for per_class in (20, 5):
+        for name in advice.SETS:
+            row, whole = [], 0.0
+            for share, batch in ((1, 64), (1, 32), (1, 16), (0.5, 64), (0.5, 16)):
+                wishes = ["train.strategy=full", f"train.batch_size={batch}"]
+                if batch < 64:
+                    wishes.append(f"train.optimizer.lr={1e-3 * (batch / 64) ** 0.5:g}")
+                began = time.process_time()
+                run = train(name, per_class, wishes, shared, work, share=share)
+                spent = time.process_time() - began
+                whole = whole or spent
+                row.append(f"{percent(run.read_json('scores.json'))} ({spent / whole:.2f})")
+            print(f"| `{name}`, {per_class} | {' | '.join(row)} |", flush=True)
+
+
+def compare_sizes(shared: Path, work: Path) -> None:
+    """A default run of a whole set at the size it is judged at, and trained at a sixth less."""
+    import finetune as ft
+
+    for name, large, small in (("malaria", 96, 80), ("flowers5", 128, 112), ("sign_digits", 96, 80)):
+        row = []
+        for pixels in (large, small):
+            wishes = [f"data.root={shared / 'data' / name}", f"backbone={BACKBONE}", f"data.image_size={pixels}"]
+            wishes += [f"evaluate.views=center@{large}", "seed=0", "tracking.enabled=false"]
+            began = time.process_time()
+            run = ft.train(ft.load_recipe(None, wishes), runs=work / "runs", say=lambda text: None)
+            row.append(f"{percent(run.read_json('scores.json'))} ({time.process_time() - began:.0f} s)")
+        print(f"| `{name}` | {' | '.join(row)} |", flush=True)
 
 
 def compare_far(shared: Path, work: Path) -> None:
@@ -103,35 +139,33 @@ def compare_far(shared: Path, work: Path) -> None:
 
 
 def compare_epochs(shared: Path, work: Path) -> None:
-    """Run to the last epoch, and ask of each what val and test say of it."""
+    """Keep every epoch, and ask of each what val and test say of it; a row per cell."""
     from finetune.data.loading import Batches
-    from finetune.training import fitting, starting
+    from finetune.evaluation.prediction import load_final
+    from finetune.features.survey import look
+    from finetune.training.module import measure_loss
+    from finetune.training.snapshots import load_member, read_members
+    from finetune.training.watching import is_clearly_higher
 
-    held: dict[str, Any] = {}
-    measure, make_batches = fitting._Keeper._measure, starting.make_batches
-
-    def batches(plan: Any, seen: Any) -> Any:
-        rows, labels = seen.indices("test"), seen.labels("test").tolist()
-        held["test"] = Batches(seen.store, rows, labels, batch_size=64, augmentation=None, shuffle=False, seed=0)
-        return make_batches(plan, seen)
-
-    def watch(keeper: Any, module: Any, values: Any) -> None:
-        measure(keeper, module, values)
-        loss, tempered, top1 = fitting.measure_loss(module.classifier, keeper.val, "cpu", "32")
-        held["rows"].append(
-            (loss, tempered, -top1, fitting.measure_loss(module.classifier, held["test"], "cpu", "32")[2])
-        )
-
-    fitting._Keeper._measure = watch  # type: ignore[method-assign]
-    starting.make_batches = batches
-    for per_class in (20, 50):
+    for per_class in (20, 50, 400):
         for name in advice.SETS:
-            held["rows"] = []
-            train(name, per_class, ["train.strategy=full", "train.keep=last"], shared, work)
-            rows = held["rows"]
-            chosen = [min(rows, key=lambda row, k=k: row[k])[3] for k in range(3)]
-            cells = " | ".join(f"{100 * value:.1f}" for value in (rows[0][3], *chosen, rows[-1][3]))
-            print(f"| `{name}`, {per_class} | {cells} |", flush=True)
+            wishes = ["train.strategy=partial", "train.keep=last", "train.averaging.keep_last=20"]
+            run = train(name, per_class, wishes, shared, work)
+            seen = look(advice.cell_recipe(name, BACKBONE, per_class, 0, shared, work, []))
+            judges = [
+                Batches(seen.store, seen.indices(role), seen.labels(role).tolist(), batch_size=64, augmentation=None,
+                        shuffle=False, seed=0) for role in ("val", "test")
+            ]  # fmt: skip
+            classifier, found = load_final(run), []
+            for member in read_members(run.file("snapshots")):
+                load_member(classifier, member)
+                found.append([measure_loss(classifier, judge, "cpu", "32") for judge in judges])
+            keys = [lambda one: one.loss, lambda one: one.chosen_by, lambda one: -one.top1]
+            kept = [min(found, key=lambda pair, key=key: key(pair[0])) for key in keys]  # type: ignore[misc]
+            settled = kept[1] if is_clearly_higher(found[-1][0].losses, kept[1][0].losses) else found[-1]
+            probe = percent(run.read_json("scores.json")["probe"])
+            told = [f"{100 * pair[1].top1:.1f}" for pair in (*kept, found[-1], settled)]
+            print(f"| `{name}`, {per_class} | {len(judges[0].indices)} | {probe} | {' | '.join(told)} |", flush=True)
 
 
 def compare_softening(shared: Path, work: Path) -> None:
@@ -185,26 +219,30 @@ def compare_whitening(shared: Path, work: Path) -> None:
         print(f"| `{name}` | {cells} |", flush=True)
 
 
+EXPERIMENTS = {
+    "keep": compare_epochs,
+    "ratio": compare_ratios,
+    "ladder": compare_ladders,
+    "depth": compare_depths,
+    "budget": compare_budgets,
+    "size": compare_sizes,
+    "far": compare_far,
+    "soften": compare_softening,
+    "scale": compare_scales,
+    "whiten": compare_whitening,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["keep", "ratio", "ladder", "depth", "far", "soften", "scale", "whiten"])
+    parser.add_argument("what", choices=list(EXPERIMENTS))
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
     parser.add_argument("--work", type=Path, default=HERE / "advice")
     arguments = parser.parse_args()
     shared, work = arguments.shared.resolve(), arguments.work.resolve()
     os.environ |= {"FINETUNE_ZOO": str(shared / "zoo"), "FINETUNE_CACHE": str(work / "cache")}
     torch.set_num_threads(1)
-    experiments = {
-        "keep": compare_epochs,
-        "ratio": compare_ratios,
-        "ladder": compare_ladders,
-        "depth": compare_depths,
-        "far": compare_far,
-        "soften": compare_softening,
-        "scale": compare_scales,
-        "whiten": compare_whitening,
-    }
-    experiments[arguments.what](shared, work)
+    EXPERIMENTS[arguments.what](shared, work)
 
 
 if __name__ == "__main__":

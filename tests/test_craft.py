@@ -1,5 +1,6 @@
 """The options of a training, each from a recipe to a judged run; what a piece does alone stands in its own file."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -40,6 +41,55 @@ def moved(run):
     before = load_backbone(plan.backbone, zoo=read_zoo(), pretrained=recipe.pretrained).state_dict()
     after = load_file(run.final_weights())
     return {name for name, value in before.items() if not torch.equal(value, after[f"backbone.{name}"])}
+
+
+def measured_as(monkeypatch, means, *, spread):
+    """Val says these mean losses of the start and each epoch, whatever it is shown; images differ by `spread`."""
+    from finetune.training import keeping
+
+    told, own = iter(enumerate(means)), keeping.measure_loss
+
+    def measure(*args, **kwargs):
+        found, (number, mean) = own(*args, **kwargs), next(told)
+        noise = torch.randn(len(found.losses), generator=torch.Generator().manual_seed(number))
+        losses = mean + spread * (noise - noise.mean())
+        return dataclasses.replace(found, loss=mean, chosen_by=mean, losses=losses.double(), top1=0.9)
+
+    monkeypatch.setattr(keeping, "measure_loss", measure)
+
+
+@pytest.mark.technique("T179")
+@pytest.mark.parametrize(
+    ("keep", "means", "spread", "kept"),
+    [
+        ("settled", [1.0, 0.6, 0.50, 0.52], 0.3, 3),  # what the second epoch has over the third, noise has too
+        ("settled", [1.0, 0.6, 0.50, 0.52], 1e-4, 2),
+        ("settled", [0.1, 0.9, 0.8, 0.7], 1e-4, 0),
+        ("settled", [1.0, math.nan, 0.5, math.nan], 0.3, 2),
+        ("best", [1.0, 0.6, 0.50, 0.52], 0.3, 2),
+        ("last", [1.0, 0.6, 0.50, 0.52], 1e-4, 3),
+    ],
+)
+def test_the_last_epoch_is_kept_unless_an_earlier_one_was_clearly_better(
+    shapes, tmp_path, monkeypatch, keep, means, spread, kept
+):
+    from finetune.training.module import Finetuning
+
+    monkeypatch.setattr(Finetuning, "refuse_epoch", lambda *args: None)
+    measured_as(monkeypatch, means, spread=spread)
+    said = []
+    wishes = ["train.strategy=full", "train.epochs=3", "train.patience=3", f"train.keep={keep}"]
+    start(shapes, tmp_path, *wishes, say=said.append)
+    (verdict,) = [line for line in said if " epochs, kept " in line]
+    assert ("the start" if kept == 0 else f"kept epoch {kept} ") in verdict
+
+
+def test_an_epoch_before_the_rate_has_fallen_is_no_settled_one(shapes, tmp_path, monkeypatch):
+    measured_as(monkeypatch, [1.0, 0.5, 0.51, 0.52], spread=0.3)
+    said = []
+    wishes = ["train.strategy=full", "train.epochs=9", "train.patience=2", "train.keep=settled"]
+    start(shapes, tmp_path, *wishes, say=said.append)
+    assert any(line.startswith("stage 1 (full): 3 epochs, kept epoch 1 ") for line in said)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +336,13 @@ def test_what_training_sees_is_drawn(shapes, tmp_path):
 @pytest.mark.parametrize(
     "wishes",
     [
-        ["train.averaging.kind=ema", "train.schedule.name=plateau", "train.schedule.patience=1", "augment.mixup=0.2"],
+        [
+            "train.averaging.kind=ema",
+            "train.schedule.name=plateau",
+            "train.schedule.patience=1",
+            "augment.mixup=0.2",
+            "train.keep=settled",
+        ],
         ["train.averaging.snapshots=2", "regularization.l2_sp=0.01", "train.batch_norm=train"],
         ["train.averaging.kind=swa", "train.averaging.swa_start=0.3", "train.batch_norm=statistics"],
         ["train.strategy=gradual", "train.optimizer.name=nesterov", "train.imbalance.kind=sampler"],

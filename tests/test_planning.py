@@ -10,6 +10,7 @@ from finetune.recipe.advice import (
     SMALL_PER_CLASS,
     advise,
     expected_gain,
+    partial_depth,
     similarity_of_probes,
     similarity_of_shift,
 )
@@ -200,9 +201,19 @@ def test_pretrained_weights_move_slower_than_the_head():
     assert make_plan(load_recipe(None, ladder), make_facts()).stages[0].layer_decay == 0.5
 
 
-def test_the_top_stages_alone_move_at_the_rate_of_the_head():
-    stage = make_plan(load_recipe(None, ["train.strategy=partial"]), make_facts()).stages[0]
-    assert stage.lr_backbone == stage.lr_head
+@pytest.mark.parametrize(
+    ("wishes", "ratio"),
+    [
+        (["train.strategy=full"], 0.3),
+        (["train.strategy=partial"], 0.5),
+        (["train.strategy=partial", "train.depth=3"], 0.5),
+        (["train.strategy=partial", "train.depth=2"], 1.0),  # the top third alone
+        (["train.strategy=partial", "train.depth=2", "train.optimizer.backbone_lr_ratio=0.1"], 0.1),
+    ],
+)
+def test_the_fewer_stages_train_the_nearer_their_rate_comes_to_that_of_the_head(wishes, ratio):
+    stage = make_plan(load_recipe(None, wishes), make_facts()).stages[0]
+    assert stage.lr_backbone == pytest.approx(ratio * stage.lr_head)
 
 
 def test_epochs_follow_the_number_of_images():
@@ -214,12 +225,13 @@ def test_epochs_follow_the_number_of_images():
 
 
 @pytest.mark.technique("T007")
-def test_partial_trains_the_top_third_and_full_everything():
+def test_partial_leaves_the_lowest_quarter_alone_and_full_nothing():
     facts = make_facts()
-    assert make_plan(load_recipe(None, ["train.strategy=partial"]), facts).stages[0].trainable_stages == 2
+    assert make_plan(load_recipe(None, ["train.strategy=partial"]), facts).stages[0].trainable_stages == 4
     assert (
-        make_plan(load_recipe(None, ["train.strategy=partial", "train.depth=4"]), facts).stages[0].trainable_stages == 4
+        make_plan(load_recipe(None, ["train.strategy=partial", "train.depth=3"]), facts).stages[0].trainable_stages == 3
     )
+    assert [partial_depth(stages) for stages in (1, 2, 3, 4, 5, 8, 13)] == [1, 1, 2, 3, 4, 6, 10]
     assert make_plan(load_recipe(None, ["train.strategy=full"]), facts).stages[0].trainable_stages == 5
     assert make_plan(load_recipe(None, ["train.strategy=probe"]), facts).stages == ()
 
@@ -299,7 +311,7 @@ def test_variation_follows_the_images_and_not_who_chose_the_strategy(per_class, 
 
 
 def test_few_val_images_do_not_choose_the_epoch():
-    for val, keep in ((33, "last"), (34, "best")):
+    for val, keep in ((33, "last"), (34, "settled")):
         plan = make_plan(load_recipe(None, ["train.strategy=full"]), make_facts(val=val))
         assert plan.train.keep == keep
 
@@ -334,5 +346,6 @@ def test_where_an_earlier_depth_leads_the_plan_proposes_the_cut():
     (cut,) = [reason for reason in made[0].reasons if reason.key == "best depth"]
     assert cut.value == "layer1"
     assert "re-initialise or train hardest layer2, layer3, layer4" in cut.why
-    assert (made[0].stages[0].trainable_stages, made[1].stages[0].trainable_stages) == (3, 2)
+    assert [partial_depth(13, ProfileFacts(depths=depths, num_images=300, judged="val", best=1, lead=lead,
+                                           lead_error=0.02)) for lead in (0.05, 0.01)] == [11, 10]  # fmt: skip
     assert all(reason.key != "best depth" for reason in made[1].reasons)

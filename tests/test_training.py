@@ -12,7 +12,7 @@ from finetune.recipe.schema import OptimizerSpec, ScheduleSpec
 from finetune.training.losses import make_loss
 from finetune.training.module import Finetuning, Step, is_out_of_memory
 from finetune.training.optimization import gradient_norm, group_parameters, make_optimizer, set_rates
-from finetune.training.watching import Curves, EarlyStop, is_clearly_worse
+from finetune.training.watching import Curves, EarlyStop, is_clearly_higher, is_clearly_worse
 
 
 class TinyBackbone(nn.Module):
@@ -102,6 +102,18 @@ def test_where_val_is_small_the_last_epoch_is_kept_unless_it_clearly_does_harm()
         rule.sees(epoch, loss, is_harmed=is_clearly_worse(top1, 0.8, 15))
         assert not rule.is_over(epoch)
     assert rule.best_epoch == 2  # not 1: five right of 15 where 12 were; not 3: its loss is no number
+
+
+def test_losses_are_compared_image_by_image():
+    hard = torch.linspace(0, 9, 100)  # images differ far more than epochs do
+    wiggle = 0.01 * torch.sin(torch.arange(100.0))
+    assert is_clearly_higher(hard + 0.01 + wiggle, hard)
+    assert not is_clearly_higher(hard + 0.001 + wiggle, hard)
+    assert not is_clearly_higher(hard - 0.01 + wiggle, hard)
+    broken = hard.clone()
+    broken[3] = float("nan")
+    assert is_clearly_higher(broken, hard)
+    assert not is_clearly_higher(hard, broken)
 
 
 def test_curves_forget_what_an_interrupted_epoch_wrote(tmp_path):

@@ -126,8 +126,10 @@ def selection_flags(plan: Plan, *, probe_chosen_by: str = "val") -> list[str]:
         return flags
     if plan.train.distillation.teacher is not None:
         flags.append("train.distillation.teacher: what val chose of the teacher, it teaches")
-    if plan.train.keep == "best":
-        flags.append("train.keep: the epoch with the lowest loss on val was kept")
+    if plan.train.keep != "last":
+        clearly = "the last epoch was kept, or an earlier one that was clearly better on val"
+        kept = clearly if plan.train.keep == "settled" else "the epoch with the lowest loss on val was kept"
+        flags.append(f"train.keep: {kept}")
         flags.append(f"train.patience: training stops where val has not improved {plan.train.patience} times in a row")
     else:
         flags.append("train.keep: the last epoch was kept, but none that is clearly worse on val than the start")

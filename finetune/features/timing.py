@@ -22,7 +22,7 @@ from finetune.models.folding import Folding
 from finetune.recipe.cards import View
 from finetune.recipe.facts import TimingFacts
 
-SECONDS = 2.0
+SECONDS = 1.0
 """About what the timing of one depth may take; larger networks are timed on fewer images."""
 STEPS = 2
 """Timed after one that warms up; the faster counts."""

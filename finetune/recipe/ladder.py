@@ -70,6 +70,12 @@ def _rungs(plan: Plan, num_train: int) -> list[tuple[str, str, str]]:
             train.strategy == "full" and plan.pretrained and not train.reinit,
         ),
         (
+            "train.depth",
+            f"{(train.depth or 0) // 2}",
+            "fewer stages that move can learn less by heart",
+            train.strategy == "partial" and not train.layers and (train.depth or 0) // 2 > train.reinit,
+        ),
+        (
             "train.optimizer.weight_decay",
             f"{3 * (train.optimizer.weight_decay or 0):g}",
             "a stronger pull to zero",
@@ -104,7 +110,7 @@ def _rungs(plan: Plan, num_train: int) -> list[tuple[str, str, str]]:
 
 
 def _learn_more(plan: Plan, seen: str) -> Experiment:
-    if plan.train.strategy == "partial":
+    if plan.train.strategy == "partial" and plan.train.optimizer.backbone_lr_ratio == 1:  # the top alone
         return Experiment(key="train.strategy", value="full", why=f"{seen}: let more of the network move")
     more = 2 * int(plan.train.epochs or 1)
     return Experiment(key="train.epochs", value=str(more), why=f"{seen}: train longer")

@@ -287,9 +287,10 @@ class TrainSpec(Section):
     distillation: DistillationSpec = DistillationSpec()
     """Of other runs into this one."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Epochs without a lower val loss after which training stops, where the best epoch is kept."""
-    keep: Literal["best", "last"] | None = None
-    """The epoch with the lowest val loss at the best temperature, or the last; null: last where val is small."""
+    """Epochs without a lower val loss after which training stops, unless the last epoch is kept whatever happens."""
+    keep: Literal["settled", "best", "last"] | None = None
+    """The last epoch of a full schedule unless an earlier one was clearly better on val, the epoch with the lowest val
+    loss at the best temperature, or the last; null: settled, and last where val is small."""
     choose: Literal["loss", "balanced"] | None = None
     """Val loss over images, or over classes alike; null: balanced where classes are uneven."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0

@@ -149,11 +149,12 @@ def _decide_keeping(wish: TrainSpec, facts: Facts, epochs: int, cycles: int, dec
         patience, why = epochs, "the mean is taken at the end, so training goes there"
     if cycles:
         patience, why = cycles, "ends of cycles without a lower val loss: all cycles are wanted"
-    few = f"{num_val} val images {'are enough' if is_enough else f'(< {LEAST_VAL}) are too few'} to tell epochs apart"
+    few = f"{num_val} val images (< {LEAST_VAL}) are too few to tell epochs apart"
+    fallen = "where the rate has fallen, weights are at rest; an earlier epoch must be clearly better on val"
     is_uneven = uneven(facts.counts["train"])
     return {
         "patience": decide("train.patience", wish.patience, patience, why),
-        "keep": decide("train.keep", wish.keep, "best" if is_enough else "last", few),
+        "keep": decide("train.keep", wish.keep, *(("settled", fallen) if is_enough else ("last", few))),
         "choose": decide(
             "train.choose",
             wish.choose,
@@ -353,7 +354,7 @@ def idle_keys(recipe: Recipe, train: dict[str, Any]) -> list[tuple[str, str]]:
         idle += [(f"{prefix}.{key}", f"{parent} {needs}") for key, needs in keys.items()
                  if key in section.model_fields_set and needs != value]  # fmt: skip
     if train["keep"] == "last" and "patience" in wish.model_fields_set:
-        idle.append(("train.patience", "train.keep best"))
+        idle.append(("train.patience", "train.keep settled or best"))
     if rule == "lbfgs":
         set_keys = wish.optimizer.model_fields_set & {"backbone_lr_ratio", "layer_decay", "momentum", "betas"}
         idle += [(f"train.optimizer.{key}", "another optimizer") for key in sorted(set_keys)]

@@ -21,7 +21,7 @@ from finetune.recipe.runs import write_whole
 from finetune.recipe.schedules import cycle_ends
 from finetune.training.module import Finetuning, ValLoss, measure_loss
 from finetune.training.snapshots import keep_newest, save_member
-from finetune.training.watching import Curves, EarlyStop, is_clearly_worse
+from finetune.training.watching import Curves, EarlyStop, is_clearly_higher, is_clearly_worse
 
 POINTS_PER_EPOCH = 10
 """Rows of rates and step losses that an epoch leaves in the curves."""
@@ -58,6 +58,8 @@ class Keeper(pl.Callback):
             patience=int(plan.train.patience or 1), keeps_last=plan.train.keep == "last", cycle_ends=self._ends
         )
         self.best_state: dict[str, torch.Tensor] = {}
+        self.best_losses = torch.empty(0)
+        """(N,) of the val images, of the epoch that is kept as things stand."""
         self.epoch, self.is_finished, self.start_top1, self.start_dead = -1, False, 0.0, 0.0
         self.label = f"{index + 1}-{stage.name}"
         self._began = 0.0
@@ -67,6 +69,7 @@ class Keeper(pl.Callback):
         self.best_state, self.epoch, self.is_finished = state["best_state"], state["epoch"], state["is_finished"]
         self.stop.best_epoch, self.stop.best_loss = state["best_epoch"], state["best_loss"]
         self.start_top1, self.start_dead = state["start_top1"], state["start_dead"]
+        self.best_losses = state["best_losses"]
 
     def verdict(self) -> str:
         """Which epoch was kept, in words."""
@@ -127,6 +130,7 @@ class Keeper(pl.Callback):
         """Add the best weights and the rule's state."""
         checkpoint["keeper"] = {
             "best_state": self.best_state,
+            "best_losses": self.best_losses,
             "epoch": self.epoch,
             "is_finished": self.is_finished,
             "best_epoch": self.stop.best_epoch,
@@ -151,8 +155,10 @@ class Keeper(pl.Callback):
             if self.epoch < 0:
                 self.start_top1, self.start_dead = top1, dead or 0.0
             is_harmed = is_clearly_worse(top1, self.start_top1, len(self.val.indices))
-            if self.stop.sees(self.epoch, found.chosen_by, is_harmed=is_harmed):
-                state = module.classifier.state_dict()
+            is_best = self.stop.sees(self.epoch, found.chosen_by, is_harmed=is_harmed)
+            if is_best or (not is_harmed and self._has_settled(found)):
+                self.stop.best_epoch, self.stop.best_loss = self.epoch, found.chosen_by
+                self.best_losses, state = found.losses, module.classifier.state_dict()
                 self.best_state = {name: value.detach().cpu().clone() for name, value in state.items()}
         values = {**values, "val/loss": found.loss, "val/tempered_loss": found.chosen_by, "val/top1": found.top1}
         if train.choose == "balanced":
@@ -170,6 +176,11 @@ class Keeper(pl.Callback):
         where = f"epoch {self.epoch + 1}/{epochs}" if self.epoch >= 0 else "start"
         self.say(f"{self.label}  {where}  {shown}{'  *' if self.stop.best_epoch == self.epoch else ''}")
         return found
+
+    def _has_settled(self, found: ValLoss) -> bool:
+        """Whether this is where the rate has fallen to its end, and no earlier epoch was clearly better on val."""
+        is_end = self.epoch + 1 == self.plan.stages[self.index].epochs
+        return self.plan.train.keep == "settled" and is_end and not is_clearly_higher(found.losses, self.best_losses)
 
     @contextlib.contextmanager
     def _shipped(self, module: Finetuning) -> Iterator[None]:

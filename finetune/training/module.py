@@ -241,6 +241,8 @@ class ValLoss:
     top1: float
     balanced_top1: float
     """Mean over classes of the share that is right."""
+    losses: torch.Tensor
+    """(N,) of each image, weighted, at the best temperature; their mean is `chosen_by`."""
 
 
 @torch.inference_mode()
@@ -259,9 +261,13 @@ def measure_loss(classifier: nn.Module, batches: Any, device: str, precision: st
     counts = labels.bincount(minlength=logits.shape[1]).double()
     weights = 1 / counts[labels]  # every class that val holds counts alike
     loss = float(F.cross_entropy(logits, labels))
-    tempered = loss
+    tempered, temperature = loss, 1.0
     if logits.isfinite().all():
-        tempered = fit_temperature(logits, labels, weights=weights if choose == "balanced" else None).log_loss_after
+        found = fit_temperature(logits, labels, weights=weights if choose == "balanced" else None)
+        tempered, temperature = found.log_loss_after, found.value or 1.0
+    losses = F.cross_entropy(logits / temperature, labels, reduction="none")
+    if choose == "balanced":
+        losses = losses * weights / weights.mean()
     is_right = (logits.argmax(1) == labels).double()
     balanced = float((is_right * weights).sum() / (counts > 0).sum())
-    return ValLoss(loss=loss, chosen_by=tempered, top1=float(is_right.mean()), balanced_top1=balanced)
+    return ValLoss(loss=loss, chosen_by=tempered, top1=float(is_right.mean()), balanced_top1=balanced, losses=losses)

@@ -72,6 +72,14 @@ def is_clearly_worse(top1: float, start: float, n: int) -> bool:
     return start - top1 > 2 * math.sqrt((start * (1 - start) + top1 * (1 - top1)) / n)
 
 
+def is_clearly_higher(losses: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether `losses` (N,) lie above `others` of the same images by over two standard errors of their difference."""
+    difference = losses - others
+    if len(difference) < 2 or not difference.isfinite().all():
+        return not bool(losses.isfinite().all())
+    return float(difference.mean()) > 2 * float(difference.std()) / math.sqrt(len(difference))
+
+
 @dataclass
 class EarlyStop:
     """Look-ahead: stop once `patience` epochs in a row have not lowered the val loss.
