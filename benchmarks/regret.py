@@ -23,7 +23,7 @@ from finetune.recipe.facts import Measure
 
 HERE = Path(__file__).resolve().parent
 ZOO = HERE.parent / "zoo"
-STRATEGIES = ("probe", "partial", "full", "probe_then_full")
+STRATEGIES = ("probe", "top_third", "partial", "full", "probe_then_full")
 RUNS = {"partial": "partial", "full": "probe_then_full"}
 """The run that a strategy of the advisor stands for."""
 
@@ -180,8 +180,9 @@ def frontier(cells: list[Cell]) -> Iterable[str]:
 
 
 def by_cell(cells: list[Cell]) -> Iterable[str]:
-    yield "| set | backbone | per class | similarity | probe | partial | full | probe, then full | chosen | regret |"
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    strategies = " | ".join(name.replace("_then", ", then").replace("_", " ") for name in STRATEGIES)
+    yield f"| set | backbone | per class | similarity | {strategies} | chosen | regret |"
+    yield "|---" * (len(STRATEGIES) + 6) + "|"
     groups: defaultdict[tuple, list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[cell.key[:3]].append(cell)
