@@ -271,6 +271,26 @@ def test_a_training_that_explodes_goes_back_once_and_then_ends_with_advice(shape
     assert any("diverged" in line and "going back to the last good state" in line for line in said)
 
 
+@pytest.mark.technique("T081")
+@pytest.mark.parametrize(("window", "begins_anew"), [(1000, True), (0, False)])
+def test_a_state_written_just_before_a_divergence_is_not_trusted(shapes, tmp_path, monkeypatch, window, begins_anew):
+    """Seen on few images, one step per epoch: the weights were spoilt before the loss could show it."""
+    from finetune.training import fitting
+    from finetune.training.module import DivergenceError, Finetuning
+
+    def refuse(module, loss):
+        if module.trainer.current_epoch == 2 and module.slowdown == 1:
+            raise DivergenceError("as asked")
+
+    monkeypatch.setattr(Finetuning, "refuse_epoch", refuse)
+    monkeypatch.setattr(fitting, "WINDOW", window)
+    said = []
+    run = start(shapes, tmp_path, "train.strategy=full", "train.epochs=5", "train.keep=last", say=said.append)
+    assert sum("  start  " in line for line in said) == 1 + begins_anew
+    assert any("goes on after epoch" in line for line in said) != begins_anew
+    assert len(curve(run, "val/loss")) == 1 + 5
+
+
 def test_views_that_cannot_be_taken_are_refused_before_training(shapes, tmp_path):
     said = []
     with pytest.raises(RecipeError):
