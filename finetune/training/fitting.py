@@ -33,7 +33,7 @@ from finetune.training.losses import make_loss
 from finetune.training.mixing import Mixing
 from finetune.training.module import DivergenceError, Finetuning, Step
 from finetune.training.optimization import Anchor, make_optimizer
-from finetune.training.watching import Curves, Divergence, Recovery
+from finetune.training.watching import WINDOW, Curves, Divergence, Recovery
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 """Ours to Lightning's."""
@@ -99,6 +99,8 @@ def fit(
         except DivergenceError as fault:
             recovery.times = max(recovery.times, int(module.slowdown < 1))  # before a kill, it may have been tried
             say(recovery.after(str(fault), lr=stage.lr_head))
+            if checkpoint.exists() and module.steps_done - _steps_done(checkpoint) <= WINDOW:
+                checkpoint.unlink()  # what led here had begun before it was written
         classifier.load_state_dict(start)
         good = torch.load(checkpoint, weights_only=True)["keeper"]["epoch"] if checkpoint.exists() else -2
         curves.forget_after(keeper.label, good)
@@ -108,6 +110,10 @@ def fit(
     state = {name: value.contiguous() for name, value in classifier.state_dict().items()}
     write_whole(weights, lambda path: save_file(state, path))
     say(f"stage {index + 1} ({stage.name}): {keeper.verdict()}")
+
+
+def _steps_done(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, weights_only=True)["steps_done"])
 
 
 def _open(classifier: Classifier, plan: Plan, index: int, steps_per_epoch: int) -> None:
