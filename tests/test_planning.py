@@ -6,9 +6,12 @@ from pydantic import ValidationError
 from finetune.errors import RecipeError
 from finetune.recipe.advice import (
     GAINS,
+    LEAST_GAIN,
     SIMILAR,
     SMALL_PER_CLASS,
+    WORTH,
     advise,
+    choose,
     expected_gain,
     partial_depth,
     similarity_of_probes,
@@ -88,9 +91,9 @@ def cell(per_class, similarity, **more):
     ("per_class", "similarity", "strategy", "name"),
     [
         pytest.param(3, 0.95, "probe", "small, similar", marks=pytest.mark.technique("T010")),
-        pytest.param(20, 0.1, "full", "small, different", marks=pytest.mark.technique("T012")),
-        pytest.param(900, 0.9, "full", "large, similar", marks=pytest.mark.technique("T011")),
-        pytest.param(900, 0.1, "full", "large, different", marks=pytest.mark.technique("T014")),
+        pytest.param(20, 0.1, "partial", "small, different", marks=pytest.mark.technique("T012")),
+        pytest.param(900, 0.9, "partial", "large, similar", marks=pytest.mark.technique("T011")),
+        pytest.param(900, 0.1, "partial", "large, different", marks=pytest.mark.technique("T014")),
     ],
 )
 def test_each_cell_of_the_grid_has_its_strategy(per_class, similarity, strategy, name):
@@ -107,7 +110,14 @@ def test_more_data_never_freezes_more():
     for similarity in (0.0, 0.3, 0.5, 0.8, 1.0):
         chosen = [depth[cell(n, similarity, probe=0.7)[1]] for n in (1, 3, 10, 30, 100, 1000, 10_000)]
         assert chosen == sorted(chosen)
-        assert chosen[-1] == 2
+        assert chosen[-1] > 0
+
+
+@pytest.mark.technique("T014")
+def test_full_is_taken_where_it_is_expected_to_be_clearly_better_and_only_there():
+    assert choose({"probe": 0.0, "partial": 0.05, "full": 0.05 + 1.01 * WORTH}) == "full"
+    assert choose({"probe": 0.0, "partial": 0.05, "full": 0.05 + 0.99 * WORTH}) == "partial"
+    assert choose({"probe": 0.0, "partial": 0.9 * LEAST_GAIN, "full": 0.9 * LEAST_GAIN}) == "probe"
 
 
 def test_less_similar_data_never_freezes_more():
@@ -276,7 +286,7 @@ def test_ten_crops_become_five_where_mirroring_is_not_declared():
     [
         (["train.depth=9", "train.strategy=partial"], "has 5 stages"),
         (["train.depth=2", "train.strategy=probe"], "belongs to strategy partial"),
-        (["train.depth=2"], "but the advice is full"),
+        (["train.reinit=2", "train.strategy=surgical"], "the strategy is surgical"),
         (["pretrained=false", "train.strategy=probe"], "would freeze random weights"),
         (["hardware.devices=cuda"], "no GPU here"),
         (["hardware.precision=fp16"], "needs a GPU"),
@@ -285,6 +295,14 @@ def test_ten_crops_become_five_where_mirroring_is_not_declared():
 def test_wishes_that_contradict_are_refused(wishes, message):
     with pytest.raises(RecipeError, match=message):
         make_plan(load_recipe(None, wishes), make_facts())
+
+
+@pytest.mark.parametrize("wishes", [["train.depth=2"], ["train.layers=[layer4]"], ["train.reinit=1"]])
+def test_a_depth_is_refused_where_the_advice_is_the_probe(wishes):
+    solved = make_facts(probe=0.999, low=0.99)
+    with pytest.raises(RecipeError, match=r"but the advice is probe: the probe.s interval on val starts at 0\.990"):
+        make_plan(load_recipe(None, wishes), solved)
+    assert make_plan(load_recipe(None, wishes), make_facts()).train.strategy == "partial"
 
 
 def test_a_gpu_gets_bf16_and_loaders():
