@@ -43,13 +43,13 @@ def test_the_product_computes_similarity_as_the_fit_does(cells):
 @pytest.mark.technique("T009")
 def test_on_data_sets_it_was_not_fitted_to_the_advisor_loses_little(cells):
     rules = {cell.name: regret.fit([other for other in cells if other.name != cell.name]) for cell in cells}
-    lost = statistics.mean(regret.regrets(cells, lambda cell: rules[cell.name].choose(cell)))
-    always = {name: statistics.mean(regret.regrets(cells, lambda cell, name=name: name)) for name in regret.STRATEGIES}
-    assert lost < 1.1
-    assert lost < always["probe"] - 5
-    assert lost < always["partial"] - 0.5
-    assert lost < always["full"]
-    assert lost <= always["probe_then_full"] + 0.05  # it is nearly always the best, and the advisor says so
+    lost = regret.mean_regrets(cells, lambda cell: rules[cell.name].choose(cell))
+    always = {
+        name: statistics.mean(regret.mean_regrets(cells, lambda cell, name=name: name)) for name in regret.STRATEGIES
+    }
+    assert statistics.mean(lost) <= 0.7
+    assert max(lost) <= 2.5
+    assert all(statistics.mean(lost) < always[name] - 0.3 for name in regret.STRATEGIES if name != "partial")
 
 
 def test_strange_images_are_less_similar_than_photographs(cells):

@@ -237,7 +237,8 @@ def test_every_look_at_val_has_a_flag_and_test_is_never_one(finished):
 
     advised = flags([("train.strategy", "700 training images; expected above the probe [small, similar]")])
     piloted = flags([("train.strategy", "a pilot on 90 val images: full 91 % after 20 s [small, similar]")])
-    deep = flags([("train.depth", "the top third of 9 stages and all above the best depth; the rest stays")])
+    lowest = "all but the lowest quarter of 13 stages and all above the best depth; the first layers stay"
+    deep = flags([("train.depth", lowest)])
     mirrored = flags([("data.invariances", "mirroring shows: 80 % of 300 originals are told from their mirror images")])
     last = flags(keep="last")
     falling = plan.stages[0].model_copy(update={"schedule": ScheduleSpec(name="plateau")})

@@ -84,6 +84,21 @@ def test_the_last_epoch_is_kept_unless_an_earlier_one_was_clearly_better(
     assert ("the start" if kept == 0 else f"kept epoch {kept} ") in verdict
 
 
+def test_a_resumed_run_knows_what_val_said_of_the_epoch_it_had_kept(shapes, tmp_path, monkeypatch):
+    measured_as(monkeypatch, [1.0, 0.6, 0.50, 0.52], spread=1e-4)
+    said = []
+
+    def stop(text):
+        if "epoch 2/3" in text:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        start(shapes, tmp_path, "train.strategy=full", "train.epochs=3", "train.keep=settled", say=stop)
+    (folder,) = (tmp_path / "runs").iterdir()
+    ft.resume(folder, say=said.append)
+    assert any("3 epochs, kept epoch 2 " in line for line in said)
+
+
 def test_an_epoch_before_the_rate_has_fallen_is_no_settled_one(shapes, tmp_path, monkeypatch):
     measured_as(monkeypatch, [1.0, 0.5, 0.51, 0.52], spread=0.3)
     said = []
@@ -268,7 +283,7 @@ def test_a_training_that_explodes_goes_back_once_and_then_ends_with_advice(shape
     wishes = ["train.strategy=full", "train.optimizer.name=sgd", "train.optimizer.lr=10", "train.clip_norm=1e9"]
     with pytest.raises(RunError, match=r"diverged again.*train.optimizer.lr"):
         start(shapes, tmp_path, *wishes, "train.optimizer.backbone_lr_ratio=1", "train.epochs=12", say=said.append)
-    assert any("diverged" in line and "going back to the last good state" in line for line in said)
+    assert any("diverged" in line and "going back, with" in line for line in said)
 
 
 @pytest.mark.technique("T081")
@@ -284,9 +299,17 @@ def test_a_state_written_just_before_a_divergence_is_not_trusted(shapes, tmp_pat
 
     monkeypatch.setattr(Finetuning, "refuse_epoch", refuse)
     monkeypatch.setattr(fitting, "WINDOW", window)
-    said = []
-    run = start(shapes, tmp_path, "train.strategy=full", "train.epochs=5", "train.keep=last", say=said.append)
-    assert sum("  start  " in line for line in said) == 1 + begins_anew
+    said, members = [], []
+
+    def say(line):
+        said.append(line)
+        if "  start  " in line:
+            (folder,) = (tmp_path / "runs").iterdir()
+            members.append(len(read_members(folder / "snapshots")))
+
+    wishes = ["train.strategy=full", "train.epochs=5", "train.keep=last", "train.averaging.keep_last=2"]
+    run = start(shapes, tmp_path, *wishes, say=say)
+    assert members == [0] * (1 + begins_anew)  # none of the attempt that was given up
     assert any("goes on after epoch" in line for line in said) != begins_anew
     assert len(curve(run, "val/loss")) == 1 + 5
 

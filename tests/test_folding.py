@@ -100,6 +100,45 @@ def test_looking_changes_no_mode_no_tensor_and_no_layer():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_where_scales_alone_train_nothing_is_folded():
+    """The gradient of a scale would come through that of all weights, which is the dearest part of a step."""
+    model = prepare("test_resnet")
+    folding = fold(model)
+    for conv, _ in folding.pairs[2:]:
+        conv.weight.requires_grad_(False)
+    with folding():
+        is_folded = ["forward" in vars(norm) for _, norm in folding.pairs]
+    assert is_folded == [True, True, *[False] * (len(folding.pairs) - 2)]
+    for _, norm in folding.pairs[3:]:
+        norm.weight.requires_grad_(False)
+    with folding():
+        assert ["forward" in vars(norm) for _, norm in folding.pairs].count(False) == 1  # the rest is still
+
+
+@pytest.mark.parametrize(("precision", "is_folded"), [("32", True), ("bf16", False)])
+def test_a_fit_folds_what_it_holds_still(shapes, tmp_path, monkeypatch, precision, is_folded):
+    import finetune as ft
+    from finetune.models import folding
+
+    calls, own = [], folding._convolve
+    monkeypatch.setattr(folding, "_convolve", lambda conv, norm, x: calls.append(x.requires_grad) or own(conv, norm, x))
+    monkeypatch.setattr(Folding, "__init__", told(Folding.__init__, calls))
+    wishes = [f"data.root={shapes}", "data.image_size=32", "train.strategy=full", "train.epochs=1",
+              "tracking.enabled=false", f"hardware.precision={precision}"]  # fmt: skip
+    ft.train(ft.load_recipe(None, wishes), runs=tmp_path / "runs", say=lambda text: None)
+    assert any(calls) == is_folded  # with a gradient: in steps, not in the looks before them
+
+
+def told(make, calls):
+    """Forget what was called while the pairs are sought, and while steps are timed before."""
+
+    def init(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        calls.clear()
+
+    return init
+
+
 class Branching(nn.Module):
     """A convolution that two layers read."""
 

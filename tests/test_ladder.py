@@ -12,8 +12,8 @@ def plan_of(*wishes):
     return make_plan(load_recipe(None, ["data.root=here", *wishes]), make_facts())
 
 
-OVERFIT = {"train_top1": 0.99, "val_top1": 0.7, "num_train": 2000, "num_val": 400}
-UNDERFIT = {"train_top1": 0.7, "val_top1": 0.72, "num_train": 2000, "num_val": 400}
+OVERFIT = {"train_top1": 0.99, "val_top1": 0.7, "num_train": 2000, "num_val": 400, "num_stages": 5}
+UNDERFIT = {"train_top1": 0.7, "val_top1": 0.72, "num_train": 2000, "num_val": 400, "num_stages": 5}
 
 
 @pytest.mark.technique("T139")
@@ -47,25 +47,20 @@ def test_no_experiment_moves_the_schedule_together_with_the_rate(seen):
 
 @pytest.mark.technique("T139")
 def test_a_wide_hidden_layer_is_where_dropout_belongs():
-    wishes = ["train.strategy=partial", "train.depth=1", "augment.preset=heavy", "head.kind=mlp",
-              "train.optimizer.weight_decay=0"]  # fmt: skip
+    wishes = ["train.strategy=partial", "augment.preset=heavy", "head.kind=mlp", "train.optimizer.weight_decay=0"]
     assert next_experiment(plan_of(*wishes), **OVERFIT).key == "head.dropout"
 
 
 @pytest.mark.technique("T139")
 def test_a_run_that_underfits_is_never_regularised_and_one_that_overfits_never_grows():
-    assert next_experiment(plan_of("train.strategy=partial", "train.depth=1"), **UNDERFIT).value == "full"
+    shallow = next_experiment(plan_of("train.strategy=partial", "train.depth=1"), **UNDERFIT)
+    assert (shallow.key, shallow.value) == ("train.depth", "2")
+    assert plan_of("train.strategy=partial", "train.depth=2").stages[0].trainable_stages == 2
+    assert next_experiment(plan_of("train.strategy=partial", "train.depth=3"), **UNDERFIT).key == "train.epochs"
     assert next_experiment(plan_of("train.strategy=partial"), **UNDERFIT).key == "train.epochs"
+    assert next_experiment(plan_of("train.strategy=partial", "train.layers=[layer4]"), **UNDERFIT).key == "train.epochs"
     assert next_experiment(plan_of("train.strategy=full"), **UNDERFIT).key == "train.epochs"
     assert next_experiment(plan_of("train.strategy=full"), **OVERFIT).key != "train.epochs"
-
-
-@pytest.mark.technique("T139")
-def test_a_partial_run_that_overfits_trains_half_as_deep_until_the_top_alone_moves():
-    wishes, depths = ["train.strategy=partial", "augment.preset=heavy"], [plan_of("train.strategy=partial").train.depth]
-    while (found := next_experiment(plan_of(*wishes, f"train.depth={depths[-1]}"), **OVERFIT)).key == "train.depth":
-        depths.append(int(found.value))
-    assert depths == [4, 2, 1]
 
 
 def test_a_gap_that_few_val_images_cannot_show_is_none():
@@ -77,7 +72,7 @@ def test_a_gap_that_few_val_images_cannot_show_is_none():
 
 @pytest.mark.technique("T136")
 def test_mixed_images_are_for_small_sets():
-    wishes = ["train.strategy=partial", "train.depth=1", "augment.preset=heavy", "train.optimizer.weight_decay=0"]
+    wishes = ["train.strategy=partial", "augment.preset=heavy", "train.optimizer.weight_decay=0"]
     wishes += ["regularization.stochastic_depth=0.1"]
     assert next_experiment(plan_of(*wishes), **OVERFIT).key == "augment.mixup"
     many = {**OVERFIT, "num_train": 1_200_000}

@@ -219,6 +219,7 @@ def test_pretrained_weights_move_slower_than_the_head():
         (["train.strategy=partial", "train.depth=3"], 0.5),
         (["train.strategy=partial", "train.depth=2"], 1.0),  # the top third alone
         (["train.strategy=partial", "train.depth=2", "train.optimizer.backbone_lr_ratio=0.1"], 0.1),
+        (["train.strategy=partial", "train.layers=[layer4]"], 1.0),
     ],
 )
 def test_the_fewer_stages_train_the_nearer_their_rate_comes_to_that_of_the_head(wishes, ratio):
@@ -328,10 +329,20 @@ def test_variation_follows_the_images_and_not_who_chose_the_strategy(per_class, 
     assert make_plan(load_recipe(None, []), make_facts(per_class=per_class, probe=0.7)).augment.preset == preset
 
 
-def test_few_val_images_do_not_choose_the_epoch():
-    for val, keep in ((33, "last"), (34, "settled")):
-        plan = make_plan(load_recipe(None, ["train.strategy=full"]), make_facts(val=val))
-        assert plan.train.keep == keep
+@pytest.mark.parametrize(
+    ("val", "wishes", "keep"),
+    [
+        (33, [], "last"),
+        (34, [], "settled"),
+        (34, ["train.averaging.snapshots=2"], "settled"),
+        (34, ["train.schedule.name=constant"], "best"),  # no epoch is at rest
+        (34, ["train.schedule.name=plateau"], "best"),
+        (33, ["train.schedule.name=constant"], "last"),
+    ],
+)
+def test_which_epoch_is_kept_follows_the_schedule_and_the_number_of_val_images(val, wishes, keep):
+    plan = make_plan(load_recipe(None, ["train.strategy=full", *wishes]), make_facts(val=val))
+    assert plan.train.keep == keep
 
 
 def test_what_a_probe_does_not_use_is_said_to_be_inactive():

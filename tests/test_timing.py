@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_planning import make_facts
 
+from finetune.features import timing
 from finetune.features.timing import NORMS, time_training
 from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
@@ -61,6 +62,13 @@ def test_memory_is_what_the_backward_pass_really_keeps(backbone):
     own = 12 * sum(parameter.numel() for parameter in classifier.parameters() if parameter.requires_grad)
     assert rows[0].memory_mb == pytest.approx((held + images.nbytes + own) / 1e6, rel=0.3)
     del loss
+
+
+def test_memory_of_a_batch_does_not_depend_on_how_many_images_were_timed(backbone, monkeypatch):
+    _, whole = timed(backbone, batch_size=64, depths=(5,))
+    monkeypatch.setattr(timing, "SECONDS", 1e-6)  # two images
+    _, rows = timed(backbone, batch_size=64, depths=(5,))
+    assert rows[0].memory_mb == pytest.approx(whole[0].memory_mb, rel=0.05)
 
 
 def forecast_facts():

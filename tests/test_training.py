@@ -114,6 +114,8 @@ def test_losses_are_compared_image_by_image():
     broken[3] = float("nan")
     assert is_clearly_higher(broken, hard)
     assert not is_clearly_higher(hard, broken)
+    assert not is_clearly_higher(hard, torch.empty(0))  # nothing was kept so far
+    assert is_clearly_higher(broken, torch.empty(0))
 
 
 def test_curves_forget_what_an_interrupted_epoch_wrote(tmp_path):

@@ -133,6 +133,7 @@ def _propose(run: RunFolder, look: Look) -> dict[str, str] | None:
         val_top1=last["val/top1"],
         num_train=len(look.indices("train")),
         num_val=len(look.indices("val")),
+        num_stages=len(look.facts.backbone.stages),
     )
     return asdict(found) if found else None
 

@@ -52,7 +52,7 @@ from finetune.recipe.runs import write_whole
 from finetune.recipe.shelf import cache_folder
 from finetune.scores.intervals import paired_difference
 
-FORMAT = "4"
+FORMAT = "5"
 """Part of the key; raised when what is measured, or how, changes."""
 LEAST_VAL = 100
 """With fewer val images, penalties are chosen by cross-validation on the training images."""

@@ -80,7 +80,7 @@ def time_training(
             TimingFacts(
                 trains=str(depth),
                 images_per_second=size / best,
-                memory_mb=(kept[0] / size * batch_size + own) / 1e6,
+                memory_mb=(kept[0][0] / size * batch_size + kept[0][1] + own) / 1e6,
             )
         )
     return forward, tuple(rows)
@@ -94,15 +94,18 @@ def _step(
     precision: str,
     device: str,
     folding: Folding | None,
-) -> int:
-    """One step as training takes it; bytes that its backward pass kept, weights not counted."""
-    held: dict[int, int] = {}
+) -> tuple[int, int]:
+    """One step as training takes it; bytes that its backward pass kept of the images, and beside them.
+
+    Weights are not counted, but folded ones are: they are made anew in each step.
+    """
+    held: tuple[dict[int, int], dict[int, int]] = ({}, {})
     weights = {parameter.untyped_storage().data_ptr() for parameter in classifier.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            held[storage.data_ptr()] = storage.nbytes()
+            held[tensor.shape[:1] != images.shape[:1]][storage.data_ptr()] = storage.nbytes()
         return tensor
 
     classifier.train()
@@ -116,7 +119,8 @@ def _step(
     loss.backward()
     nn.utils.clip_grad_norm_((group for group in optimizer.param_groups[0]["params"]), math.inf)
     optimizer.step()
-    return sum(held.values())
+    beside = sum(size for place, size in held[1].items() if place not in held[0])
+    return sum(held[0].values()), beside
 
 
 def _set_trainable(classifier: Classifier, depth: int | str) -> None:

@@ -50,7 +50,7 @@ class Folding:
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Run every pair whose batch norm is in evaluation mode as one layer; outside, all is as it was."""
-        still = [(conv, norm) for conv, norm in self.pairs if not norm.training]
+        still = [(conv, norm) for conv, norm in self.pairs if not norm.training and _pays(conv, norm)]
         for conv, norm in still:
             conv.forward = partial(_convolve, conv, norm)  # type: ignore[method-assign]
             norm.forward = partial(_pass_on, norm)  # type: ignore[method-assign]
@@ -101,6 +101,11 @@ def layers_after(norm: _BatchNorm) -> list[nn.Module]:
 def _is_plain(conv: nn.Conv2d, norm: _BatchNorm) -> bool:
     """Whether both are layers that we know to compute, and nobody listens between them."""
     return type(conv).forward in _KNOWN and not conv._forward_hooks and not norm._forward_pre_hooks
+
+
+def _pays(conv: nn.Conv2d, norm: _BatchNorm) -> bool:
+    """Not where the scale alone trains: its gradient would have to come through that of all weights."""
+    return conv.weight.requires_grad or norm.weight is None or not norm.weight.requires_grad
 
 
 def _convolve(conv: nn.Conv2d, norm: _BatchNorm, inputs: torch.Tensor) -> torch.Tensor:

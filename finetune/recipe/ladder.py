@@ -29,7 +29,7 @@ class Experiment:
 
 
 def next_experiment(
-    plan: Plan, *, train_top1: float, val_top1: float, num_train: int, num_val: int
+    plan: Plan, *, train_top1: float, val_top1: float, num_train: int, num_val: int, num_stages: int
 ) -> Experiment | None:
     """What to change next, in one key; None where neither more nor less regularisation is called for.
 
@@ -39,6 +39,7 @@ def next_experiment(
         val_top1: accuracy on val at the end of the same epoch.
         num_train: training images.
         num_val: val images; a gap that their number cannot show is none.
+        num_stages: of the backbone.
     """
     if not plan.stages:
         return None
@@ -49,7 +50,8 @@ def next_experiment(
         free = _rungs(plan, num_train)
         return Experiment(key=free[0][0], value=free[0][1], why=f"{seen}: {free[0][2]}") if free else None
     if train_top1 < LEARNED and gap < noise:
-        return _learn_more(plan, f"only {100 * train_top1:.0f} % of training images are right, and val does not suffer")
+        seen = f"only {100 * train_top1:.0f} % of training images are right, and val does not suffer"
+        return _learn_more(plan, num_stages, seen)
     return None
 
 
@@ -68,12 +70,6 @@ def _rungs(plan: Plan, num_train: int) -> list[tuple[str, str, str]]:
             "partial",
             "fewer stages that move can learn less by heart",
             train.strategy == "full" and plan.pretrained and not train.reinit,
-        ),
-        (
-            "train.depth",
-            f"{(train.depth or 0) // 2}",
-            "fewer stages that move can learn less by heart",
-            train.strategy == "partial" and not train.layers and (train.depth or 0) // 2 > train.reinit,
         ),
         (
             "train.optimizer.weight_decay",
@@ -109,8 +105,9 @@ def _rungs(plan: Plan, num_train: int) -> list[tuple[str, str, str]]:
     return [(key, str(value), why) for key, value, why, is_free in rungs if is_free]
 
 
-def _learn_more(plan: Plan, seen: str) -> Experiment:
-    if plan.train.strategy == "partial" and plan.train.optimizer.backbone_lr_ratio == 1:  # the top alone
-        return Experiment(key="train.strategy", value="full", why=f"{seen}: let more of the network move")
+def _learn_more(plan: Plan, num_stages: int, seen: str) -> Experiment:
+    depth = int(plan.train.depth or 0)
+    if plan.train.strategy == "partial" and not plan.train.layers and 2 * depth <= num_stages:
+        return Experiment(key="train.depth", value=str(2 * depth), why=f"{seen}: let more of the network move")
     more = 2 * int(plan.train.epochs or 1)
     return Experiment(key="train.epochs", value=str(more), why=f"{seen}: train longer")

@@ -287,7 +287,7 @@ class TrainSpec(Section):
     distillation: DistillationSpec = DistillationSpec()
     """Of other runs into this one."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Epochs without a lower val loss after which training stops, unless the last epoch is kept whatever happens."""
+    """Epochs without a lower val loss after which training stops, unless `keep` is last."""
     keep: Literal["settled", "best", "last"] | None = None
     """The last epoch of a full schedule unless an earlier one was clearly better on val, the epoch with the lowest val
     loss at the best temperature, or the last; null: settled, and last where val is small."""

@@ -40,6 +40,8 @@ LAYER_DECAY = 1.0
 WEIGHT_DECAY = 0.01
 LEAST_VAL = 100
 """With fewer val images the noise between epochs is larger than what training changes."""
+STEADY = ("constant", "plateau")
+"""Schedules that need not have fallen when they end."""
 AVERAGE = "none"
 EMA_SHARE = 0.1
 """Memory of the moving average, as a share of all steps."""
@@ -60,7 +62,8 @@ def decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, decid
     if batch < wish.batch_size:
         quiet("train.batch_size", None, batch, "there are no more training images than these")
     decided["depth"] = _decide_depth(wish, facts, strategy, quiet)
-    is_top = strategy == "partial" and 3 * decided["depth"] <= len(facts.backbone.stages) + 2  # a third, rounded up
+    is_third = 3 * decided["depth"] <= len(facts.backbone.stages) + 2  # rounded up
+    is_top = strategy == "partial" and (is_third or bool(wish.layers))
     decided["optimizer"] = _decide_optimizer(recipe, 1.0 if is_top else RATIOS.get(strategy, 1.0), batch, quiet)
     decided["schedule"], epochs = _decide_schedule(recipe, facts, device, quiet)
     decided["epochs"] = 1 if strategy == "probe" else epochs
@@ -71,8 +74,7 @@ def decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, decid
         **wish.imbalance.model_dump(),
         "kind": quiet("train.imbalance.kind", wish.imbalance.kind, *balance),
     }
-    cycles = decided["schedule"]["cycles"] if decided["schedule"]["name"] in ("cyclic", "growing") else 0
-    decided |= _decide_keeping(wish, facts, epochs, cycles, quiet)
+    decided |= _decide_keeping(wish, facts, decided["schedule"], epochs, quiet)
     decided["batch_norm"] = _decide_batch_norm(recipe, facts, batch, quiet)
     return decided
 
@@ -141,7 +143,11 @@ def _decide_averaging(wish: TrainSpec, steps: int, decide: Decide) -> dict[str, 
     return {**spec.model_dump(), "kind": kind, "ema_decay": decay}
 
 
-def _decide_keeping(wish: TrainSpec, facts: Facts, epochs: int, cycles: int, decide: Decide) -> dict[str, Any]:
+def _decide_keeping(
+    wish: TrainSpec, facts: Facts, schedule: dict[str, Any], epochs: int, decide: Decide
+) -> dict[str, Any]:
+    cycles = schedule["cycles"] if schedule["name"] in ("cyclic", "growing") else 0
+    falls = schedule["name"] not in STEADY
     num_val = sum(facts.counts["val"])
     is_enough = num_val >= LEAST_VAL
     patience, why = max(3, epochs // 2), "half of the epochs without a lower val loss: the rate must have time to fall"
@@ -152,9 +158,10 @@ def _decide_keeping(wish: TrainSpec, facts: Facts, epochs: int, cycles: int, dec
     few = f"{num_val} val images (< {LEAST_VAL}) are too few to tell epochs apart"
     fallen = "where the rate has fallen, weights are at rest; an earlier epoch must be clearly better on val"
     is_uneven = uneven(facts.counts["train"])
+    enough = ("settled", fallen) if falls else ("best", "the rate stays up, so no epoch is at rest: val chooses")
     return {
         "patience": decide("train.patience", wish.patience, patience, why),
-        "keep": decide("train.keep", wish.keep, *(("settled", fallen) if is_enough else ("last", few))),
+        "keep": decide("train.keep", wish.keep, *(enough if is_enough else ("last", few))),
         "choose": decide(
             "train.choose",
             wish.choose,

@@ -21,6 +21,7 @@ from finetune.data.loading import Batches
 from finetune.models.adapters import merge_lora
 from finetune.models.batch_norm import set_momentum
 from finetune.models.classifier import Classifier
+from finetune.models.folding import Folding
 from finetune.recipe.batch_norm import momentum_for
 from finetune.recipe.plan import Plan, Stage
 from finetune.recipe.runs import write_whole
@@ -33,6 +34,7 @@ from finetune.training.losses import make_loss
 from finetune.training.mixing import Mixing
 from finetune.training.module import DivergenceError, Finetuning, Step
 from finetune.training.optimization import Anchor, make_optimizer
+from finetune.training.snapshots import read_members
 from finetune.training.watching import WINDOW, Curves, Divergence, Recovery
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -54,7 +56,7 @@ def fit(
     say: Callable[[str], None],
     notify: Callable[[], None],
 ) -> None:
-    """Train `classifier` in place by stage `index` of the plan; its best epoch is what it holds afterwards.
+    """Train `classifier` in place by stage `index` of the plan; the epoch that `train.keep` asks for is what it holds afterwards.
 
     Args:
         plan: what to do.
@@ -82,9 +84,11 @@ def fit(
         return
     _open(classifier, plan, index, len(train))
     start = copy.deepcopy(classifier.state_dict())
+    is_folded = plan.hardware.precision == "32"
+    folding = Folding(classifier.backbone, size_pixels=plan.view.size_pixels, device="cpu") if is_folded else None
     recovery = Recovery()
     while True:
-        module = _make_module(plan, index, classifier, train, origin, teacher, say)
+        module = _make_module(plan, index, classifier, train, origin, teacher, folding, say)
         module.slowdown = recovery.factor
         keeper = Keeper(plan, index, train, val, checkpoint, curves, members=members, say=say, notify=notify)
         done = torch.load(checkpoint, weights_only=True)["keeper"] if checkpoint.exists() else None
@@ -99,8 +103,11 @@ def fit(
         except DivergenceError as fault:
             recovery.times = max(recovery.times, int(module.slowdown < 1))  # before a kill, it may have been tried
             say(recovery.after(str(fault), lr=stage.lr_head))
-            if checkpoint.exists() and module.steps_done - _steps_done(checkpoint) <= WINDOW:
-                checkpoint.unlink()  # what led here had begun before it was written
+            if len(train) < WINDOW and checkpoint.exists():
+                say(f"an epoch of fewer than {WINDOW} steps may spoil weights unseen, so the stage begins anew")
+                for member in read_members(members):
+                    member.path.unlink()
+                checkpoint.unlink()
         classifier.load_state_dict(start)
         good = torch.load(checkpoint, weights_only=True)["keeper"]["epoch"] if checkpoint.exists() else -2
         curves.forget_after(keeper.label, good)
@@ -110,10 +117,6 @@ def fit(
     state = {name: value.contiguous() for name, value in classifier.state_dict().items()}
     write_whole(weights, lambda path: save_file(state, path))
     say(f"stage {index + 1} ({stage.name}): {keeper.verdict()}")
-
-
-def _steps_done(checkpoint: Path) -> int:
-    return int(torch.load(checkpoint, weights_only=True)["steps_done"])
 
 
 def _open(classifier: Classifier, plan: Plan, index: int, steps_per_epoch: int) -> None:
@@ -137,6 +140,7 @@ def _make_module(
     train: Batches,
     origin: Mapping[str, torch.Tensor] | None,
     teacher: nn.Module | None,
+    folding: Folding | None,
     say: Callable[[str], None],
 ) -> Finetuning:
     stage, spec, averaging = plan.stages[index], plan.train, plan.train.averaging
@@ -179,7 +183,7 @@ def _make_module(
         divergence=Divergence(len(plan.classes), spec.stop_ratio),
         average=_make_average(classifier, averaging) if keeps_average else None,
         average_from=0 if swa_start is None else round(swa_start * steps),
-        folds=plan.hardware.precision == "32",
+        folding=folding,
         warn=say,
     )
 

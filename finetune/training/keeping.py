@@ -32,7 +32,7 @@ DEAD_LOOKS = 5
 
 
 class Keeper(pl.Callback):
-    """Seeds each epoch, measures val, keeps the best weights, and writes the state after each epoch."""
+    """Seeds each epoch, measures val, keeps the weights to be shipped, and writes the state after each epoch."""
 
     def __init__(
         self,
@@ -69,7 +69,7 @@ class Keeper(pl.Callback):
         self.best_state, self.epoch, self.is_finished = state["best_state"], state["epoch"], state["is_finished"]
         self.stop.best_epoch, self.stop.best_loss = state["best_epoch"], state["best_loss"]
         self.start_top1, self.start_dead = state["start_top1"], state["start_dead"]
-        self.best_losses = state["best_losses"]
+        self.best_losses = state.get("best_losses", self.best_losses)
 
     def verdict(self) -> str:
         """Which epoch was kept, in words."""
@@ -127,7 +127,7 @@ class Keeper(pl.Callback):
         trainer.should_stop = self.is_finished
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the best weights and the rule's state."""
+        """Add the weights to be kept and the rule's state."""
         checkpoint["keeper"] = {
             "best_state": self.best_state,
             "best_losses": self.best_losses,
@@ -179,7 +179,8 @@ class Keeper(pl.Callback):
 
     def _has_settled(self, found: ValLoss) -> bool:
         """Whether this is where the rate has fallen to its end, and no earlier epoch was clearly better on val."""
-        is_end = self.epoch + 1 == self.plan.stages[self.index].epochs
+        stage = self.plan.stages[self.index]
+        is_end = self.epoch + 1 == stage.epochs and (self._is_last or stage.schedule.name != "constant")
         return self.plan.train.keep == "settled" and is_end and not is_clearly_higher(found.losses, self.best_losses)
 
     @contextlib.contextmanager

@@ -34,7 +34,7 @@ RATIO_EVERY = 10
 
 
 class DivergenceError(Exception):
-    """Training left the road; the message says by how much. `fit` catches it and returns to the last good state."""
+    """Training left the road; the message says by how much. `fit` catches it and goes back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Finetuning(pl.LightningModule):
         divergence: Divergence | None = None,
         average: WeightAverage | None = None,
         average_from: int = 0,
-        folds: bool = False,
+        folding: Folding | None = None,
         warn: Callable[[str], None],
     ) -> None:
         super().__init__()
@@ -77,11 +77,10 @@ class Finetuning(pl.LightningModule):
         self.rates: dict[str, float] = {}
         self.steps_done = 0
         self.slowdown = 1.0
-        """What a return to the last good state multiplies all rates by."""
+        """What going back after a divergence multiplies all rates by."""
         self.plateau, self.average, self._average_from = plateau, average, average_from
         self._optimizer, self._step, self._divergence, self._warn = optimizer, step, divergence, warn
-        self._folds = folds
-        self._folding: Folding | None = None
+        self._folding = folding
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer that the stage was given."""
@@ -210,8 +209,6 @@ class Finetuning(pl.LightningModule):
 
     def _pieces(self, images: torch.Tensor, targets: torch.Tensor, size: int) -> tuple[float, int]:
         total, hits = 0.0, 0
-        if self._folds and self._folding is None:
-            self._folding = Folding(self.classifier.backbone, size_pixels=images.shape[-1], device=images.device)
         for x, y in zip(images.split(size), targets.split(size), strict=True):
             with self._folding() if self._folding else nullcontext():
                 logits = self.classifier(x)  # (b, K)

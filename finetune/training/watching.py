@@ -74,9 +74,9 @@ def is_clearly_worse(top1: float, start: float, n: int) -> bool:
 
 def is_clearly_higher(losses: torch.Tensor, others: torch.Tensor) -> bool:
     """Whether `losses` (N,) lie above `others` of the same images by over two standard errors of their difference."""
-    difference = losses - others
-    if len(difference) < 2 or not difference.isfinite().all():
+    if losses.shape != others.shape or len(losses) < 2 or not (losses - others).isfinite().all():
         return not bool(losses.isfinite().all())
+    difference = losses - others
     return float(difference.mean()) > 2 * float(difference.std()) / math.sqrt(len(difference))
 
 
@@ -84,7 +84,7 @@ def is_clearly_higher(losses: torch.Tensor, others: torch.Tensor) -> bool:
 class EarlyStop:
     """Look-ahead: stop once `patience` epochs in a row have not lowered the val loss.
 
-    The start of the stage counts as epoch -1, so a training that only does harm changes nothing. Ties
+    The start of the stage counts as epoch -1, so a training that only does harm changes nothing where the best is kept. Ties
     keep the earlier epoch, and a loss that is not a number is worse than any other. Where val is too small
     to tell epochs apart, `keeps_last` runs to the end and keeps the last epoch that val does not clearly speak
     against. Under a cyclic schedule the loss rises after every restart, so patience counts ends of cycles only.
@@ -159,7 +159,7 @@ class Divergence:
 
 @dataclass
 class Recovery:
-    """After the first divergence of a stage, back to its last good state with lower rates; after the second, an end."""
+    """After the first divergence of a stage, back to its last good state, or to its start, with lower rates; after the second, an end."""
 
     times: int = 0
 
@@ -185,10 +185,7 @@ class Recovery:
                 "then look at data.normalize, and at train.clip_norm, which tames single bad batches."
             )
         self.times += 1
-        return (
-            f"training diverged ({why}): going back to the last good state, with {self.factor:g} of the rates "
-            f"(lr {self.factor * lr:.2g})"
-        )
+        return f"training diverged ({why}): going back, with {self.factor:g} of the rates (lr {self.factor * lr:.2g})"
 
 
 def copy_weights(optimizer: torch.optim.Optimizer) -> dict[str, list[torch.Tensor]]:
