@@ -84,8 +84,8 @@ def is_clearly_higher(losses: torch.Tensor, others: torch.Tensor) -> bool:
 class EarlyStop:
     """Look-ahead: stop once `patience` epochs in a row have not lowered the val loss.
 
-    The start of the stage counts as epoch -1, so a training that only does harm changes nothing where the best is kept. Ties
-    keep the earlier epoch, and a loss that is not a number is worse than any other. Where val is too small
+    The start of the stage counts as epoch -1, so a training that only does harm changes nothing where the best is kept.
+    Ties keep the earlier epoch, and a loss that is not a number is worse than any other. Where val is too small
     to tell epochs apart, `keeps_last` runs to the end and keeps the last epoch that val does not clearly speak
     against. Under a cyclic schedule the loss rises after every restart, so patience counts ends of cycles only.
     """
@@ -159,7 +159,7 @@ class Divergence:
 
 @dataclass
 class Recovery:
-    """After the first divergence of a stage, back to its last good state, or to its start, with lower rates; after the second, an end."""
+    """After the first divergence of a stage, back to where it was good, with lower rates; after the second, an end."""
 
     times: int = 0
 
