@@ -56,7 +56,7 @@ def fit(
     say: Callable[[str], None],
     notify: Callable[[], None],
 ) -> None:
-    """Train `classifier` in place by stage `index` of the plan; afterwards it holds the epoch that `train.keep` asks for.
+    """Train `classifier` in place by stage `index` of the plan; it then holds the epoch that `train.keep` asks for.
 
     Args:
         plan: what to do.
