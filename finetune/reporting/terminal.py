@@ -158,7 +158,7 @@ def grid_text(advice: Advice) -> str:
     labels = {0: "1.00", _TALL: f"{similar:.2f}", 2 * _TALL: "0.00"}
     frame = " " * 7 + "+" + "-" * _WIDE + "+" + "-" * _WIDE + "+"
     body = [f"  {labels.get(i, ''):>4} :{''.join(line)}:" for i, line in enumerate(lines)]
-    title = "  Similarity, over training images per class; in the corners what is usually done"
+    title = "  Similarity, over training images per class"
     foot = f"{'1':>9}{f'{small:g}':>{_WIDE}}{f'{max(small, 1) * 100:g}':>{_WIDE + 1}}"
     return "\n".join([title, frame, *body, frame, foot])
 
