@@ -78,6 +78,8 @@ def digest_images(items: Sequence[Item]) -> list[str | BadImage]:
     def digest_some(first: int) -> list[str | BadImage]:
         return [digest(item) for item in items[first : first + _AT_ONCE]]
 
+    if len(items) and items[0].row is not None:  # rows of mapped shards: threads would only wait for each other
+        return [digest(item) for item in items]
     with ThreadPoolExecutor(num_cores()) as pool:  # in parts, for a thread's task costs as much as a small file
         parts = pool.map(digest_some, range(0, len(items), _AT_ONCE))
         return [answer for part in parts for answer in part]
