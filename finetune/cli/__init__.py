@@ -42,7 +42,7 @@ app.add_typer(zoo_app, name="zoo")
 
 
 GARBAGE_AT = 50_000
-"""New objects between two searches for garbage; with Python's 700 they take a fifth of the time until torch is loaded."""
+"""New objects between two searches for garbage; with Python's 700 they take a fifth of the time of a start."""
 
 
 def main() -> None:
