@@ -74,6 +74,13 @@ def test_a_misspelt_recipe_gets_a_hint():
         load_recipe("quik")
 
 
+def test_a_misspelt_folder_gets_its_neighbours(tmp_path):
+    (tmp_path / "ants_bees").mkdir()
+    (tmp_path / "flowers").mkdir()
+    with pytest.raises(RecipeError, match=r"nor a shipped recipe\. Nearest: ants_bees\."):
+        load_recipe(str(tmp_path / "ant_bees"))
+
+
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just words\n"])
 def test_what_is_no_mapping_is_refused(tmp_path, text):
     with pytest.raises(RecipeError, match="a recipe is a mapping"):

@@ -42,7 +42,8 @@ def find_recipe(source: str) -> Path | None:
         return recipes[source]
     if path.exists():
         return None
-    hint = nearest(source, recipes, otherwise=f"Shipped recipes: {', '.join(recipes)}.")
+    beside = sorted(one.name for one in path.parent.iterdir()) if path.parent.is_dir() else []
+    hint = nearest(path.name, [*recipes, *beside], otherwise=f"Shipped recipes: {', '.join(recipes)}.")
     raise RecipeError(f"{source!r} is neither a file, a folder, nor a shipped recipe. {hint}")
 
 
