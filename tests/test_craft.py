@@ -85,17 +85,18 @@ def test_the_last_epoch_is_kept_unless_an_earlier_one_was_clearly_better(
 
 
 def test_a_resumed_run_knows_what_val_said_of_the_epoch_it_had_kept(shapes, tmp_path, monkeypatch):
-    measured_as(monkeypatch, [1.0, 0.6, 0.50, 0.52], spread=1e-4)
+    measured_as(monkeypatch, [1.0, 0.6, 0.50, 0.52, 0.52], spread=1e-4)  # the third epoch twice
     said = []
 
     def stop(text):
-        if "epoch 2/3" in text:
+        if "epoch 3/3" in text:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         start(shapes, tmp_path, "train.strategy=full", "train.epochs=3", "train.keep=settled", say=stop)
     (folder,) = (tmp_path / "runs").iterdir()
     ft.resume(folder, say=said.append)
+    assert any("goes on after epoch 2" in line for line in said)
     assert any("3 epochs, kept epoch 2 " in line for line in said)
 
 
