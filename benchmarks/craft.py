@@ -27,7 +27,7 @@ from rows import append_row, read_rows
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "craft.csv"
 SMALL_RESULTS = HERE / "results" / "ablation.csv"
-SMALL = ["data.image_size=64", "data.max_train_per_class=50", "train.strategy=full"]
+SMALL = ["data.image_size=64", "data.max_train_per_class=50", "train.strategy=partial"]
 BACKBONE = "mobilenetv2_100.imagenet_keras"
 PIXELS = {"ants_bees": 128, "flowers5": 128, "sign_digits": 96, "malaria": 96}
 SEEDS = (0, 1, 2)
