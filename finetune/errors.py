@@ -11,6 +11,7 @@ Every message says what is wrong, where, what was found, and what to do about it
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class FinetuneError(Exception):
@@ -37,3 +38,11 @@ def nearest(name: str, known: Iterable[str], *, otherwise: str = "") -> str:
     """A sentence with the known names closest to `name`, or `otherwise` where none is close."""
     near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.6)
     return f"Nearest: {', '.join(near)}." if near else otherwise
+
+
+def names_beside(path: Path) -> list[str]:
+    """What stands in the folder where `path` is missing, for `nearest`; nothing where that folder cannot be read."""
+    try:
+        return sorted(one.name for one in path.parent.iterdir())
+    except OSError:
+        return []

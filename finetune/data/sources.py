@@ -17,7 +17,7 @@ from pathlib import Path
 
 from finetune.data.items import ROLES, Found, Item, Items
 from finetune.data.shards import read_row
-from finetune.errors import DataError, nearest
+from finetune.errors import DataError, names_beside, nearest
 
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"])
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -60,8 +60,8 @@ def open_source(root: Path) -> Source:
         DataError: if there is nothing to learn from, or the layout is ambiguous.
     """
     if not root.exists():
-        beside = [f.name for f in root.parent.iterdir()] if root.parent.is_dir() else []
-        raise DataError(f"data.root: {root} does not exist. {nearest(root.name, beside, otherwise='Check the path.')}")
+        hint = nearest(root.name, names_beside(root), otherwise="Check the path.")
+        raise DataError(f"data.root: {root} does not exist. {hint}")
     try:
         return _open(root)
     except OSError as fault:

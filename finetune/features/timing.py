@@ -7,8 +7,8 @@ what gradients and optimizer need.
 import copy
 import math
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from finetune.data.loading import normalize
 from finetune.models.backbones import Backbone
 from finetune.models.classifier import Classifier
-from finetune.models.folding import Folding
+from finetune.models.folding import fold
 from finetune.recipe.cards import View
 from finetune.recipe.facts import TimingFacts
 
@@ -62,7 +62,7 @@ def time_training(
         size = max(2, min(batch_size, int(speed * SECONDS / (4 * (STEPS + 1)))))
         images = _take(crops, size, view, device)
         forward = size / min(_seconds(lambda: classifier(images), device) for _ in range(STEPS))
-        folding = Folding(model, size_pixels=few.shape[-1], device=device) if precision == "32" else None
+        folding = fold(model, size_pixels=few.shape[-1], device=device, precision=precision)
     labels = torch.arange(size, device=device) % num_classes
     rows = []
     wanted: list[int | str] = [*depths, NORMS]
@@ -93,19 +93,21 @@ def _step(
     optimizer: torch.optim.Optimizer,
     precision: str,
     device: str,
-    folding: Folding | None,
+    folding: Callable[[], AbstractContextManager[None]],
 ) -> tuple[int, int]:
     """One step as training takes it; bytes that its backward pass kept of the images, and beside them.
 
     Weights are not counted, but folded ones are: they are made anew in each step.
     """
-    held: tuple[dict[int, int], dict[int, int]] = ({}, {})
+    of_images: dict[int, int] = {}
+    beside: dict[int, int] = {}
     weights = {parameter.untyped_storage().data_ptr() for parameter in classifier.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            held[tensor.shape[:1] != images.shape[:1]][storage.data_ptr()] = storage.nbytes()
+            kind = of_images if tensor.shape[:1] == images.shape[:1] else beside
+            kind[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     classifier.train()
@@ -113,14 +115,13 @@ def _step(
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         _autocast(device, precision),
-        folding() if folding else nullcontext(),
+        folding(),
     ):
         loss = F.cross_entropy(classifier(images).float(), labels)
     loss.backward()
     nn.utils.clip_grad_norm_((group for group in optimizer.param_groups[0]["params"]), math.inf)
     optimizer.step()
-    beside = sum(size for place, size in held[1].items() if place not in held[0])
-    return sum(held[0].values()), beside
+    return sum(of_images.values()), sum(size for place, size in beside.items() if place not in of_images)
 
 
 def _set_trainable(classifier: Classifier, depth: int | str) -> None:

@@ -7,8 +7,8 @@ their places and their gradients: a step is the same step, to rounding.
 Which convolution feeds which batch norm is watched, not guessed from names, so any architecture may come.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -60,6 +60,13 @@ class Folding:
             for pair in still:
                 for module in pair:
                     del module.forward
+
+
+def fold(
+    model: nn.Module, *, size_pixels: int, device: str | torch.device, precision: str
+) -> Callable[[], AbstractContextManager[None]]:
+    """What to enter for a forward pass of training: a `Folding` in 32 bit; nothing else, where rounding is coarser."""
+    return Folding(model, size_pixels=size_pixels, device=device) if precision == "32" else nullcontext
 
 
 def example_images(size_pixels: int, device: str | torch.device) -> torch.Tensor:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.errors import BackboneError, RecipeError, nearest
+from finetune.errors import BackboneError, RecipeError, names_beside, nearest
 
 if TYPE_CHECKING:
     from finetune.recipe.cards import Card
@@ -42,8 +42,7 @@ def find_recipe(source: str) -> Path | None:
         return recipes[source]
     if path.exists():
         return None
-    beside = sorted(one.name for one in path.parent.iterdir()) if path.parent.is_dir() else []
-    hint = nearest(path.name, [*recipes, *beside], otherwise=f"Shipped recipes: {', '.join(recipes)}.")
+    hint = nearest(path.name, [*recipes, *names_beside(path)], otherwise=f"Shipped recipes: {', '.join(recipes)}.")
     raise RecipeError(f"{source!r} is neither a file, a folder, nor a shipped recipe. {hint}")
 
 

@@ -10,6 +10,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -21,7 +22,7 @@ from finetune.data.loading import Batches
 from finetune.models.adapters import merge_lora
 from finetune.models.batch_norm import set_momentum
 from finetune.models.classifier import Classifier
-from finetune.models.folding import Folding
+from finetune.models.folding import fold
 from finetune.recipe.batch_norm import momentum_for
 from finetune.recipe.plan import Plan, Stage
 from finetune.recipe.runs import write_whole
@@ -84,8 +85,8 @@ def fit(
         return
     _open(classifier, plan, index, len(train))
     start = copy.deepcopy(classifier.state_dict())
-    is_folded = plan.hardware.precision == "32"
-    folding = Folding(classifier.backbone, size_pixels=plan.view.size_pixels, device="cpu") if is_folded else None
+    device, precision = next(classifier.parameters()).device, str(plan.hardware.precision)
+    folding = fold(classifier.backbone, size_pixels=plan.view.size_pixels, device=device, precision=precision)
     recovery = Recovery()
     while True:
         module = _make_module(plan, index, classifier, train, origin, teacher, folding, say)
@@ -140,7 +141,7 @@ def _make_module(
     train: Batches,
     origin: Mapping[str, torch.Tensor] | None,
     teacher: nn.Module | None,
-    folding: Folding | None,
+    folding: Callable[[], AbstractContextManager[None]],
     say: Callable[[str], None],
 ) -> Finetuning:
     stage, spec, averaging = plan.stages[index], plan.train, plan.train.averaging

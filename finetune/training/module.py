@@ -8,7 +8,7 @@ effective batch, the schedule and the number of steps stay what the plan says.
 import hashlib
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import nn
 
 from finetune.errors import RunError
 from finetune.models.classifier import Classifier
-from finetune.models.folding import Folding
 from finetune.recipe.schedules import Plateau
 from finetune.scores.calibration import fit_temperature
 from finetune.training.averaging import WeightAverage
@@ -65,7 +64,7 @@ class Finetuning(pl.LightningModule):
         divergence: Divergence | None = None,
         average: WeightAverage | None = None,
         average_from: int = 0,
-        folding: Folding | None = None,
+        folding: Callable[[], AbstractContextManager[None]] = nullcontext,
         warn: Callable[[str], None],
     ) -> None:
         super().__init__()
@@ -210,7 +209,7 @@ class Finetuning(pl.LightningModule):
     def _pieces(self, images: torch.Tensor, targets: torch.Tensor, size: int) -> tuple[float, int]:
         total, hits = 0.0, 0
         for x, y in zip(images.split(size), targets.split(size), strict=True):
-            with self._folding() if self._folding else nullcontext():
+            with self._folding():
                 logits = self.classifier(x)  # (b, K)
             losses = self._step.loss(logits.float(), y)  # (b,)
             if self._step.distillation is not None:
