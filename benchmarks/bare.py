@@ -116,8 +116,8 @@ def train(folder: Path, card_folder: Path, pixels: int, per_class: int, tuned: b
 def tuned_batches(paths: list, labels: list, card: dict, pixels: int):
     """Decoded images kept in memory, and the same augmentation as the tool's."""
     from finetune.data.augmentation import Augmentation
+    from finetune.data.items import Item
     from finetune.data.loading import Batches, ImageStore
-    from finetune.data.sources import Item
     from finetune.recipe.cards import View
 
     view = View(

@@ -77,8 +77,8 @@ def run_plain(name: str, seed: int, shared: Path) -> dict:
     import torch.nn.functional as F
 
     from finetune.data.augmentation import Augmentation
+    from finetune.data.items import ROLES
     from finetune.data.loading import Batches
-    from finetune.data.sources import ROLES
     from finetune.features.survey import _Survey
 
     seen = _Survey(recipe_for(name, seed, shared, []), lambda *rest: None, ROLES)

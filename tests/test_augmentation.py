@@ -14,9 +14,9 @@ from finetune.data.augmentation import PRESETS, Augmentation
 from finetune.data.changes import ColorShift
 from finetune.data.decoding import center_crop
 from finetune.data.domains import COLOUR, CROP_AREA, DOMAINS
+from finetune.data.items import Item
 from finetune.data.loading import Batches, ImageStore
 from finetune.data.normalization import fit_color_basis
-from finetune.data.sources import Item
 from finetune.recipe.cards import View
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (50, 64, 3), dtype=np.uint8)

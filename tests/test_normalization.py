@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 import finetune as ft
+from finetune.data.items import Item
 from finetune.data.loading import ImageStore
 from finetune.data.normalization import measure_constants
-from finetune.data.sources import Item
 from finetune.errors import RecipeError
 from finetune.recipe.cards import View
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 import finetune as ft
 from finetune.data import loading
+from finetune.data.items import Item
 from finetune.data.loading import ImageStore
-from finetune.data.sources import Item
 from finetune.data.tables import write_parquet
 from finetune.errors import DataError, RecipeError, RunError
 from finetune.evaluation.prediction import load_final, predict_views

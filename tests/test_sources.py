@@ -13,7 +13,8 @@ from PIL import Image
 
 from finetune.data import shards as shards_module
 from finetune.data.decoding import decode
-from finetune.data.sources import Item, open_source, read_bytes
+from finetune.data.items import Item
+from finetune.data.sources import open_source, read_bytes
 from finetune.errors import DataError
 
 

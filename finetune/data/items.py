@@ -39,6 +39,16 @@ class Found(NamedTuple):
     row: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What one layout holds, and what of it was not used."""
+
+    kind: str
+    """folders, table or parquet."""
+    items: "Items"
+    warnings: tuple[str, ...] = ()
+
+
 class Items(Sequence[Item]):
     """Items, sorted by name; rows of one shard by number."""
 

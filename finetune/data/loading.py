@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from finetune.data.augmentation import Augmentation
 from finetune.data.decoding import BadImage, center_crop, decode
-from finetune.data.sources import Item, read_bytes
+from finetune.data.items import Item
+from finetune.data.sources import read_bytes
 from finetune.errors import DataError
 from finetune.recipe.cards import View
 

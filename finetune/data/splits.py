@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from finetune.data.sources import ROLES
+from finetune.data.items import ROLES
 from finetune.errors import DataError
 
 UNUSED = "unused"

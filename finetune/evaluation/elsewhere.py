@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from finetune.data.decoding import BadImage
+from finetune.data.items import Item
 from finetune.data.loading import ImageStore
-from finetune.data.sources import Item, Source, open_source
+from finetune.data.sources import Source, open_source
 from finetune.errors import BackboneError, DataError, FinetuneError, RecipeError, RunError, nearest
 from finetune.evaluation.comparing import selection_flags
 from finetune.evaluation.prediction import load_final, predict_probabilities, temper

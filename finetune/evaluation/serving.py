@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from finetune.data.decoding import BadImage
+from finetune.data.items import Item
 from finetune.data.loading import ImageStore
-from finetune.data.sources import IMAGE_SUFFIXES, Item
 from finetune.data.tables import write_parquet
+from finetune.data.walking import IMAGE_SUFFIXES
 from finetune.errors import DataError, RecipeError, RunError
 from finetune.evaluation.prediction import load_final, temper
 from finetune.evaluation.viewing import AnyViewer, open_viewer

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from finetune.data.decoding import BadImage, ImageFacts, center_crop, decode, facts_row
+from finetune.data.items import Item
 from finetune.data.loading import ImageStore, normalize
-from finetune.data.sources import Item, read_bytes
+from finetune.data.sources import read_bytes
 from finetune.features.cache import FeatureCache
 from finetune.models.frozen import FrozenBackbone
 from finetune.recipe.cards import View

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from finetune.data.sources import IMAGE_SUFFIXES, Item, open_source
+from finetune.data.items import Item
+from finetune.data.sources import open_source
 from finetune.data.splits import draw_sample
+from finetune.data.walking import IMAGE_SUFFIXES
 from finetune.errors import BackboneError, DataError
 from finetune.features.cache import FeatureCache
 from finetune.features.extraction import digest_images, extract
