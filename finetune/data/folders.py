@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.data.items import Found, Items, Listing
-from finetune.data.split_names import ROLE_OF, item_name, normal_text, unknown_split
+from finetune.data.split_names import Splits, item_name, normal_text, role_of, unknown_split
 from finetune.data.walking import holds_images, image_files, is_image, listed
 from finetune.errors import DataError
 
@@ -38,18 +38,18 @@ def folder_images(root: Path, folders: Sequence[tuple[Path, str | None]], warnin
     return Listing(kind="folders", items=items, warnings=tuple(warnings))
 
 
-def class_folders(root: Path) -> list[tuple[Path, str | None]]:
+def class_folders(root: Path, splits: Splits | None = None) -> list[tuple[Path, str | None]]:
     """Folders that hold images, each with the role its parent gives it. A class may be called `test`, too."""
     folders = [f for f in listed(root) if f.is_dir() and holds_images(f)]
-    splits = [(f, role) for f in folders if (role := ROLE_OF.get(f.name.casefold()))]
-    inside = [(c, role) for f, role in splits for c in listed(f) if c.is_dir() and holds_images(c)]
+    named = [(f, role) for f in folders if (role := role_of(f.name, splits))]
+    inside = [(c, role) for f, role in named for c in listed(f) if c.is_dir() and holds_images(c)]
     if not any(role == "train" for _, role in inside):
-        if len(splits) < len(folders):
+        if len(named) < len(folders):
             return [(f, None) for f in folders]
         if inside:
-            names = ", ".join(f.name for f, _ in splits)
+            names = ", ".join(f.name for f, _ in named)
             raise DataError(f"data.root: {root} holds {names} but no `train` folder of class folders. Add it.")
         return []
-    for other in (f for f in folders if f.name.casefold() not in ROLE_OF):
-        raise unknown_split(other.name, str(other))
+    for other in (f for f in folders if role_of(f.name, splits) is None):
+        raise unknown_split(other.name, str(other), splits)
     return [*inside]

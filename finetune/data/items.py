@@ -11,7 +11,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-ROLES = ("train", "val", "calibration", "test")
+from finetune.recipe.section import ROLES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

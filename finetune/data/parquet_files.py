@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finetune.data.items import Found, Items, Listing
-from finetune.data.split_names import ROLE_OF, item_name, normal_text, unknown_split
+from finetune.data.split_names import Splits, item_name, normal_text, role_of, unknown_split
 from finetune.data.table_files import column_of
 from finetune.data.walking import listed
 from finetune.errors import DataError
@@ -17,24 +17,24 @@ def find_shards(folder: Path) -> list[Path]:
     return [f for f in listed(folder) if f.suffix.lower() == ".parquet"] if folder.is_dir() else []
 
 
-def parquet_images(root: Path, shards: Sequence[Path]) -> Listing:
+def parquet_images(root: Path, shards: Sequence[Path], splits: Splits | None = None) -> Listing:
     """The rows of `shards`.
 
     Raises:
         DataError: if a shard cannot be read, or its split or labels are unknown.
     """
     return Listing(
-        kind="parquet", items=Items(one for shard in shards for one in _shard_images(root, shard, len(shards)))
+        kind="parquet", items=Items(one for shard in shards for one in _shard_images(root, shard, len(shards), splits))
     )
 
 
-def _shard_images(root: Path, shard: Path, num_shards: int) -> Iterator[Found]:
+def _shard_images(root: Path, shard: Path, num_shards: int, splits: Splits | None) -> Iterator[Found]:
     import pyarrow as pa
 
     word = re.split(r"[-.]", shard.name)[0]
-    role = ROLE_OF.get(word.casefold())
+    role = role_of(word, splits)
     if role is None and num_shards > 1:
-        raise unknown_split(word, str(shard))
+        raise unknown_split(word, str(shard), splits)
     try:
         labels = _shard_labels(shard)
     except pa.ArrowException as fault:

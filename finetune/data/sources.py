@@ -13,7 +13,7 @@ from finetune.data.folders import class_folders, folder_images
 from finetune.data.items import Item, Items, Listing
 from finetune.data.parquet_files import find_shards, parquet_images
 from finetune.data.shards import read_row
-from finetune.data.split_names import few
+from finetune.data.split_names import Splits, few
 from finetune.data.table_files import TABLE_DELIMITERS, table_images
 from finetune.data.walking import IMAGE_SUFFIXES, listed
 from finetune.errors import DataError, names_beside, nearest
@@ -42,13 +42,17 @@ def read_bytes(item: Item) -> bytes:
     return item.file.read_bytes() if item.row is None else read_row(item.file, item.row)
 
 
-def open_source(root: Path) -> Source:
+def open_source(root: Path, splits: Splits | None = None) -> Source:
     """The images under `root`, in one of four layouts.
 
     Folders `train`, `val` (`valid`, `validation`), `calibration`, `test` of class folders; one tree of class
     folders; a table (.csv or .tsv: the file, or the only one in a folder with fewer than two class folders)
     with columns image, label and perhaps split; parquet shards `SPLIT-*.parquet` with columns
     `image: struct<bytes, path>` and `label`. Class folders are searched to any depth.
+
+    Args:
+        root: a folder, or a table or shard.
+        splits: the names that mean a split, by role, as `data.splits` gives them; None: `split_names` knows them.
 
     Raises:
         DataError: if there is nothing to learn from, or the layout is ambiguous.
@@ -57,29 +61,29 @@ def open_source(root: Path) -> Source:
         hint = nearest(root.name, names_beside(root), otherwise="Check the path.")
         raise DataError(f"data.root: {root} does not exist. {hint}")
     try:
-        return _source(root, _open(root))
+        return _source(root, _open(root, splits))
     except OSError as fault:
         raise DataError(f"data.root: {fault.filename or root} cannot be read ({fault.strerror or fault}).") from fault
 
 
-def _open(root: Path) -> Listing:
+def _open(root: Path, splits: Splits | None) -> Listing:
     if root.is_file():
         if root.suffix.lower() in TABLE_DELIMITERS:
-            return table_images(root)
+            return table_images(root, splits)
         if root.suffix.lower() == ".parquet":
-            return parquet_images(root, [root])
+            return parquet_images(root, [root], splits)
         raise DataError(f"data.root: {root} is a file but no table (.csv, .tsv) or parquet shard. Give a folder.")
     if shards := find_shards(root) or find_shards(root / "data"):
-        return parquet_images(root, shards)
+        return parquet_images(root, shards, splits)
     tables = [f for f in listed(root) if f.is_file() and f.suffix.lower() in TABLE_DELIMITERS]
-    folders = class_folders(root)
+    folders = class_folders(root, splits)
     if len(folders) >= 2 or not tables:
         ignored = [f"{t.name} lies beside class folders and was not read; to use it, give {t}." for t in tables]
         return folder_images(root, folders, ignored)
     if len(tables) > 1:
         names = ", ".join(t.name for t in tables)
         raise DataError(f"data.root: {root} holds {len(tables)} tables ({names}). Give the one that lists the images.")
-    return table_images(tables[0])
+    return table_images(tables[0], splits)
 
 
 def _source(root: Path, listing: Listing) -> Source:

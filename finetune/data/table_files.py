@@ -5,13 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finetune.data.items import Found, Items, Listing
-from finetune.data.split_names import ROLE_OF, item_name, normal_text, unknown_split
+from finetune.data.split_names import Splits, item_name, normal_text, role_of, unknown_split
 from finetune.errors import DataError, nearest
 
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def table_images(table: Path) -> Listing:
+def table_images(table: Path, splits: Splits | None = None) -> Listing:
     """The images that the rows of `table` name.
 
     Raises:
@@ -33,9 +33,9 @@ def table_images(table: Path) -> Listing:
     def find() -> Iterator[Found]:
         for line, row in _table_rows(table, skip=1):
             word = row[split] if split is not None and split < len(row) else ""
-            role = ROLE_OF.get(word.casefold()) if has_roles else None
+            role = role_of(word, splits) if has_roles else None
             if has_roles and role is None:
-                raise unknown_split(word, f"{table}, line {line}")
+                raise unknown_split(word, f"{table}, line {line}", splits)
             file = table.parent / row[where[0]].replace("\\", "/")
             yield Found(item_name(file, table.parent), normal_text(row[where[1]]), role, file)
 

@@ -129,7 +129,7 @@ class _Images:
         if recipe.data.root is None:
             raise RecipeError("no images are named. Give a folder: `finetune zoo rank FOLDER`, or set data.root.")
         self.recipe = recipe
-        self.source = open_source(Path(recipe.data.root).expanduser())
+        self.source = open_source(Path(recipe.data.root).expanduser(), recipe.data.splits)
         answers = digest_images(self.source.items)
         self.digests = [answer if isinstance(answer, str) else "" for answer in answers]
         self.labels = self.source.items.labels.tolist()

@@ -172,7 +172,7 @@ class _Survey:
 
     def __init__(self, recipe: Recipe, progress: Progress, roles_seen: Sequence[str]) -> None:
         self.recipe, self._progress, self._roles_seen = recipe, progress, roles_seen
-        self.source = open_source(Path(str(recipe.data.root)).expanduser())
+        self.source = open_source(Path(str(recipe.data.root)).expanduser(), recipe.data.splits)
         torch.manual_seed(recipe.seed)  # random weights, where asked for, follow the seed
         name = recipe.backbone or default_backbone()
         self.machine = measure_machine(recipe.hardware.devices)

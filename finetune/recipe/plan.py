@@ -21,7 +21,7 @@ from finetune.recipe.schema import (
     TrainSpec,
 )
 
-DECIDED_NULLS = ("train.distillation.teacher",)
+DECIDED_NULLS = ("data.splits", "train.distillation.teacher")
 """Keys whose null is a decision: there is none."""
 
 

@@ -208,6 +208,9 @@ def _decide_data(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
         source,
     )
     invariances = decide("data.invariances", wish.invariances, *_safe_changes(recipe, facts))
+    if wish.splits is not None:
+        named = [f"{role}: {', '.join(names)}" for role, names in wish.splits.items()]
+        decide("data.splits", "; ".join(named) or "none", None, "")
     if wish.label_swap:
         decide("data.label_swap", wish.label_swap, None, "")
     return {

@@ -7,15 +7,12 @@ editors is made from them (`finetune recipes check --schema`).
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
 
+from finetune.errors import nearest
+from finetune.recipe.model_keys import AugmentSpec, HeadSpec, RegularizationSpec
+from finetune.recipe.section import ROLES, Names, Positive, Section, Share, Text, as_text
 
-def _as_text(value: object) -> object:
-    """YAML reads `32` and `2024` as numbers; where a name is meant, they are names."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-Text = Annotated[str, BeforeValidator(_as_text)]
 _VIEW = (
     r"((center|flip|five|ten)(@\d+)?(/\d+)?|(whole|whole_flip)(@\d+)?|resolutions|"
     r"multiscale(_five)?|fully_convolutional(_unmirrored)?)"
@@ -27,18 +24,8 @@ VIEWS_HELP = (
     "resolutions, multiscale, multiscale_five, fully_convolutional and fully_convolutional_unmirrored; "
     "several with commas."
 )
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Preset = Literal["none", "light", "medium", "heavy"]
-Domain = Literal["natural", "document", "medical", "fine", "tiny"]
 Strategy = Literal["probe", "partial", "full", "gradual", "surgical", "norms", "biases", "lora"]
 Invariance = Literal["hflip", "vflip", "rot90"]
-
-
-class Section(BaseModel):
-    """A frozen group of keys that refuses the ones it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
 class SplitSpec(Section):
@@ -65,6 +52,9 @@ class DataSpec(Section):
 
     root: Text | None = None
     """A folder of class folders (or of train/val/test), a CSV/TSV table, or a folder of parquet shards."""
+    splits: dict[str, Names] | None = None
+    """What is which split: folders below the root, words of a table's split column, or tables, by role, such as
+    `{train: Training, test: [Test1, Test2]}`. Null: told by their names; `{}`: nothing is a split."""
     split: SplitSpec = SplitSpec()
     """Applied only to the roles that the data itself does not name."""
     max_train_per_class: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
@@ -88,6 +78,16 @@ class DataSpec(Section):
     on_bad_image: Literal["skip", "fail"] = "skip"
     """A broken file is named and left out, or stops the run."""
 
+    @field_validator("splits", mode="before")
+    @classmethod
+    def _know_roles(cls, splits: object) -> object:
+        for role in splits if isinstance(splits, dict) else ():
+            if role not in ROLES:
+                raise ValueError(
+                    f"{role!r} is no role; they are {', '.join(ROLES)}. {nearest(str(role), ROLES)}".strip()
+                )
+        return splits
+
     @property
     def allowed_changes(self) -> tuple[Invariance, ...]:
         """What may be done to an image: the invariances, and the horizontal flip where labels follow it."""
@@ -98,64 +98,6 @@ class DataSpec(Section):
         """By class, the class of its mirror image; its own where it is in no pair."""
         twins = {**dict(self.label_swap), **{right: left for left, right in self.label_swap}}
         return tuple(classes.index(twins.get(name, name)) for name in classes)
-
-
-class AugmentSpec(Section):
-    """How training images are varied. Flips and rotations follow `data.invariances` and `data.label_swap`."""
-
-    preset: Preset | None = None
-    """Strength of the random changes."""
-    domain: Domain | None = None
-    """Kind of images, which sets what is changed at all: photos, documents, medical or other images without an up,
-    classes that differ in details, or tiny images."""
-    crop: Literal["area", "scale"] = "area"
-    """Random part of the image and of its shape, resized; or the whole image at a random scale, then a crop."""
-    rotate_degrees: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Largest rotation to either side; corners mirror the image."""
-    pca_color: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Deviation of shifts along the principal colours of the training images (AlexNet: 0.1)."""
-    policy: Literal["none", "trivial", "rand"] = "none"
-    """Automatic policy: one random operation at random strength, or two at a fixed one."""
-    cutout: Share = 0.0
-    """Side of a grey square over that of the image; the strong preset has its own."""
-    mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """Alpha of the Beta distribution from which blends of two images and their labels are drawn; 0: never."""
-    cutmix: Annotated[float, Field(ge=0, le=10)] = 0.0
-    """The same for pasting a rectangle of one image into another."""
-
-
-class HeadSpec(Section):
-    """The new classification layer."""
-
-    kind: Literal["linear", "mlp", "cosine"] = "linear"
-    """One linear layer; one hidden layer and a linear one; or the cosine to one direction per class, scaled."""
-    hidden: Annotated[int, Field(ge=1)] = 512
-    """Units of the hidden layer of `mlp`."""
-    activation: Text = "relu"
-    """Of the hidden layer of `mlp`."""
-    init: Literal["probe", "zero", "small", "uniform", "xavier", "kaiming", "model"] | None = None
-    """Start from the probe, from zero, from N(0, 0.01^2), from a named rule, or from the architecture's own."""
-    bias: float = 0.0
-    """Of the hidden units of `mlp` at the start; a little above 0 keeps ReLU units awake."""
-    dropout: Share = 0.0
-    """Share of features dropped before each linear layer, in training only."""
-    drop_connect: Share = 0.0
-    """Share of the head's weights dropped, anew for every image, in training only."""
-
-
-class RegularizationSpec(Section):
-    """What holds training back; all of it is off at test."""
-
-    label_smoothing: Share = 0.0
-    """Share of the target that goes to all classes alike."""
-    stochastic_depth: Share = 0.0
-    """Share of passes in which the last residual block is skipped; lower blocks in proportion to their depth."""
-    channel_dropout: Share = 0.0
-    """Share of whole feature maps dropped between the trained stages of the backbone."""
-    fractional_pooling: bool = False
-    """Pool the last maps over regions that move in training and are fixed at test; for tops drawn anew."""
-    l2_sp: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Pull of pretrained weights back to where they began, instead of to zero."""
 
 
 class OptimizerSpec(Section):
@@ -324,7 +266,7 @@ class HardwareSpec(Section):
 
     devices: Literal["auto", "cpu", "cuda"] = "auto"
     """One device; auto takes a GPU if there is one."""
-    precision: Annotated[Literal["auto", "32", "bf16", "fp16"], BeforeValidator(_as_text)] = "auto"
+    precision: Annotated[Literal["auto", "32", "bf16", "fp16"], BeforeValidator(as_text)] = "auto"
     """Auto takes bf16 (or fp16) on a GPU that has it, 32 elsewhere."""
     workers: Annotated[int, Field(ge=0, le=64)] | None = None
     """Loader processes; on a CPU none is fastest, as decoded images are kept."""
