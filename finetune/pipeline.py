@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from safetensors.torch import load_file, save_file
 
 from finetune.data.items import ROLES
@@ -35,8 +34,8 @@ from finetune.recipe.distillation import name_teacher, teacher_faults
 from finetune.recipe.facts import Facts, Ranking
 from finetune.recipe.plan import Plan
 from finetune.recipe.planning import make_plan
-from finetune.recipe.reading import load_recipe
-from finetune.recipe.resumption import name_view, refuse_changes, refuse_other_beginning
+from finetune.recipe.reading import recipe_text
+from finetune.recipe.resumption import name_view, read_wish, refuse_changes, refuse_other_beginning
 from finetune.recipe.runs import Clock, RunFolder, runs_folder, sweep, write_whole
 from finetune.recipe.schema import Recipe
 from finetune.reporting.report import write_report
@@ -127,11 +126,11 @@ def train(recipe: Recipe, *, runs: Path | None = None, vary: Vary | None = None,
     find_teacher(recipe.train.distillation.teacher)  # a wrong one leaves no run folder
     tune_process()
     check_optimizer(recipe.train.optimizer)
-    recipe, ranking = _with_backbone(recipe, say)
+    named, ranking = _with_backbone(recipe, say)
     name = recipe.name or root.name
-    run = RunFolder.create(runs or runs_folder(), name=name, backbone=str(recipe.backbone).replace("/", "_"))
-    run.write_text("recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-    return _walk(run, recipe, say, ranking, vary)
+    run = RunFolder.create(runs or runs_folder(), name=name, backbone=str(named.backbone).replace("/", "_"))
+    run.write_text("recipe.yaml", recipe_text(recipe))
+    return _walk(run, named, say, ranking, vary)
 
 
 def resume(path: str | Path, *, vary: Vary | None = None, say: Say = say_on_stderr) -> RunFolder:
@@ -143,9 +142,10 @@ def resume(path: str | Path, *, vary: Vary | None = None, say: Say = say_on_stde
         RunError: if `path` is no run, another process works on it, or images or weights have changed.
     """
     run = RunFolder(Path(path))
-    if not run.file("recipe.yaml").exists():
-        raise RunError(f"{path} holds no recipe.yaml, so it is no run. `finetune train` makes one.")
-    return _walk(run, load_recipe(run.file("recipe.yaml")), say, vary=vary)
+    wish = read_wish(run)
+    tune_process()
+    recipe, ranking = _with_backbone(wish, say)
+    return _walk(run, recipe, say, ranking, vary)
 
 
 def evaluate(path: str | Path, *, views: str | None = None, say: Say = say_on_stderr) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def evaluate(path: str | Path, *, views: str | None = None, say: Say = say_on_st
     tune_process()
     run = RunFolder.open(path)
     with run.lock():
-        seen = look(load_recipe(run.file("recipe.yaml")), _progress(say))
+        seen = look(read_wish(run), _progress(say))
         refuse_changes(run.plan, seen.facts)
         if not run.final_weights().exists():
             raise RunError(f"{path} is not trained to its end. `finetune resume {path}` goes on.")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from safetensors.torch import save_file
 
 from finetune.errors import RunError
@@ -35,7 +34,8 @@ from finetune.evaluation.soups import uniform_soup as mean_of
 from finetune.evaluation.views import permitted_views
 from finetune.features.survey import Look
 from finetune.machine import describe_environment
-from finetune.recipe.reading import load_recipe
+from finetune.recipe.reading import recipe_text
+from finetune.recipe.resumption import read_wish
 from finetune.recipe.runs import RunFolder, write_whole
 from finetune.scores.metrics import log_loss
 from finetune.scores.selection import AVERAGES, MOST_MEMBERS, average, ensemble_table, greedy_selection
@@ -264,10 +264,7 @@ def _write(target: RunFolder, made: _Made, record: dict[str, Any], how: How) -> 
         _save(target.file(stage), made.state)
     for name in ("facts.json", "probe.safetensors"):
         _copy(base.run.file(name), target.file(name))
-    recipe = load_recipe(base.run.file("recipe.yaml")).model_copy(update={"name": plan.name})
-    target.write_text(
-        "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    )
+    target.write_text("recipe.yaml", recipe_text(read_wish(base.run).model_copy(update={"name": plan.name})))
     environment = describe_environment(str(plan.hardware.devices), str(plan.hardware.precision))
     target.write_json("environment.json", {**environment, "own_view": None, "seconds": {}})
     Curves(target.file("curves.csv"))  # nothing was trained

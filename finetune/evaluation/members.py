@@ -22,7 +22,7 @@ from finetune.features.survey import Look, look
 from finetune.models.batch_norm import pooled_statistics
 from finetune.recipe.cards import View
 from finetune.recipe.plan import Plan
-from finetune.recipe.reading import load_recipe
+from finetune.recipe.resumption import read_wish
 from finetune.recipe.runs import RunFolder
 from finetune.scores.calibration import fit_temperature, log_probabilities
 from finetune.scores.metrics import decide
@@ -200,7 +200,7 @@ class Val:
         """
         if self._seen is None:
             # test images too, though none is judged: a broken one among them has changed the split
-            self._seen = look(load_recipe(self._base.run.file("recipe.yaml")))
+            self._seen = look(read_wish(self._base.run))
         if self._seen.facts.split_digest != self._base.plan.split_digest:
             raise RunError(
                 f"the images have changed since {self._base.run.path} was made "

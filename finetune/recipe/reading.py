@@ -48,6 +48,12 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     return recipe
 
 
+def recipe_text(recipe: Recipe) -> str:
+    """What was set, as a recipe file; a key that nobody set is left out, so that reading it again wishes no more."""
+    wish = recipe.model_dump(mode="json", exclude_unset=True)
+    return yaml.safe_dump(wish, sort_keys=False, allow_unicode=True)
+
+
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

@@ -8,9 +8,25 @@ from finetune.errors import RunError
 from finetune.recipe.distillation import refuse_other_teacher
 from finetune.recipe.facts import Facts
 from finetune.recipe.plan import Plan
+from finetune.recipe.reading import load_recipe
 from finetune.recipe.runs import RunFolder
+from finetune.recipe.schema import Recipe
 
 Vary = Callable[..., Any]
+
+
+def read_wish(run: RunFolder) -> Recipe:
+    """The recipe of `run`. A backbone that it left open is the one that was chosen, once there is a plan.
+
+    Raises:
+        RunError: if there is no recipe.
+    """
+    if not run.file("recipe.yaml").exists():
+        raise RunError(f"{run.path} holds no recipe.yaml, so it is no run. `finetune train` makes one.")
+    recipe = load_recipe(run.file("recipe.yaml"))
+    if recipe.backbone is None and run.file("plan.yaml").exists():
+        return recipe.model_copy(update={"backbone": run.plan.backbone})
+    return recipe
 
 
 def refuse_other_beginning(run: RunFolder, facts: Facts, vary: Vary | None) -> None:

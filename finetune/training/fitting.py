@@ -30,7 +30,7 @@ from finetune.recipe.schedules import Plateau, rate_factor
 from finetune.recipe.schema import AveragingSpec
 from finetune.training.averaging import WeightAverage
 from finetune.training.distilling import make_distillation
-from finetune.training.keeping import Keeper
+from finetune.training.keeping import Keeper, PlainFile
 from finetune.training.losses import make_loss
 from finetune.training.mixing import Mixing
 from finetune.training.module import DivergenceError, Finetuning, Step
@@ -224,6 +224,7 @@ def _run_trainer(
             precision=PRECISIONS[plan.hardware.precision],  # type: ignore[arg-type]
             max_epochs=epochs,
             callbacks=[keeper],
+            plugins=[PlainFile()],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

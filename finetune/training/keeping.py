@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from finetune.data.loading import Batches
@@ -29,6 +30,18 @@ DEAD_RISE = 0.1
 """A rise of the share of dead units over that at the start that is worth a word."""
 DEAD_LOOKS = 5
 """Epochs of a stage after which units are counted, about: it costs a forward pass and more."""
+
+
+class PlainFile(TorchCheckpointIO):
+    """Writes a checkpoint where it is told to.
+
+    Lightning's own goes by way of the system's temporary folder, which may be full, and where a killed process leaves
+    its half for ever.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write all of `checkpoint` to the file `path`; whoever calls renames it when it is whole."""
+        torch.save(checkpoint, path)
 
 
 class Keeper(pl.Callback):
