@@ -6,7 +6,7 @@ gives the Facts alone.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from finetune.data.decoding import KINDS, BadImage
+from finetune.data.decoding import BEYOND, FRAMES, KINDS, ROTATED, BadImage
 from finetune.data.items import ROLES, Items
 from finetune.data.loading import Batches, ImageStore
 from finetune.data.normalization import measure_constants
 from finetune.data.sources import Source, open_source
 from finetune.data.splits import Split, cut_split
+from finetune.data.training_range import RangeMeter
+from finetune.data.value_range import FULL_RANGE
 from finetune.errors import DataError, RecipeError
 from finetune.features.cache import FeatureCache
 from finetune.features.extraction import Extraction, ImageTable, digest_images, extract
@@ -36,6 +38,7 @@ from finetune.recipe.facts import (
     Facts,
     Findings,
     PerClass,
+    RangeFacts,
 )
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shelf import default_backbone, read_zoo
@@ -140,13 +143,14 @@ def look(
         classes=source.classes,
         bad_images=tuple(BadFile(name=source.items[index].name, reason=why) for index, why in sorted(work.bad.items())),
         num_images=len(source.items) - len(work.bad),
-        warnings=(*source.warnings, *split.warnings, *_partly(findings, split)),
+        warnings=(*source.warnings, *split.warnings, *_partly(findings, split), *_range_warnings(found, work)),
         backbone=_backbone_facts(work.backbone),
         view=work.view,
         crop_pct=recipe.data.crop_pct or work.backbone.card.crop_pct,
         normalize=work.normalize,
         normalized_images=work.normalized_images,
         overridden=work.overridden,
+        value_range=work.value_range,
         machine=work.machine,
         seconds=seconds,
         **_split_facts(split, labels[[index for index, role in enumerate(roles) if role == "val"]]),
@@ -189,6 +193,9 @@ class _Survey:
         digests = digest_images(self.source.items)
         self.digests = [answer if isinstance(answer, str) else "" for answer in digests]
         self.bad = {index: str(answer) for index, answer in enumerate(digests) if isinstance(answer, BadImage)}
+        self._meter = RangeMeter(self.source.items, self.digests, self.view.frame, recipe.seed)
+        given = recipe.data.value_range
+        self.value_range = None if given is None else RangeFacts(low=given[0], high=given[1], why="the recipe says so")
 
     def extract_part(self, part: int, parts: int) -> Extraction:
         """Look at every image of one part of the list, whatever its role; nothing is divided or measured."""
@@ -196,7 +203,23 @@ class _Survey:
             raise RecipeError(
                 "features are kept for pretrained weights with constants known beforehand, not for these."
             )
+        kept = self._readable()
+        self._settle_range(kept, divide(self.recipe, self.source, self.digests, kept))
         return self._extract([index for index in range(part - 1, len(self.digests), parts) if self.digests[index]])
+
+    def _settle_range(self, kept: Sequence[int], split: Split) -> bool:
+        """Measure which values become 0 and 255, on the training images; whether pixels decoded before are void."""
+        if self.recipe.data.value_range is not None:
+            return False
+        rows = [index for index, role in zip(kept, split.roles, strict=True) if role == "train"]
+        found = self._meter.measure(rows, self.source.items.labels.tolist())
+        self.value_range = None if found is None else RangeFacts(**asdict(found))
+        span = FULL_RANGE if found is None else (found.low, found.high)
+        if span == self.view.value_range:
+            return False
+        self.view, self.cache = replace(self.view, value_range=span), None
+        self.store = ImageStore(self.source.items, self.view, self.store.limit_bytes)
+        return True
 
     def divide_and_extract(self) -> tuple[tuple[str, ...], Split, Extraction]:
         """Roles, the split, and the features; constants are measured first where the recipe asks for them."""
@@ -216,6 +239,8 @@ class _Survey:
         while True:
             kept = self._readable()
             split = divide(self.recipe, self.source, self.digests, kept)
+            if self._settle_range(kept, split):
+                found = Extraction(ImageTable(len(self.source.items)))
             roles = ["bad"] * len(self.source.items)
             for index, role in zip(kept, split.roles, strict=True):
                 roles[index] = role
@@ -305,6 +330,23 @@ def _partly(findings: Findings, split: Split) -> list[str]:
     return [f"{told}, for the features of all would take over {PROBE_BYTES / 1e9:g} GB."]
 
 
+def _range_warnings(found: Extraction, work: _Survey) -> list[str]:
+    """A word where images hold values that the range does not, or where no training image said what it is."""
+    said, (low, high) = [], work.view.value_range
+    wide = len(found.facts.of_kind("16-bit"))
+    if wide and work.value_range is None:
+        said.append(
+            f"{wide:,} images have more than 8 bits per channel, but no training image that was looked at has; values "
+            f"{low:g} to {high:g} are mapped to 0..255. If they hold others, set data.value_range."
+        )
+    if beyond := found.facts.having(BEYOND):
+        said.append(
+            f"{len(beyond):,} images hold values outside {low:g} to {high:g}, which are clipped, such as "
+            f"{work.source.items[beyond[0]].name}; data.value_range sets another range."
+        )
+    return said
+
+
 def divide(recipe: Recipe, source: Source, digests: Sequence[str], kept: Sequence[int]) -> Split:
     """The split of the items `kept`, by the shares, the seed and the limit of the recipe."""
     spec, limit = recipe.data.split, recipe.data.max_train_per_class
@@ -334,11 +376,12 @@ def _split_facts(split: Split, val_labels: torch.Tensor) -> dict[str, Any]:
 
 
 def _image_facts(found: Extraction, cache: FeatureCache | None) -> dict[str, Any]:
-    widths, heights, kinds, rotated = found.facts.columns()
+    widths, heights, kinds, flags = found.facts.columns()
     held = {KINDS[place]: count for place, count in enumerate(np.bincount(kinds).tolist()) if count}
     return {
         "image_kinds": dict(sorted(held.items())),
-        "rotated": int(rotated.sum()),
+        "rotated": int((flags & ROTATED > 0).sum()),
+        "several_frames": int((flags & FRAMES > 0).sum()),
         "median_width": float(np.median(widths)),
         "median_height": float(np.median(heights)),
         "features": {"hits": found.hits, "misses": found.misses, "bytes": cache.num_bytes if cache else 0},
