@@ -11,10 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
-from finetune.data.decoding import BEYOND, FRAMES, KINDS, ROTATED, BadImage
+from finetune.data.decoding import BadImage
 from finetune.data.items import ROLES, Items
 from finetune.data.loading import Batches, ImageStore
 from finetune.data.normalization import measure_constants
@@ -25,6 +24,7 @@ from finetune.data.value_range import FULL_RANGE
 from finetune.errors import DataError, RecipeError
 from finetune.features.cache import FeatureCache
 from finetune.features.extraction import Extraction, ImageTable, digest_images, extract
+from finetune.features.image_facts import image_facts, range_warnings
 from finetune.features.measuring import PROBE_BYTES, Material, measure
 from finetune.features.probing import Probe
 from finetune.features.surgery import relative_gradients
@@ -143,7 +143,12 @@ def look(
         classes=source.classes,
         bad_images=tuple(BadFile(name=source.items[index].name, reason=why) for index, why in sorted(work.bad.items())),
         num_images=len(source.items) - len(work.bad),
-        warnings=(*source.warnings, *split.warnings, *_partly(findings, split), *_range_warnings(found, work)),
+        warnings=(
+            *source.warnings,
+            *split.warnings,
+            *_partly(findings, split),
+            *range_warnings(found.facts, source.items, work.view, work.value_range),
+        ),
         backbone=_backbone_facts(work.backbone),
         view=work.view,
         crop_pct=recipe.data.crop_pct or work.backbone.card.crop_pct,
@@ -154,7 +159,8 @@ def look(
         machine=work.machine,
         seconds=seconds,
         **_split_facts(split, labels[[index for index, role in enumerate(roles) if role == "val"]]),
-        **_image_facts(found, work.cache),
+        **image_facts(found.facts),
+        features={"hits": found.hits, "misses": found.misses, "bytes": work.cache.num_bytes if work.cache else 0},
         **{name: getattr(findings, name) for name in Findings.model_fields},
         gradients=gradients,
         chance=1 / len(source.classes),
@@ -330,23 +336,6 @@ def _partly(findings: Findings, split: Split) -> list[str]:
     return [f"{told}, for the features of all would take over {PROBE_BYTES / 1e9:g} GB."]
 
 
-def _range_warnings(found: Extraction, work: _Survey) -> list[str]:
-    """A word where images hold values that the range does not, or where no training image said what it is."""
-    said, (low, high) = [], work.view.value_range
-    wide = len(found.facts.of_kind("16-bit"))
-    if wide and work.value_range is None:
-        said.append(
-            f"{wide:,} images have more than 8 bits per channel, but no training image that was looked at has; values "
-            f"{low:g} to {high:g} are mapped to 0..255. If they hold others, set data.value_range."
-        )
-    if beyond := found.facts.having(BEYOND):
-        said.append(
-            f"{len(beyond):,} images hold values outside {low:g} to {high:g}, which are clipped, such as "
-            f"{work.source.items[beyond[0]].name}; data.value_range sets another range."
-        )
-    return said
-
-
 def divide(recipe: Recipe, source: Source, digests: Sequence[str], kept: Sequence[int]) -> Split:
     """The split of the items `kept`, by the shares, the seed and the limit of the recipe."""
     spec, limit = recipe.data.split, recipe.data.max_train_per_class
@@ -372,19 +361,6 @@ def _split_facts(split: Split, val_labels: torch.Tensor) -> dict[str, Any]:
         "split_digest": split.digest,
         "images_per_class": PerClass(min=min(per_class), median=median(per_class), max=max(per_class)),
         "majority": commonest,
-    }
-
-
-def _image_facts(found: Extraction, cache: FeatureCache | None) -> dict[str, Any]:
-    widths, heights, kinds, flags = found.facts.columns()
-    held = {KINDS[place]: count for place, count in enumerate(np.bincount(kinds).tolist()) if count}
-    return {
-        "image_kinds": dict(sorted(held.items())),
-        "rotated": int((flags & ROTATED > 0).sum()),
-        "several_frames": int((flags & FRAMES > 0).sum()),
-        "median_width": float(np.median(widths)),
-        "median_height": float(np.median(heights)),
-        "features": {"hits": found.hits, "misses": found.misses, "bytes": cache.num_bytes if cache else 0},
     }
 
 
