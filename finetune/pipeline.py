@@ -341,7 +341,7 @@ def _image_reader(seen: Look) -> Callable[[str], bytes]:
 def _stored_images(run: RunFolder) -> Callable[[str], bytes] | None:
     """The images of a run by name, as long as they are where they were; a page can do without."""
     try:
-        items = open_source(Path(str(run.plan.data.root)), run.plan.data.splits).items
+        items = open_source(Path(str(run.plan.data.root)), run.plan.data.splits, run.plan.data.columns.named).items
     except FinetuneError:
         return None
     by_name = {item.name: item for item in items}

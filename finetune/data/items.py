@@ -27,6 +27,8 @@ class Item:
     file: Path
     row: int | None = None
     """Row of the parquet shard `file`; None where `file` is the image."""
+    column: str | None = None
+    """Column of that shard that holds the images."""
 
 
 class Found(NamedTuple):
@@ -52,8 +54,14 @@ class Listing:
 class Items(Sequence[Item]):
     """Items, sorted by name; rows of one shard by number."""
 
-    def __init__(self, found: Iterable[Found]) -> None:
-        """Take in what is found, one at a time; classes are numbered by `number_classes`, once all are known."""
+    def __init__(self, found: Iterable[Found], column: str | None = None) -> None:
+        """Take in what is found, one at a time; classes are numbered by `number_classes`, once all are known.
+
+        Args:
+            found: images, in any order.
+            column: of the parquet shards that hold them.
+        """
+        self._column = column
         self._names, self._files = _Texts(), _Texts()
         folders: dict[str, int] = {}
         classes: dict[str, int] = {}
@@ -82,6 +90,10 @@ class Items(Sequence[Item]):
     def labels(self) -> np.ndarray:
         """(N,) int32 of all items."""
         return self._class_of
+
+    def name(self, index: int) -> str:
+        """Of one item."""
+        return self._names[index]
 
     def role(self, index: int) -> str | None:
         """Of one item, where the source says so."""
@@ -129,6 +141,7 @@ class Items(Sequence[Item]):
             role=self.role(index),
             file=self._folders[self._folder_of[index]] / self._files[index],
             row=None if row < 0 else row,
+            column=None if row < 0 else self._column,
         )
 
     def _sorted(self, rows: "array[int]") -> np.ndarray:

@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.data.choosing_tables import choose_tables, split_tables
+from finetune.data.columns import Columns
+from finetune.data.delimited import TABLE_DELIMITERS
 from finetune.data.folders import class_folders, folder_images
 from finetune.data.items import Item, Items, Listing
+from finetune.data.labels import spelling_warnings
 from finetune.data.parquet_files import find_shards, parquet_images
 from finetune.data.shards import read_row
 from finetune.data.split_names import Splits, few
-from finetune.data.table_files import TABLE_DELIMITERS, table_images
+from finetune.data.table_files import table_images
 from finetune.data.walking import IMAGE_SUFFIXES, listed
 from finetune.errors import DataError, names_beside, nearest
 
@@ -39,20 +43,21 @@ def read_bytes(item: Item) -> bytes:
     Raises:
         OSError: if the file or the row cannot be read.
     """
-    return item.file.read_bytes() if item.row is None else read_row(item.file, item.row)
+    return item.file.read_bytes() if item.row is None else read_row(item.file, item.row, item.column or "image")
 
 
-def open_source(root: Path, splits: Splits | None = None) -> Source:
+def open_source(root: Path, splits: Splits | None = None, columns: Columns | None = None) -> Source:
     """The images under `root`, in one of four layouts.
 
     Folders `train`, `val` (`valid`, `validation`), `calibration`, `test` of class folders; one tree of class
-    folders; a table (.csv or .tsv: the file, or the only one in a folder with fewer than two class folders)
-    with columns image, label and perhaps split; parquet shards `SPLIT-*.parquet` with columns
-    `image: struct<bytes, path>` and `label`. Class folders are searched to any depth.
+    folders; a table (.csv, .tsv or .jsonl) with columns image, label and perhaps split, or one table for each split;
+    parquet shards `SPLIT-*.parquet` with columns `image: struct<bytes, path>` and `label`. Class folders are searched
+    to any depth.
 
     Args:
         root: a folder, or a table or shard.
         splits: the names that mean a split, by role, as `data.splits` gives them; None: `split_names` knows them.
+        columns: the columns of a table or shard that are image, label and split, as `data.columns` gives them.
 
     Raises:
         DataError: if there is nothing to learn from, or the layout is ambiguous.
@@ -61,29 +66,31 @@ def open_source(root: Path, splits: Splits | None = None) -> Source:
         hint = nearest(root.name, names_beside(root), otherwise="Check the path.")
         raise DataError(f"data.root: {root} does not exist. {hint}")
     try:
-        return _source(root, _open(root, splits))
+        return _source(root, _open(root, splits, columns))
     except OSError as fault:
         raise DataError(f"data.root: {fault.filename or root} cannot be read ({fault.strerror or fault}).") from fault
 
 
-def _open(root: Path, splits: Splits | None) -> Listing:
+def _open(root: Path, splits: Splits | None, columns: Columns | None) -> Listing:
     if root.is_file():
         if root.suffix.lower() in TABLE_DELIMITERS:
-            return table_images(root, splits)
+            return table_images({root: None}, splits, columns)
         if root.suffix.lower() == ".parquet":
-            return parquet_images(root, [root], splits)
-        raise DataError(f"data.root: {root} is a file but no table (.csv, .tsv) or parquet shard. Give a folder.")
-    if shards := find_shards(root) or find_shards(root / "data"):
-        return parquet_images(root, shards, splits)
+            return parquet_images(root, [root], splits, columns)
+        raise DataError(
+            f"data.root: {root} is a file but no table (.csv, .tsv, .jsonl) or parquet shard. Give a folder."
+        )
+    if shards := find_shards(root):
+        return parquet_images(root, shards, splits, columns)
     tables = [f for f in listed(root) if f.is_file() and f.suffix.lower() in TABLE_DELIMITERS]
     folders = class_folders(root, splits)
+    if not tables and not folders:
+        tables = split_tables(root, splits)
     if len(folders) >= 2 or not tables:
         ignored = [f"{t.name} lies beside class folders and was not read; to use it, give {t}." for t in tables]
         return folder_images(root, folders, ignored)
-    if len(tables) > 1:
-        names = ", ".join(t.name for t in tables)
-        raise DataError(f"data.root: {root} holds {len(tables)} tables ({names}). Give the one that lists the images.")
-    return table_images(tables[0], splits)
+    chosen, notes = choose_tables(root, tables, splits, columns)
+    return table_images(chosen, splits, columns, notes)
 
 
 def _source(root: Path, listing: Listing) -> Source:
@@ -104,6 +111,7 @@ def _source(root: Path, listing: Listing) -> Source:
             warnings.append(f"{role} has no image of {len(missing)} of {len(classes)} classes: {few(missing)}.")
     if single := [c for c in classes if learned[c] == 1]:
         warnings.append(f"{len(single)} classes have a single image to learn from: {few(single)}.")
+    warnings += spelling_warnings(learned)
     items.number_classes({name: label for label, name in enumerate(classes)})
     return Source(root=root, kind=listing.kind, classes=classes, items=items, warnings=tuple(warnings))
 

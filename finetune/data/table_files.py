@@ -1,69 +1,289 @@
-"""Images that a CSV or TSV table lists."""
+"""Images that tables list: one table, perhaps with a split column, or one table for each split.
 
-import csv
-from collections.abc import Iterator, Sequence
+A table is read twice, row by row: once to learn what its columns hold and where its files lie, once to list its images.
+Whatever of it is not used (columns, rows, other tables) is named with its reason.
+"""
+
+import os
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from finetune.data.columns import (
+    Columns,
+    find_column,
+    is_known,
+    listed_names,
+    missing_column,
+    taken_note,
+)
+from finetune.data.delimited import Rows, read_rows
 from finetune.data.items import Found, Items, Listing
-from finetune.data.split_names import Splits, item_name, normal_text, role_of, unknown_split
-from finetune.errors import DataError, nearest
+from finetune.data.labels import NO_LABEL, NO_MULTI_LABEL, check_labels
+from finetune.data.locating import Cell, Rule, find_rules, rules_note
+from finetune.data.split_columns import LEFT_OUT, MOST_WORDS, SplitRule, find_split
+from finetune.data.split_names import Splits, few, item_name, normal_text
+from finetune.data.walking import IMAGE_SUFFIXES
+from finetune.errors import DataError
 
-TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_SAMPLE = 100
+"""Rows from all over a table by which its files are found."""
+_SHOWN_COLUMNS = 8
+"""Columns that are not used and get a line each; the rest share one."""
 
 
-def table_images(table: Path, splits: Splits | None = None) -> Listing:
-    """The images that the rows of `table` name.
+@dataclass(kw_only=True)
+class _Profile:
+    """What a first reading tells."""
+
+    num_rows: int = 0
+    sample: list[Cell] = field(default_factory=list)
+    values: dict[int, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    """See `split_columns.Values`."""
+
+
+@dataclass(kw_only=True)
+class _Left:
+    """Rows that a second reading could not use, by reason: their number and the first of them."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, what: object) -> None:
+        self.counts[reason] += 1
+        if self.counts[reason] <= 5:
+            self.first.setdefault(reason, []).append(str(what))
+
+    def told(self, reason: str) -> str:
+        """The first of them, with commas."""
+        return ", ".join(self.first[reason])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """A table that is understood."""
+
+    rows: Rows
+    image: int
+    label: int
+    split: SplitRule
+    role: str | None
+    """Of all its rows, where it is the table of one split."""
+    files: tuple[Rule, ...]
+    notes: tuple[str, ...]
+
+
+def table_images(
+    tables: Mapping[Path, str | None],
+    splits: Splits | None = None,
+    columns: Columns | None = None,
+    notes: Iterable[str] = (),
+) -> Listing:
+    """The images that the rows of `tables` name.
+
+    Args:
+        tables: each with the role of its rows; None: a column says it, or nothing does.
+        splits: the words that mean each role, as the recipe gives them.
+        columns: the columns that are image, label and split, as the recipe gives them.
+        notes: taken over.
 
     Raises:
-        DataError: if columns, labels or splits are missing or unknown.
+        DataError: if columns, labels or splits are missing, unknown or ambiguous, or no file is found.
     """
-    _, header = next(_table_rows(table), (1, []))
-    header = [cell.casefold() for cell in header]
-    where = [column_of(name, header, str(table)) for name in ("image", "label")]
-    split = header.index("split") if "split" in header else None
-    short, has_roles = [], False
-    for line, row in _table_rows(table, skip=1):
-        if any(len(row) <= at or not row[at] for at in where):
-            short.append(line)
-        has_roles = has_roles or (split is not None and split < len(row) and bool(row[split]))
-    if short:
-        lines = ", ".join(map(str, short[:5]))
-        raise DataError(f"{table}: {len(short)} rows lack an image or a label (lines {lines}). Fill or delete them.")
-
-    def find() -> Iterator[Found]:
-        for line, row in _table_rows(table, skip=1):
-            word = row[split] if split is not None and split < len(row) else ""
-            role = role_of(word, splits) if has_roles else None
-            if has_roles and role is None:
-                raise unknown_split(word, f"{table}, line {line}", splits)
-            file = table.parent / row[where[0]].replace("\\", "/")
-            yield Found(item_name(file, table.parent), normal_text(row[where[1]]), role, file)
-
-    return Listing(kind="table", items=Items(find()))
+    read = [_understand(table, role, splits, columns or {}) for table, role in tables.items()]
+    left = [_Left() for _ in read]
+    root = Path(os.path.commonpath([table.parent for table in tables]))
+    items = Items(one for table, own in zip(read, left, strict=True) for one in _find(table, own, root))
+    where = ", ".join(str(table.rows.path) for table in read)
+    lines = [*notes, *(note for table in read for note in table.notes)]
+    for table, own in zip(read, left, strict=True):
+        lines += _left_notes(table.rows.path, own)
+    totals: Counter[str] = Counter()
+    for held in items.counts().values():
+        totals.update(held)
+    check_labels(totals, where)
+    lines += _repeated(items, where)
+    return Listing(kind="table", items=items, warnings=tuple(lines))
 
 
-def _table_rows(table: Path, skip: int = 0) -> Iterator[tuple[int, list[str]]]:
-    """Lines that are not empty, with their number, and without blanks around the cells."""
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter=TABLE_DELIMITERS[table.suffix.lower()])
-            for number, row in enumerate(reader):
-                cells = [cell.strip() for cell in row]
-                if number >= skip and (any(cells) or number == 0):
-                    yield reader.line_num, cells
-    except (csv.Error, UnicodeDecodeError) as fault:
-        raise DataError(f"{table} cannot be read as a table in UTF-8 ({fault}). Save it as UTF-8 text.") from fault
-
-
-def column_of(name: str, header: Sequence[str], where: str) -> int:
-    """The place of a column.
-
-    Raises:
-        DataError: if `header` has none of this name.
-    """
-    if name in header:
-        return header.index(name)
-    raise DataError(
-        f"{where} has no column `{name}`; it has {', '.join(header) or 'none'}. {nearest(name, header)} "
-        "Needed are image and label; split is optional."
+def _understand(table: Path, role: str | None, splits: Splits | None, wish: Columns) -> _Table:
+    rows, where = read_rows(table, wish.values()), str(table)
+    header = rows.header
+    _refuse_headless(rows, wish)
+    image = find_column("image", header, wish, where)
+    if image is None:
+        raise missing_column("image", header, where)
+    label = find_column("label", header, wish, where)
+    profile = _profile(rows, image, label)
+    if label is None:
+        raise _one_hot(header, profile, where) or missing_column("label", header, where)
+    if image == label:
+        raise DataError(f"{where}: column `{header[image]}` cannot be both image and label.")
+    split = SplitRule() if role else find_split(header, profile.values, wish, splits, where=where)
+    files = find_rules(table, profile.sample) if profile.sample else []
+    notes = [
+        taken_note(where, header, {"image": image, "label": label}),
+        rules_note(table, files, profile.sample) if files else None,
+        *split.notes,
+        *_unused_columns(header, {image, label, *split.meanings}, " ".join(split.notes)),
+    ]
+    return _Table(
+        rows=rows,
+        image=image,
+        label=label,
+        split=split,
+        role=role,
+        files=tuple(files),
+        notes=tuple(note for note in notes if note),
     )
+
+
+def _refuse_headless(rows: Rows, wish: Columns) -> None:
+    """A first line that names an image is no header."""
+    header, table = rows.header, rows.path
+    if wish:
+        return
+    paths = [cell for cell in header if _is_image_path(cell)]
+    if not paths and not any(is_known(cell) for cell in header):
+        paths = [cell for cell in header if cell and (table.parent / cell.replace("\\", "/")).is_file()]
+    if paths:
+        cell = paths[0]
+        names = ["image" if one == cell else f"column{place}" for place, one in enumerate(header)]
+        if len(names) == 2:
+            names = ["image" if one == cell else "label" for one in header]
+        raise DataError(
+            f"{table} has no header: its first line names the image {cell!r}. Write a line with the names of "
+            f"the columns above it, such as {(rows.delimiter or ',').join(names)}."
+        )
+
+
+def _is_image_path(cell: str) -> bool:
+    return Path(cell.replace("\\", "/")).suffix.lower() in IMAGE_SUFFIXES
+
+
+def _profile(rows: Rows, image: int, label: int | None) -> _Profile:
+    """Read a table once: a sample of its images, and what the columns hold that are neither image nor label."""
+    profile, draw = _Profile(), random.Random(0)
+    profile.values = {place: {} for place in range(len(rows.header)) if place not in (image, label)}
+    for line, row in rows:
+        profile.num_rows += 1
+        for place in list(profile.values):
+            cells = profile.values[place]
+            word = row[place] if place < len(row) else ""
+            first, count = cells.get(word, (line, 0))
+            cells[word] = first, count + 1
+            if len(cells) > MOST_WORDS:
+                del profile.values[place]
+        if image < len(row) and row[image]:
+            cell = Cell(line, row[image], row[label] if label is not None and label < len(row) else "")
+            if len(profile.sample) < _SAMPLE:
+                profile.sample.append(cell)
+            elif (at := draw.randrange(profile.num_rows)) < _SAMPLE:
+                profile.sample[at] = cell
+    profile.sample.sort()
+    return profile
+
+
+def _one_hot(header: Sequence[str], profile: _Profile, where: str) -> DataError | None:
+    """An error where there is no label, but several columns hold 0 and 1 alone."""
+    hot = [
+        header[place]
+        for place, cells in profile.values.items()
+        if header[place] and cells and {cell.casefold() for cell in cells} <= {"0", "1", "0.0", "1.0", "true", "false"}
+    ]
+    if len(hot) < 2:
+        return None
+    return DataError(
+        f"{where} has no column `label`, but {len(hot)} columns hold only 0 and 1 ({listed_names(hot)}): labels as "
+        "one-hot columns. Write one column `label` with the name of the column that holds the 1. "
+        f"{NO_MULTI_LABEL}."
+    )
+
+
+def _unused_columns(header: Sequence[str], used: set[int], said: str) -> list[str]:
+    """A line for each column that nothing is made of."""
+    names = [
+        f"`{name}`" if name else f"{place + 1} (without a name)"
+        for place, name in enumerate(header)
+        if place not in used
+    ]
+    names = [name for name in names if f"column {name}" not in said]
+    lines = [f"column {name} is not used." for name in names[:_SHOWN_COLUMNS]]
+    if more := names[_SHOWN_COLUMNS:]:
+        lines.append(f"{len(more)} more columns are not used: {listed_names(more)}.")
+    return lines
+
+
+def _find(table: _Table, left: _Left, root: Path) -> Iterator[Found]:
+    """The images of one table; what cannot be used is counted in `left`, and refused at the end where it does harm."""
+    width, needed = len(table.rows.header), max(table.image, table.label)
+    for line, row in table.rows:
+        if len(row) > width and any(row[width:]):
+            left.add("long", line)
+            continue
+        cells = row + [""] * (needed + 1 - len(row))
+        text, label = cells[table.image], normal_text(cells[table.label])
+        if "\n" in text or "\n" in label:
+            raise DataError(f"{table.rows.path}: a quote is opened but not closed in the row that ends in line {line}.")
+        role = table.role or table.split.role(row)
+        if role == LEFT_OUT:
+            left.add("other", line)
+        elif not text or (label.casefold() in NO_LABEL and role != "test"):
+            left.add("short", line)
+        elif label.casefold() in NO_LABEL:
+            left.add("unlabelled", line)
+        else:
+            file = _file(table.files, text, label)
+            if file is None:
+                file = table.files[0].file(text, label) or root / text
+                left.add("missing", text)
+            yield Found(item_name(file, root), label, role, file)
+    for reason, told in _HARMFUL.items():
+        if left.counts[reason]:
+            raise DataError(f"{table.rows.path}: {left.counts[reason]} rows {told.format(lines=left.told(reason))}")
+
+
+_HARMFUL = {
+    "long": "have more cells than the header (lines {lines}). Put quotes around cells that hold the separator.",
+    "short": "lack an image or a label (lines {lines}). Fill or delete them.",
+}
+
+
+def _file(rules: Sequence[Rule], text: str, label: str) -> Path | None:
+    return next((file for rule in rules if (file := rule.file(text, label)) is not None and file.is_file()), None)
+
+
+def _left_notes(table: Path, left: _Left) -> Iterator[str]:
+    if num := left.counts["missing"]:
+        yield f"{table}: {num} of the images it lists are not there: {left.told('missing')}."
+    if num := left.counts["unlabelled"]:
+        yield (
+            f"{table}: {num} test rows have no label and are not used (lines {left.told('unlabelled')}). `finetune "
+            "predict` labels their images."
+        )
+    if num := left.counts["other"]:
+        yield f"{table}: {num} rows are not used, for data.splits does not name what their split column holds."
+
+
+def _repeated(items: Items, where: str) -> list[str]:
+    """A line on images that are listed more than once.
+
+    Raises:
+        DataError: if one has several labels.
+    """
+    twice: list[str] = []
+    torn: list[str] = []
+    for place in range(1, len(items)):
+        if items.name(place) == items.name(place - 1):
+            before, own = items[place - 1], items[place]
+            (twice if before.label == own.label else torn).append(own.name)
+    if torn:
+        raise DataError(
+            f"{where}: {len(torn)} images are listed with several labels: {few(torn)}. Keep one label for "
+            f"each. {NO_MULTI_LABEL}."
+        )
+    if twice:
+        return [f"{where}: {len(twice)} rows name, with the same label, an image that another row names: {few(twice)}."]
+    return []

@@ -269,7 +269,7 @@ def _fitted_on(run: RunFolder, plan: Plan, temperature: Mapping[str, Any]) -> di
 def _count_seen(plan: Plan, images: _Images) -> dict[str, Any]:
     """How many of the images are, byte for byte, among all those of the run; None where these are not at hand."""
     try:
-        theirs = open_source(Path(str(plan.data.root)).expanduser(), plan.data.splits).items
+        theirs = open_source(Path(str(plan.data.root)).expanduser(), plan.data.splits, plan.data.columns.named).items
     except FinetuneError as fault:
         return {"n": None, "note": f"whether the run has seen these images cannot be told: {fault}"}
     ours = [images.source.items[index] for index in images.rows]

@@ -4,7 +4,6 @@ The field names here are the recipe's keys, their docstrings are the reference, 
 editors is made from them (`finetune recipes check --schema`).
 """
 
-import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -48,14 +47,33 @@ class SplitSpec(Section):
         return self
 
 
+class ColumnsSpec(Section):
+    """Which column of a table or of parquet shards is what, where its name does not say so."""
+
+    image: Text | None = None
+    """Holds paths of images (or, in shards, the images)."""
+    label: Text | None = None
+    """Holds one class for each image."""
+    split: Text | None = None
+    """Holds words for train, val, calibration and test, or those that `data.splits` names; `none`: no column does."""
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The columns that are named, by what they are."""
+        return {what: name for what in ("image", "label", "split") if (name := getattr(self, what)) is not None}
+
+
 class DataSpec(Section):
     """Where the images are, and how they become tensors."""
 
     root: Text | None = None
-    """A folder of class folders (or of train/val/test), a CSV/TSV table, or a folder of parquet shards."""
+    """A folder of class folders (or of train/val/test), a table (CSV, TSV, JSON lines), or a folder of
+    parquet shards."""
     splits: dict[str, Names] | None = None
     """What is which split: folders below the root, words of a table's split column, or tables, by role, such as
     `{train: Training, test: [Test1, Test2]}`. Null: told by their names; `{}`: nothing is a split."""
+    columns: ColumnsSpec = ColumnsSpec()
+    """Of a table or of parquet shards."""
     split: SplitSpec = SplitSpec()
     """Applied only to the roles that the data itself does not name."""
     max_train_per_class: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
@@ -72,11 +90,6 @@ class DataSpec(Section):
     """Per channel, in units of pixels / 255; null takes the weights' own."""
     std: tuple[Positive, Positive, Positive] | None = None
     """Per channel, in units of pixels / 255; null takes the weights' own."""
-    value_range: tuple[float, float] | None = None
-    """Values that become 0 and 255 in images of more than 8 bits per channel; null measures them on the training
-    images. What lies outside is clipped, and said."""
-    frame: Literal["first", "middle"] = "first"
-    """Which one is used of files that hold several frames or pages."""
     invariances: tuple[Invariance, ...] | None = None
     """Changes that leave every label true; flips in training and testing are used only if named here."""
     label_swap: tuple[tuple[Text, Text], ...] = ()
@@ -93,13 +106,6 @@ class DataSpec(Section):
                     f"{role!r} is no role; they are {', '.join(ROLES)}. {nearest(str(role), ROLES)}".strip()
                 )
         return splits
-
-    @field_validator("value_range")
-    @classmethod
-    def _rises(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and not (value[0] < value[1] and all(math.isfinite(end) for end in value)):
-            raise ValueError(f"value_range is {list(value)}; give the lowest and the highest value, such as [0, 4095]")
-        return value
 
     @property
     def allowed_changes(self) -> tuple[Invariance, ...]:
