@@ -12,7 +12,7 @@ import torchvision.transforms as T
 from PIL import Image
 
 from finetune.data import decoding
-from finetune.data.decoding import BadImage, decode, decode_sizes
+from finetune.data.decoding import BadImage, Scaling, decode, decode_sizes
 
 NOISE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 
@@ -148,8 +148,10 @@ def test_sixteen_bits_are_scaled_not_clipped(kind):
 def test_wide_integers_and_floats_are_scaled_too():
     ramp = np.linspace(0, 1, 64).reshape(8, 8).astype(np.float32)
     expected = np.rint(ramp * 255)
-    for image in (ramp, (ramp * 65535).astype(np.int32), ramp * 1e6 - 10):
-        pixels, facts = read(packed(Image.fromarray(image), "TIFF"))
+    wide = [(ramp, (0, 1)), ((ramp * 65535).astype(np.int32), (0, 65535)), (ramp * 1e6 - 10, (-10, 1e6 - 10))]
+    for image, value_range in wide:
+        data = packed(Image.fromarray(image), "TIFF")
+        pixels, facts = decode(data, shorter_pixels=None, interpolation="bilinear", value_range=value_range)
         assert facts.kind == "16-bit"
         assert np.abs(pixels[..., 0].astype(float) - expected).max() <= 1
 
@@ -209,7 +211,9 @@ def test_a_draft_never_falls_below_the_answer(monkeypatch):
     assert len(drafts) == 8 and drafts[-1][1] < 300  # it does draft
 
 
-SIZES = [(32, "bilinear"), (48, "bicubic"), (80, "nearest"), (None, "bilinear"), (32, "bicubic")]
+SIZES = [
+    Scaling(*one) for one in [(32, "bilinear"), (48, "bicubic"), (80, "nearest"), (None, "bilinear"), (32, "bicubic")]
+]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
@@ -219,7 +223,7 @@ def test_several_sizes_of_one_image_are_those_it_has_alone_to_the_bit(kind, orie
     exif[0x0112] = orientation
     data = packed(Image.fromarray(smooth(400, 603)), kind, exif=exif)
     images, facts = decode_sizes(data, SIZES)
-    for pixels, (shorter, interpolation) in zip(images, SIZES, strict=True):
+    for pixels, (shorter, interpolation, *_) in zip(images, SIZES, strict=True):
         alone, told = read(data, shorter, interpolation)
         np.testing.assert_array_equal(pixels, alone)
         assert facts == told
@@ -233,7 +237,7 @@ def test_an_image_is_decoded_once_for_all_sizes_and_a_jpeg_once_for_each_reducti
     decode_sizes(data, SIZES)
     assert len(loads) == times, loads
     loads.clear()
-    decode_sizes(data, [(96, "bilinear"), (100, "bicubic")])  # both are made of half the size
+    decode_sizes(data, [Scaling(96, "bilinear"), Scaling(100, "bicubic")])  # both are made of half the size
     assert len(loads) == 1
 
 

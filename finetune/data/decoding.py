@@ -1,9 +1,9 @@
 """Bytes of an image file -> upright RGB pixels, whatever the file holds.
 
 Every oddity that changes what a network sees is settled here and nowhere else: EXIF rotation, palettes,
-transparency (white shows through), CMYK and 16 bits per channel. Pixels are resized by PIL with
-antialiasing, as torchvision does on PIL images, because pretrained backbones were trained and measured
-on such pixels.
+transparency (white shows through), CMYK, several frames, and 16 bits per channel (`value_range`). Pixels are
+resized by PIL with antialiasing, as torchvision does on PIL images, because pretrained backbones were trained
+and measured on such pixels.
 """
 
 import io
@@ -18,6 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from finetune.data.value_range import DEEP_MODES, FULL_RANGE, Levels, is_wide, levels_of, to_eight_bits, wide_values
+from finetune.recipe.cards import View
 
 MAX_PIXELS = 178_956_970
 """An image with more pixels than this, before or after resizing, is taken for a decompression bomb (PIL's limit)."""
@@ -75,70 +78,131 @@ class ImageFacts:
     """One of `KINDS`."""
     is_rotated: bool
     """The file carried an EXIF orientation other than 1."""
+    has_frames: bool = False
+    """The file holds more frames or pages than the one that was decoded."""
+    is_clipped: bool = False
+    """More than `CLIPPED` of its values lie outside the value range."""
+
+
+CLIPPED = 0.01
+"""Share of an image's values that may lie outside the value range before a word is said of it."""
+ROTATED, FRAMES, BEYOND = 1, 2, 4
+"""Bits of the last number of `facts_row`."""
 
 
 def facts_row(facts: ImageFacts) -> tuple[int, int, int, int]:
-    """The facts as numbers: width, height, place in `KINDS`, whether it is rotated."""
-    return facts.width, facts.height, KINDS.index(facts.kind), int(facts.is_rotated)
+    """The facts as numbers: width, height, place in `KINDS`, and bits that say what else it is."""
+    flags = ROTATED * facts.is_rotated | FRAMES * facts.has_frames | BEYOND * facts.is_clipped
+    return facts.width, facts.height, KINDS.index(facts.kind), flags
 
 
 class BadImage(Exception):  # noqa: N818 - a finding about one file, which the audit counts; not always an error
     """A file that holds no readable image. `str(fault)` is the reason in a few words."""
 
 
-def decode(data: bytes, *, shorter_pixels: int | None, interpolation: str) -> tuple[np.ndarray, ImageFacts]:
+class Scaling(NamedTuple):
+    """What pixels are wanted of a file."""
+
+    shorter_pixels: int | None
+    """Length of the answer's shorter side; None keeps the size of the file."""
+    interpolation: str
+    """nearest, bilinear or bicubic."""
+    value_range: tuple[float, float] = FULL_RANGE
+    """Values that become 0 and 255, where the file has more than 8 bits per channel."""
+    frame: str | int = "first"
+    """Of several frames or pages: first, middle, or a number from 0."""
+
+
+def scaling(view: View, frame: int | None = None) -> Scaling:
+    """What pixels a view wants, of a file or of one of its frames."""
+    return Scaling(view.shorter_pixels, view.interpolation, view.value_range, view.frame if frame is None else frame)
+
+
+def decode(
+    data: bytes,
+    *,
+    shorter_pixels: int | None,
+    interpolation: str,
+    value_range: tuple[float, float] = FULL_RANGE,
+    frame: str | int = "first",
+) -> tuple[np.ndarray, ImageFacts]:
     """Upright RGB pixels (H, W, 3) uint8, and what the file said of itself.
 
     Sizes follow torchvision's `Resize(shorter_pixels)`: the longer side is truncated to whole pixels. A large
     JPEG is decoded at half, quarter or eighth size where that stays at least twice as large as the answer.
 
     Args:
-        data: the whole file (JPEG, PNG, BMP, GIF, TIFF or WebP; of several frames, the first).
-        shorter_pixels: length of the answer's shorter side; None keeps the size of the file.
-        interpolation: nearest, bilinear or bicubic.
+        data: the whole file, in one of `FORMATS`.
+        shorter_pixels: as in `Scaling`; so are the others.
+        interpolation: see there.
+        value_range: see there.
+        frame: see there.
 
     Raises:
         BadImage: if `data` is empty, truncated, damaged, too large, or no image.
         ValueError: if `interpolation` is unknown.
     """
-    (pixels,), facts = decode_sizes(data, [(shorter_pixels, interpolation)])
+    (pixels,), facts = decode_sizes(data, [Scaling(shorter_pixels, interpolation, value_range, frame)])
     return pixels, facts
 
 
-def decode_sizes(data: bytes, sizes: Sequence[tuple[int | None, str]]) -> tuple[list[np.ndarray], ImageFacts]:
+def decode_sizes(data: bytes, sizes: Sequence[Scaling]) -> tuple[list[np.ndarray], ImageFacts]:
     """The same image in several sizes, each bit for bit as `decode` gives it alone.
 
-    The file is decoded once. Only a large JPEG may be so once more for each of the reduced sizes (half, quarter,
-    eighth) that `decode` would choose: another one would change the pixels.
+    The file is decoded once for each value range and frame. Only a large JPEG may be so once more for each of the
+    reduced sizes (half, quarter, eighth) that `decode` would choose: another one would change the pixels.
 
     Args:
         data: the whole file.
-        sizes: one or more; of each, the length of the shorter side and the interpolation, as for `decode`.
+        sizes: one or more.
 
     Raises:
         As `decode`.
     """
-    for _, interpolation in sizes:
-        if interpolation not in _RESAMPLING:
-            raise ValueError(f"interpolation must be one of {', '.join(_RESAMPLING)}, got {interpolation!r}.")
+    for one in sizes:
+        if one.interpolation not in _RESAMPLING:
+            raise ValueError(f"interpolation must be one of {', '.join(_RESAMPLING)}, got {one.interpolation!r}.")
     if not sizes:
         raise ValueError("sizes is empty; name one or more.")
-    if not data:
-        raise BadImage("empty file")
     answers: list[np.ndarray] = []
-    known: dict[tuple[int, int], _Loaded] = {}
+    known: dict[_Key, _Loaded] = {}
     with _silence():
-        for shorter, interpolation in sizes:
+        for one in sizes:
             image = _open(data)  # the header; what is decoded at a reduced size cannot be had at another
             try:
-                loaded = _load(image, shorter, known)
-                answers.append(_resize(loaded, shorter, _RESAMPLING[interpolation]))
+                loaded = _load(image, data, one, known)
+                answers.append(_resize(loaded, one.shorter_pixels, _RESAMPLING[one.interpolation]))
             except _DAMAGE as fault:
                 raise BadImage(_reason(image, fault)) from fault
     return answers, loaded.facts
 
 
+def read_levels(data: bytes, frame: str | int = "first") -> Levels | None:
+    """The levels of the values in the file `data`; None where it has 8 bits per channel, or cannot be read."""
+    with _silence():
+        try:
+            image = _open(data)
+            place, _ = _seek(image, frame)
+            if not is_wide(image):
+                return None
+            image.load()
+            return levels_of(wide_values(image, data, place))
+        except (BadImage, *_DAMAGE):
+            return None  # decoding it says why
+
+
+def _seek(image: Image.Image, frame: str | int) -> tuple[int, int]:
+    """Turn to a frame; its number from 0, and how many there are. A JPEG's others are previews or depths."""
+    count = 1 if image.format in ("JPEG", "MPO") else int(getattr(image, "n_frames", 1))
+    place = frame if isinstance(frame, int) else count // 2 if frame == "middle" else 0
+    if place:
+        image.seek(place)
+    return place, count
+
+
 def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise BadImage("empty file")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as fault:
@@ -165,28 +229,54 @@ class _Loaded(NamedTuple):
     facts: ImageFacts
 
 
-def _load(image: Image.Image, shorter: int | None, known: dict[tuple[int, int], _Loaded]) -> _Loaded:
-    """The image large enough for `shorter`; out of `known` where it was loaded before."""
+_Key = tuple[tuple[int, int], tuple[float, float], str | int]
+
+
+def _load(image: Image.Image, data: bytes, wanted: Scaling, known: dict[_Key, _Loaded]) -> _Loaded:
+    """The image large enough for what is wanted; out of `known` where it was loaded before."""
+    shorter, (_, _, value_range, frame) = wanted.shorter_pixels, wanted
     is_jpeg = image.format in ("JPEG", "MPO")
-    if known and not is_jpeg:
-        return next(iter(known.values()))
-    kind, orientation, size = _kind(image), _orientation(image), image.size  # asking a PNG for EXIF loads it
+    if (key := (image.size, value_range, frame)) in known and not is_jpeg:
+        return known[key]
+    place, num_frames = _seek(image, frame)
+    is_deep, kind, orientation, size = is_wide(image), _kind(image), _orientation(image), image.size
     box: tuple[float, float, float, float] | None = None
     if shorter is not None and is_jpeg:
         width, height = _fit(size, shorter)
         # PIL never drafts below the size asked for
         drafted = image.draft(None, (DRAFT_GAP * width, DRAFT_GAP * height))
         box = drafted[1] if drafted else None
-    if (reduced := image.size) in known:
-        return known[reduced]
-    image.load()
+    if is_jpeg and (key := (image.size, value_range, frame)) in known:
+        return known[key]
+    image.load()  # asking a PNG for EXIF has loaded it already
     # Loading turns TIFFs upright by itself, and drafting shrinks JPEGs: only the latter keep the size of the header.
     remaining = _orientation(image)
     full = size if box else image.size
     width, height = full[::-1] if remaining >= 5 else full
-    facts = ImageFacts(width=width, height=height, kind=kind, is_rotated=orientation != 1)
-    known[reduced] = _Loaded(_flatten(image), full, box, remaining, facts)
-    return known[reduced]
+    outside = 0.0
+    if is_deep:
+        if image.mode not in DEEP_MODES:
+            raise BadImage(f"16 bits per channel in mode {image.mode} are not read; convert it to RGB or grey")
+        eight, outside = to_eight_bits(wide_values(image, data, place), value_range)
+        image = _with_eight_bits(image, eight)
+    facts = ImageFacts(
+        width=width,
+        height=height,
+        kind=kind,
+        is_rotated=orientation != 1,
+        has_frames=num_frames > 1,
+        is_clipped=outside > CLIPPED,
+    )
+    known[key] = _Loaded(_flatten(image), full, box, remaining, facts)
+    return known[key]
+
+
+def _with_eight_bits(image: Image.Image, pixels: np.ndarray) -> Image.Image:
+    """`pixels` as an image; its transparency stays that of the file, for that is no measured value."""
+    mapped = Image.fromarray(pixels)
+    if mapped.mode == "RGBA":
+        mapped.putalpha(image.getchannel("A"))
+    return mapped
 
 
 def _resize(loaded: _Loaded, shorter: int | None, resample: Image.Resampling) -> np.ndarray:
@@ -207,8 +297,7 @@ def _fit(size: tuple[int, int], shorter: int) -> tuple[int, int]:
 
 
 def _kind(image: Image.Image) -> str:
-    rawmodes = str([tile[3] for tile in getattr(image, "tile", [])])
-    if image.mode in ("I", "F") or ";16" in image.mode or ";16" in rawmodes:
+    if is_wide(image):
         return "16-bit"
     if image.mode in ("P", "PA"):
         return "palette"
@@ -219,25 +308,12 @@ def _kind(image: Image.Image) -> str:
 
 def _flatten(image: Image.Image) -> Image.Image:
     """The image in mode L or RGB: white behind what is transparent, eight bits per channel."""
-    if image.mode in ("I", "F") or ";16" in image.mode:
-        return Image.fromarray(_to_eight_bits(np.asarray(image)))
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         clear = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
     if image.mode in ("1", "L"):
         return image.convert("L")
     return image.convert("RGB")
-
-
-def _to_eight_bits(values: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 of integers in [0, 65535] or floats in [0, 1], [0, 255] or [0, 65535]; else stretched to fit."""
-    tops = (1.0, 255.0, 65535.0) if values.dtype.kind == "f" else (65535.0,)
-    with np.errstate(invalid="ignore"):  # damaged floats may be signalling NaNs
-        values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    fitting = [top for top in tops if low >= 0 and high <= top]
-    low, high = (0.0, fitting[0]) if fitting else (low, high)
-    return np.rint((values - low) * (255.0 / max(high - low, 1e-12))).astype(np.uint8)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from finetune.data.augmentation import Augmentation
-from finetune.data.decoding import BadImage, center_crop, decode
+from finetune.data.decoding import BadImage, center_crop, decode_sizes, scaling
 from finetune.data.items import Item
 from finetune.data.sources import read_bytes
 from finetune.errors import DataError
@@ -58,9 +58,7 @@ class ImageStore:
         """
         if (held := self._pixels.get(index)) is not None:
             return held
-        view = self.view
-        data = read_bytes(self.items[index])
-        pixels, _ = decode(data, shorter_pixels=view.shorter_pixels, interpolation=view.interpolation)
+        (pixels,), _ = decode_sizes(read_bytes(self.items[index]), [scaling(self.view)])
         self.put(index, pixels)
         return pixels
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from finetune.data.decoding import ImageFacts, decode, decode_sizes
+from finetune.data.decoding import ImageFacts, Scaling, decode_sizes, scaling
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import read_bytes
 from finetune.errors import RecipeError
@@ -83,18 +83,18 @@ class Viewer:
             BadImage: if the file holds no readable image.
             OSError: if the file cannot be read.
         """
-        if self._scales == [self.view.shorter_pixels] and _scale(store.view) == _scale(self.view):
+        if self._scales == [self.view.shorter_pixels] and scaling(store.view) == scaling(self.view):
             return self._cut({self._scales[0]: store.get(index)})
-        pixels, facts = decode(read_bytes(store.items[index]), shorter_pixels=self.size[0], interpolation=self.size[1])
+        (pixels,), facts = decode_sizes(read_bytes(store.items[index]), [self.wanted])
         return self.cut(pixels, facts)
 
     @property
-    def size(self) -> tuple[int, str]:
-        """The shorter side of an image as large as any view needs it, and its interpolation."""
-        return self._scales[0], self.view.interpolation
+    def wanted(self) -> Scaling:
+        """What is to be decoded: an image as large as any view needs it."""
+        return scaling(self.view)._replace(shorter_pixels=self._scales[0])
 
     def cut(self, pixels: np.ndarray, facts: ImageFacts) -> list[np.ndarray]:
-        """The V crops of an image that is decoded at `size`, from a file of such facts."""
+        """The V crops of an image that is decoded as `wanted`, from a file of such facts."""
         return self._cut(_at_scales(pixels, facts, self._scales, self.view.interpolation))
 
     def _cut(self, images: Mapping[int, np.ndarray]) -> list[np.ndarray]:
@@ -157,7 +157,7 @@ class MixedViewer:
         pairs = zip(ensemble.members, ensemble.views, strict=True)
         self._viewers = [Viewer(member, plan, views, view) for member, view in pairs]  # type: ignore[arg-type]
         self.num_classes, self.images_at_once = self._viewers[0].num_classes, self._viewers[0].images_at_once
-        looks = [(view.size_pixels, _scale(view)) for view in ensemble.views]  # constants change no pixel
+        looks = [(view.size_pixels, scaling(view)) for view in ensemble.views]  # constants change no pixel
         distinct = list(dict.fromkeys(looks))
         self._places = [distinct.index(one) for one in looks]
         self._cutters = [self._viewers[looks.index(one)] for one in distinct]
@@ -168,8 +168,8 @@ class MixedViewer:
         Raises:
             As `Viewer.read`.
         """
-        sizes = [viewer.size for viewer in self._cutters]
-        images, facts = decode_sizes(read_bytes(store.items[index]), sizes)
+        wanted = [viewer.wanted for viewer in self._cutters]
+        images, facts = decode_sizes(read_bytes(store.items[index]), wanted)
         pairs = zip(self._cutters, images, strict=True)
         return [crop for viewer, pixels in pairs for crop in viewer.cut(pixels, facts)]
 
@@ -205,10 +205,6 @@ def refuse_views(plan: Plan, backbone: Backbone) -> None:
     if views != "center":
         head = nn.Linear(backbone.num_features, len(plan.classes))
         Viewer(Classifier(copy.deepcopy(backbone), head), plan, views)
-
-
-def _scale(view: View) -> tuple[int, str]:
-    return view.shorter_pixels, view.interpolation
 
 
 def _at_scales(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from finetune.data.decoding import BadImage, ImageFacts, center_crop, decode, facts_row
+from finetune.data.decoding import KINDS, BadImage, ImageFacts, center_crop, decode_sizes, facts_row, scaling
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import read_bytes
@@ -51,9 +51,17 @@ class ImageTable:
         return bool(self._rows[index, 0] >= 0)
 
     def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Widths, heights, places in `KINDS`, and whether rotated, of the images that were seen; (N,) each."""
-        widths, heights, kinds, rotated = self._rows[self._rows[:, 0] >= 0].T
-        return widths, heights, kinds, rotated
+        """Widths, heights, places in `KINDS`, and bits of `facts_row`, of the images that were seen; (N,) each."""
+        widths, heights, kinds, flags = self._rows[self._rows[:, 0] >= 0].T
+        return widths, heights, kinds, flags
+
+    def having(self, flag: int) -> list[int]:
+        """Places in the list of the images that were seen and have `flag` among the bits of `facts_row`."""
+        return np.flatnonzero((self._rows[:, 0] >= 0) & (self._rows[:, 3] & flag > 0)).tolist()
+
+    def of_kind(self, kind: str) -> list[int]:
+        """Places in the list of the images that were seen and are of one of `KINDS`."""
+        return np.flatnonzero((self._rows[:, 0] >= 0) & (self._rows[:, 2] == KINDS.index(kind))).tolist()
 
 
 @dataclass
@@ -157,12 +165,12 @@ def _decode_ahead(
 
     def work(index: int) -> tuple[np.ndarray, ImageFacts] | BadImage:
         try:
-            return decode(
-                read_bytes(items[index]), shorter_pixels=view.shorter_pixels, interpolation=view.interpolation
-            )
+            (pixels,), facts = decode_sizes(read_bytes(items[index]), [wanted])
         except BadImage as fault:
             return fault
+        return pixels, facts
 
+    wanted = scaling(view)
     with ThreadPoolExecutor(num_cores()) as pool:
         waiting: deque[tuple[int, Future[tuple[np.ndarray, ImageFacts] | BadImage]]] = deque()
         for index in indices:

@@ -18,6 +18,8 @@ from finetune.data.loading import ImageStore, normalize
 from finetune.data.normalization import measure_constants
 from finetune.data.sources import open_source
 from finetune.data.splits import draw_sample
+from finetune.data.training_range import RangeMeter
+from finetune.data.value_range import FULL_RANGE
 from finetune.errors import BackboneError, DataError, RecipeError
 from finetune.features.cache import FeatureCache
 from finetune.features.depths import NEIGHBOURS, cross_validate, neighbours_left_out, proportion
@@ -140,6 +142,8 @@ class _Images:
         self.device = machine.device
         wish = recipe.hardware.precision
         self.precision = fast_precision(machine) if wish == "auto" else wish
+        self._meter = RangeMeter(self.source.items, self.digests, recipe.data.frame, recipe.seed)
+        self._value_range = recipe.data.value_range or FULL_RANGE
 
     def draw(self, most: int) -> list[int]:
         """A sample of the training images, without those known to be broken."""
@@ -153,11 +157,14 @@ class _Images:
         lost = f"{len(self.bad)} images cannot be read and were left out."
         self.warnings = (*split.warnings, *([lost] if self.bad else []))
         train = [index for index, role in zip(kept, split.roles, strict=True) if role == "train"]
+        if self.recipe.data.value_range is None and (found := self._meter.measure(train, self.labels)) is not None:
+            self._value_range = (found.low, found.high)
         return draw_sample(train, self.labels, self.digests, most=most, seed=self.recipe.seed)
 
     def view(self, card: Card, rows: Sequence[int]) -> View:
         """How a candidate sees; constants of the images themselves where the recipe asks for them."""
         view, _ = choose_view(self.recipe, card)
+        view = replace(view, value_range=self._value_range)
         if not (kind := whose_constants(self.recipe)).startswith("channel"):
             return view
         store, seed = ImageStore(self.source.items, view, 0), self.recipe.seed

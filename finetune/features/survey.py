@@ -6,23 +6,25 @@ gives the Facts alone.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
-from finetune.data.decoding import KINDS, BadImage
+from finetune.data.decoding import BadImage
 from finetune.data.items import ROLES, Items
 from finetune.data.loading import Batches, ImageStore
 from finetune.data.normalization import measure_constants
 from finetune.data.sources import Source, open_source
 from finetune.data.splits import Split, cut_split
+from finetune.data.training_range import RangeMeter
+from finetune.data.value_range import FULL_RANGE
 from finetune.errors import DataError, RecipeError
 from finetune.features.cache import FeatureCache
 from finetune.features.extraction import Extraction, ImageTable, digest_images, extract
+from finetune.features.image_facts import image_facts, range_warnings
 from finetune.features.measuring import PROBE_BYTES, Material, measure
 from finetune.features.probing import Probe
 from finetune.features.surgery import relative_gradients
@@ -36,6 +38,7 @@ from finetune.recipe.facts import (
     Facts,
     Findings,
     PerClass,
+    RangeFacts,
 )
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shelf import default_backbone, read_zoo
@@ -140,17 +143,24 @@ def look(
         classes=source.classes,
         bad_images=tuple(BadFile(name=source.items[index].name, reason=why) for index, why in sorted(work.bad.items())),
         num_images=len(source.items) - len(work.bad),
-        warnings=(*source.warnings, *split.warnings, *_partly(findings, split)),
+        warnings=(
+            *source.warnings,
+            *split.warnings,
+            *_partly(findings, split),
+            *range_warnings(found.facts, source.items, work.view, work.value_range),
+        ),
         backbone=_backbone_facts(work.backbone),
         view=work.view,
         crop_pct=recipe.data.crop_pct or work.backbone.card.crop_pct,
         normalize=work.normalize,
         normalized_images=work.normalized_images,
         overridden=work.overridden,
+        value_range=work.value_range,
         machine=work.machine,
         seconds=seconds,
         **_split_facts(split, labels[[index for index, role in enumerate(roles) if role == "val"]]),
-        **_image_facts(found, work.cache),
+        **image_facts(found.facts),
+        features={"hits": found.hits, "misses": found.misses, "bytes": work.cache.num_bytes if work.cache else 0},
         **{name: getattr(findings, name) for name in Findings.model_fields},
         gradients=gradients,
         chance=1 / len(source.classes),
@@ -191,6 +201,9 @@ class _Survey:
         digests = digest_images(self.source.items)
         self.digests = [answer if isinstance(answer, str) else "" for answer in digests]
         self.bad = {index: str(answer) for index, answer in enumerate(digests) if isinstance(answer, BadImage)}
+        self._meter = RangeMeter(self.source.items, self.digests, self.view.frame, recipe.seed)
+        given = recipe.data.value_range
+        self.value_range = None if given is None else RangeFacts(low=given[0], high=given[1], why="the recipe says so")
 
     def extract_part(self, part: int, parts: int) -> Extraction:
         """Look at every image of one part of the list, whatever its role; nothing is divided or measured."""
@@ -198,7 +211,23 @@ class _Survey:
             raise RecipeError(
                 "features are kept for pretrained weights with constants known beforehand, not for these."
             )
+        kept = self._readable()
+        self._settle_range(kept, divide(self.recipe, self.source, self.digests, kept))
         return self._extract([index for index in range(part - 1, len(self.digests), parts) if self.digests[index]])
+
+    def _settle_range(self, kept: Sequence[int], split: Split) -> bool:
+        """Measure which values become 0 and 255, on the training images; whether pixels decoded before are void."""
+        if self.recipe.data.value_range is not None:
+            return False
+        rows = [index for index, role in zip(kept, split.roles, strict=True) if role == "train"]
+        found = self._meter.measure(rows, self.source.items.labels.tolist())
+        self.value_range = None if found is None else RangeFacts(**asdict(found))
+        span = FULL_RANGE if found is None else (found.low, found.high)
+        if span == self.view.value_range:
+            return False
+        self.view, self.cache = replace(self.view, value_range=span), None
+        self.store = ImageStore(self.source.items, self.view, self.store.limit_bytes)
+        return True
 
     def divide_and_extract(self) -> tuple[tuple[str, ...], Split, Extraction]:
         """Roles, the split, and the features; constants are measured first where the recipe asks for them."""
@@ -218,6 +247,8 @@ class _Survey:
         while True:
             kept = self._readable()
             split = divide(self.recipe, self.source, self.digests, kept)
+            if self._settle_range(kept, split):
+                found = Extraction(ImageTable(len(self.source.items)))
             roles = ["bad"] * len(self.source.items)
             for index, role in zip(kept, split.roles, strict=True):
                 roles[index] = role
@@ -332,18 +363,6 @@ def _split_facts(split: Split, val_labels: torch.Tensor) -> dict[str, Any]:
         "split_digest": split.digest,
         "images_per_class": PerClass(min=min(per_class), median=median(per_class), max=max(per_class)),
         "majority": commonest,
-    }
-
-
-def _image_facts(found: Extraction, cache: FeatureCache | None) -> dict[str, Any]:
-    widths, heights, kinds, rotated = found.facts.columns()
-    held = {KINDS[place]: count for place, count in enumerate(np.bincount(kinds).tolist()) if count}
-    return {
-        "image_kinds": dict(sorted(held.items())),
-        "rotated": int(rotated.sum()),
-        "median_width": float(np.median(widths)),
-        "median_height": float(np.median(heights)),
-        "features": {"hits": found.hits, "misses": found.misses, "bytes": cache.num_bytes if cache else 0},
     }
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from finetune.data.value_range import FULL_RANGE
 from finetune.errors import BackboneError, RecipeError
 from finetune.features.extraction import num_cores
 from finetune.models.backbones import Backbone
@@ -42,6 +43,8 @@ def choose_view(recipe: Recipe, card: Card) -> tuple[View, tuple[str, ...]]:
         interpolation=wish.interpolation or card.interpolation,
         mean=wish.mean or card.mean,
         std=wish.std or card.std,
+        value_range=wish.value_range or FULL_RANGE,
+        frame=wish.frame,
     )
     own = {**{key: getattr(card, key) for key in _OVERRIDES if key != "image_size"}, "image_size": card.input_size[1]}
     differ = [key for key in _OVERRIDES if getattr(wish, key) is not None and getattr(wish, key) != own[key]]

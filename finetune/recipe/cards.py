@@ -30,6 +30,10 @@ class View:
     mean: tuple[float, ...]
     """Per channel, in units of pixels / 255."""
     std: tuple[float, ...]
+    value_range: tuple[float, float] = (0.0, 65535.0)
+    """Values that become 0 and 255, where a file has more than 8 bits per channel."""
+    frame: str = "first"
+    """Of several frames or pages in a file: first or middle."""
 
     @property
     def digest(self) -> str:

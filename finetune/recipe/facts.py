@@ -29,6 +29,20 @@ class BadFile(_Value):
     reason: str
 
 
+class RangeFacts(_Value):
+    """Values of images of more than 8 bits per channel, and which of them become 0 and 255."""
+
+    low: float
+    high: float
+    lowest: float | None = None
+    """Of all values in the training images that were measured; None where the recipe gives the range."""
+    highest: float | None = None
+    num_images: int = 0
+    """Training images that were measured."""
+    why: str
+    """Such as `12 bits`."""
+
+
 class PerClass(_Value):
     """Training images per class."""
 
@@ -318,6 +332,10 @@ class Facts(Findings):
     image_kinds: dict[str, int] = {}
     rotated: int = 0
     """Images that EXIF says to turn."""
+    value_range: RangeFacts | None = None
+    """None where no training image has more than 8 bits per channel, and the recipe gives no range."""
+    several_frames: int = 0
+    """Files that hold several frames or pages, of which one is used."""
     median_width: float
     median_height: float
     images_per_class: PerClass

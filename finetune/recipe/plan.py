@@ -133,13 +133,15 @@ class Plan(Section):
     def view(self) -> View:
         """The evaluation view of every image."""
         data = self.data
-        assert data.image_size and data.crop_pct and data.interpolation and data.mean and data.std
+        assert data.image_size and data.crop_pct and data.interpolation and data.mean and data.std and data.value_range
         return View(
             size_pixels=data.image_size,
             shorter_pixels=max(data.image_size, int(data.image_size / data.crop_pct)),
             interpolation=data.interpolation,
             mean=data.mean,
             std=data.std,
+            value_range=data.value_range,
+            frame=data.frame,
         )
 
     def to_yaml(self) -> str:

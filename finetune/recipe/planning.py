@@ -5,7 +5,7 @@ from typing import Any
 from finetune.errors import RecipeError
 from finetune.recipe.activations import judge_activation
 from finetune.recipe.advice import advise, is_small
-from finetune.recipe.facts import Facts, ProfileFacts
+from finetune.recipe.facts import Facts, ProfileFacts, RangeFacts
 from finetune.recipe.forecasts import with_forecasts
 from finetune.recipe.plan import Plan, Reason
 from finetune.recipe.schema import Recipe
@@ -207,6 +207,11 @@ def _decide_data(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
         facts.normalize,
         source,
     )
+    if (found := facts.value_range) is not None:
+        decide("data.value_range", wish.value_range, view.value_range, _measured(found))
+    if facts.several_frames:
+        why = f"{facts.several_frames:,} files hold several frames or pages, of which one is used"
+        decide("data.frame", None, wish.frame, why)
     invariances = decide("data.invariances", wish.invariances, *_safe_changes(recipe, facts))
     if wish.splits is not None:
         named = [f"{role}: {', '.join(names)}" for role, names in wish.splits.items()]
@@ -225,8 +230,16 @@ def _decide_data(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
         "normalize": normalize,
         "mean": view.mean,
         "std": view.std,
+        "value_range": view.value_range,
         "invariances": invariances,
     }
+
+
+def _measured(found: RangeFacts) -> str:
+    if found.lowest is None or found.highest is None:
+        return found.why
+    seen = f"{found.lowest:g} to {found.highest:g}"
+    return f"{found.why}: {found.num_images:,} training images of more than 8 bits hold values {seen}"
 
 
 def _safe_changes(recipe: Recipe, facts: Facts) -> tuple[tuple[str, ...], str]:

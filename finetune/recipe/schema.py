@@ -4,6 +4,7 @@ The field names here are the recipe's keys, their docstrings are the reference, 
 editors is made from them (`finetune recipes check --schema`).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -90,6 +91,11 @@ class DataSpec(Section):
     """Per channel, in units of pixels / 255; null takes the weights' own."""
     std: tuple[Positive, Positive, Positive] | None = None
     """Per channel, in units of pixels / 255; null takes the weights' own."""
+    value_range: tuple[float, float] | None = None
+    """Values that become 0 and 255 in images of more than 8 bits per channel; null measures them on the training
+    images. What lies outside is clipped, and said."""
+    frame: Literal["first", "middle"] = "first"
+    """Which one is used of files that hold several frames or pages."""
     invariances: tuple[Invariance, ...] | None = None
     """Changes that leave every label true; flips in training and testing are used only if named here."""
     label_swap: tuple[tuple[Text, Text], ...] = ()
@@ -106,6 +112,13 @@ class DataSpec(Section):
                     f"{role!r} is no role; they are {', '.join(ROLES)}. {nearest(str(role), ROLES)}".strip()
                 )
         return splits
+
+    @field_validator("value_range")
+    @classmethod
+    def _rises(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not (value[0] < value[1] and all(math.isfinite(end) for end in value)):
+            raise ValueError(f"value_range is {list(value)}; give the lowest and the highest value, such as [0, 4095]")
+        return value
 
     @property
     def allowed_changes(self) -> tuple[Invariance, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from finetune.recipe.advice import UNMEASURED
-from finetune.recipe.facts import Facts, ProfileFacts, Proportion
+from finetune.recipe.facts import Facts, ProfileFacts, Proportion, RangeFacts
 from finetune.recipe.plan import Advice, Plan, Stage
 from finetune.recipe.schedules import draw_curve
 from finetune.reporting.decision import CELLS, forecast_rows
@@ -68,6 +68,11 @@ def facts_text(facts: Facts) -> str:
         least = 100 * smallest_difference(num_test, DISAGREEMENT)
         told = f"models that differ on a tenth of {num_test:,} test images are told apart from {least:.1f} points on"
         rows.append(("can show", told if least < 100 else f"{num_test} test images hardly tell models apart"))
+    if facts.value_range is not None:
+        rows.append(("value range", range_text(facts.value_range, facts.image_kinds)))
+    if facts.several_frames:
+        told = f"{facts.several_frames:,} files hold several frames or pages; the {facts.view.frame} of each is used"
+        rows.append(("frames", told))
     if facts.normalized_images:
         mean, std = (" ".join(f"{value:.3f}" for value in part) for part in (facts.view.mean, facts.view.std))
         rows.append(("constants", f"mean {mean}, std {std}, measured on {facts.normalized_images:,} training images"))
@@ -81,6 +86,14 @@ def facts_text(facts: Facts) -> str:
     rows += [("warning", warning) for warning in facts.warnings]
     profile = [profile_text(facts.profile)] if facts.profile else []
     return "\n".join(["Facts", _table(rows), *profile])
+
+
+def range_text(found: RangeFacts, kinds: Mapping[str, int]) -> str:
+    """Which values of how many images become 0 and 255, and why."""
+    wide = kinds.get("16-bit", 0)
+    others = sum(kinds.values()) - wide
+    told = f"{wide:,} 16-bit images; values {found.low:g} to {found.high:g} ({found.why}) are mapped to 0..255"
+    return told + (f"; the {others:,} images of 8 bits stay as they are" if others else "")
 
 
 def plan_text(plan: Plan) -> str:

@@ -1,0 +1,41 @@
+"""What a pass over the images found out about the files themselves: in numbers, and in warnings."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from finetune.data.decoding import BEYOND, FRAMES, KINDS, ROTATED
+from finetune.data.items import Item
+from finetune.features.extraction import ImageTable
+from finetune.recipe.cards import View
+from finetune.recipe.facts import RangeFacts
+
+
+def image_facts(seen: ImageTable) -> dict[str, Any]:
+    """The fields of `Facts` on kinds, sizes, turns and frames of the images that were seen."""
+    widths, heights, kinds, flags = seen.columns()
+    held = {KINDS[place]: count for place, count in enumerate(np.bincount(kinds).tolist()) if count}
+    return {
+        "image_kinds": dict(sorted(held.items())),
+        "rotated": int((flags & ROTATED > 0).sum()),
+        "several_frames": int((flags & FRAMES > 0).sum()),
+        "median_width": float(np.median(widths)),
+        "median_height": float(np.median(heights)),
+    }
+
+
+def range_warnings(seen: ImageTable, items: Sequence[Item], view: View, found: RangeFacts | None) -> list[str]:
+    """A word where images hold values that the range does not, or where no training image said what it is."""
+    said, (low, high) = [], view.value_range
+    if found is None and (wide := seen.of_kind("16-bit")):
+        said.append(
+            f"{len(wide):,} images have more than 8 bits per channel, but no training image that was looked at has; "
+            f"values {low:g} to {high:g} are mapped to 0..255. If they hold others, set data.value_range."
+        )
+    if beyond := seen.having(BEYOND):
+        said.append(
+            f"{len(beyond):,} images hold values outside {low:g} to {high:g}, which are clipped, such as "
+            f"{items[beyond[0]].name}; data.value_range sets another range."
+        )
+    return said
