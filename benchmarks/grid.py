@@ -1,0 +1,252 @@
+"""The grid at native resolution: every strategy and rate in cells of sets, sizes, backbones and seeds.
+
+    python benchmarks/grid.py [--shared ../shared] [--work benchmarks/grid] [--processes 1] [--seconds 3600]
+                              [--sets ...] [--per-class ...] [--backbones ...] [--seeds ...]
+
+A cell is a data set cut to so many labelled images per class (a sixth of them for val), a backbone at its own size, and
+a seed. In each the probe is solved once, and every variant of `VARIANTS` is trained at every rate of `RATES` from the
+same split. A row holds accuracy, log loss and calibration error on test of the shipped weights, of the probe, of the
+mean of both probabilities, and of weights half-way between start and end (WiSE-FT, https://arxiv.org/abs/2109.01903);
+and val before training, after the first epoch, and at the end. Rows are appended to `results/grid.csv` as they come and
+are not run again; probabilities of test and val are kept in `--work`, one file a cell, for questions nobody asked yet.
+
+The design: cells are visited so that each prefix covers all levels of every factor about evenly (`ordered_cells`), so a
+stopped grid is a balanced one. The same script serves two cores and a GPU with many processes.
+"""
+
+import argparse
+import copy
+import multiprocessing
+import os
+import subprocess
+import tempfile
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import NamedTuple
+
+from advice import cell_table
+from rows import append_row, read_rows
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "grid.csv"
+SETS = ("flowers5", "sign_digits", "malaria", "cifar10_20k", "ants_bees")
+PER_CLASS = (10, 30, 100, 0)
+"""Labelled images per class; 0 stands for all."""
+BACKBONES = ("mobilenetv2_100.imagenet_keras", "tf_efficientnet_lite0.imagenet", "mobilenetv2_100.inat_insect",
+             "tf_efficientnet_lite2.imagenet")  # fmt: skip
+SEEDS = (0, 1, 2)
+RATES = (1e-4, 3e-4, 1e-3)
+VARIANTS = {
+    "partial": ["train.strategy=partial", "head.init=probe"],
+    "probe_then_full": ["train.strategy=full", "head.init=probe"],
+    "norms": ["train.strategy=norms", "head.init=probe"],
+    "full": ["train.strategy=full", "head.init=zero"],
+    "partial_ema": ["train.strategy=partial", "head.init=probe", "train.averaging.kind=ema"],
+}
+BUDGET, EPOCHS = 8_000, (3, 20)
+"""Training images seen in all, as many as a default run on a CPU; fewest and most epochs."""
+KEYS = ("set", "backbone", "per_class", "seed")
+FIELDS = (
+    *KEYS, "variant", "lr", "num_train", "num_val", "num_test", "epochs", "steps", "pixels", "similarity", "depth",
+    "top1", "log_loss", "ece", "probe_top1", "probe_log_loss", "probe_ece", "probe_left_out",
+    "mean_top1", "mean_log_loss", "mean_ece", "wise_top1", "wise_log_loss", "wise_ece",
+    "val_start", "val_first", "val_last", "val_loss_start", "val_loss_last", "train_last", "probe_val_loss",
+    "seconds", "cpu_seconds", "device", "commit",
+)  # fmt: skip
+
+
+class Cell(NamedTuple):
+    set: str
+    backbone: str
+    per_class: int
+    seed: int
+
+
+def ordered_cells(sets: list[str], backbones: list[str], sizes: list[int], seeds: list[int]) -> list[Cell]:
+    """All cells, each prefix about even in every factor: a Latin walk, the backbone shifted by set and size."""
+    cells = []
+    for seed in seeds:
+        for turn in range(len(backbones)):
+            for s, size in enumerate(sizes):
+                for d, name in enumerate(sets):
+                    cells.append(Cell(name, backbones[(turn + s + d + seed) % len(backbones)], size, seed))
+    return cells
+
+
+def run_cell(cell: Cell, known: set[tuple[str, str]], shared: Path, work: Path, results: Path, commit: str) -> int:
+    """Append a row for every variant and rate of a cell that is not `known`; how many."""
+    import numpy as np
+    import torch
+
+    import finetune as ft
+    from finetune.features.survey import look
+    from finetune.machine import tune_process
+
+    tune_process()
+    table = cell_table(cell.set, cell.per_class or 10**6, cell.seed, shared, work)
+    wishes = [f"data.root={table}", f"backbone={cell.backbone}", f"seed={cell.seed}", "data.split.val=0.167",
+              "data.split.calibration=0", "evaluate.calibrate=false", "tracking.enabled=false",
+              "augment.preset=light", "hardware.workers=0", *SETTINGS]  # fmt: skip
+    seen = look(ft.load_recipe(None, [*wishes, "train.strategy=partial"]))
+    num_train = len(seen.indices("train"))
+    epochs = min(EPOCHS[1], max(EPOCHS[0], round(BUDGET / num_train)))
+    common = {**cell._asdict(), "num_train": num_train, "num_val": len(seen.indices("val")), "epochs": epochs,
+              "num_test": len(seen.indices("test")), "commit": commit}  # fmt: skip
+    probe = {"test": _probe(seen, "test"), "val": _probe(seen, "val")}
+    kept: dict[str, np.ndarray] = {f"probe_{role}": rows.numpy().astype(np.float32) for role, rows in probe.items()}
+    kept |= {f"labels_{role}": seen.labels(role).numpy() for role in ("test", "val")}
+    count = 0
+    for name, lr in ((n, lr) for n in VARIANTS for lr in RATES):
+        if (name, f"{lr:g}") in known:
+            continue
+        more = [*VARIANTS[name], f"train.optimizer.lr={lr}", f"train.epochs={epochs}"]
+        recipe = ft.load_recipe(None, [*wishes, *more])
+        row, arrays = run_variant(recipe, seen, probe)
+        row = {**common, "variant": name, "lr": f"{lr:g}", **row}
+        append_row(results, FIELDS, row)  # one short write, so that processes may share the file
+        told = (*KEYS, "variant", "lr", "top1", "probe_top1", "log_loss", "probe_log_loss", "seconds")
+        print(" ".join(str(row[key]) for key in told), flush=True)
+        count += 1
+        kept |= {f"{name}_{lr:g}_{part}": value for part, value in arrays.items()}
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    folder = work / "probabilities"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(folder / ("-".join(map(str, cell)) + f"-{os.getpid()}.npz"), **kept)
+    return count
+
+
+def run_variant(recipe, seen, probe):
+    """One training from the state that was surveyed: its row, and its probabilities."""
+    import numpy as np
+    import torch
+
+    import finetune as ft
+    from finetune.evaluation.prediction import predict_probabilities
+    from finetune.training.fitting import fit
+    from finetune.training.starting import make_batches, make_classifier
+    from finetune.training.watching import Curves
+
+    plan = ft.make_plan(recipe, seen.facts)
+    weights = {"weight": seen.probe.weight.float(), "bias": seen.probe.bias.float()}
+    began, cpu = time.perf_counter(), time.process_time()
+    classifier = make_classifier(plan, copy.deepcopy(seen.backbone), weights, seen.facts.counts["train"])
+    start = {key: value.detach().clone() for key, value in classifier.state_dict().items()}
+    train, val = make_batches(plan, seen)
+    with tempfile.TemporaryDirectory() as folder:
+        here, curves = Path(folder), Curves(Path(folder) / "curves.csv")
+        fit(plan, 0, classifier, train, val, here, curves, members=here, say=lambda _: None, notify=lambda: None)
+        curve = {(row["name"], int(row["epoch"])): float(row["value"]) for row in curves.rows()}
+    spent = time.perf_counter() - began, time.process_time() - cpu
+    final = {role: predict_probabilities(classifier, seen.store, seen.indices(role), plan, "center")
+             for role in ("test", "val")}  # fmt: skip
+    end = classifier.state_dict()
+    half = {key: torch.lerp(start[key], value.cpu(), 0.5) if value.is_floating_point() else value
+            for key, value in end.items()}  # fmt: skip
+    classifier.load_state_dict(half)
+    wise = {role: predict_probabilities(classifier, seen.store, seen.indices(role), plan, "center")
+            for role in ("test", "val")}  # fmt: skip
+    labels = seen.labels("test")
+    judged = {"": final["test"], "probe_": probe["test"], "mean_": (final["test"] + probe["test"]) / 2,
+              "wise_": wise["test"]}  # fmt: skip
+    row = {prefix + key: value for prefix, rows in judged.items() for key, value in _scores(rows, labels).items()}
+    last = max(epoch for name, epoch in curve if name == "val/top1")
+    facts = seen.facts
+    row |= {
+        "steps": len(train) * plan.stages[0].epochs, "pixels": plan.view.size_pixels,
+        "similarity": f"{facts.similarity.value:.3f}", "depth": plan.stages[0].trainable_stages,
+        "probe_left_out": f"{(facts.probe.left_out or facts.probe.val).value:.4f}",
+        "probe_val_loss": f"{facts.probe.log_loss:.4f}",
+        "val_start": f"{curve['val/top1', -1]:.4f}", "val_first": f"{curve['val/top1', 0]:.4f}",
+        "val_last": f"{curve['val/top1', last]:.4f}", "val_loss_start": f"{curve['val/loss', -1]:.4f}",
+        "val_loss_last": f"{curve['val/loss', last]:.4f}",
+        "train_last": f"{curve.get(('train/top1', last), float('nan')):.4f}",
+        "seconds": f"{spent[0]:.1f}", "cpu_seconds": f"{spent[1]:.1f}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }  # fmt: skip
+    arrays = {f"{kind}_{role}": rows.numpy().astype(np.float32) for kind, both in (("final", final), ("wise", wise))
+              for role, rows in both.items()}  # fmt: skip
+    return row, arrays
+
+
+def _probe(seen, role):
+    return seen.probe.logits(seen.stacked(role)).softmax(1).float()
+
+
+def _scores(probabilities, labels) -> dict[str, str]:
+    from finetune.scores.metrics import expected_calibration_error, log_loss
+
+    top1 = float((probabilities.argmax(1) == labels).double().mean())
+    ece = expected_calibration_error(probabilities, labels)
+    return {"top1": f"{top1:.4f}", "log_loss": f"{log_loss(probabilities, labels):.4f}", "ece": f"{ece:.4f}"}
+
+
+SETTINGS: list[str] = []
+"""More overrides for every run, from the command line."""
+
+
+def _begin(settings: list[str], threads: int) -> None:
+    import torch
+
+    SETTINGS[:] = settings
+    torch.set_num_threads(threads)
+
+
+def run_all(cells: list[Cell], arguments: argparse.Namespace, shared: Path, work: Path) -> None:
+    """Cells in several processes, which append their rows; nothing new is begun after the time is up."""
+    commit = arguments.commit or subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True
+    ).stdout.strip()  # fmt: skip
+    known: dict[Cell, set[tuple[str, str]]] = {}
+    for row in read_rows(arguments.results):
+        cell = Cell(row["set"], row["backbone"], int(row["per_class"]), int(row["seed"]))
+        known.setdefault(cell, set()).add((row["variant"], row["lr"]))
+    if not arguments.results.exists():
+        arguments.results.parent.mkdir(parents=True, exist_ok=True)
+        arguments.results.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
+    waiting = iter([cell for cell in cells if len(known.get(cell, ())) < len(VARIANTS) * len(RATES)])
+    began, context = time.monotonic(), multiprocessing.get_context("spawn")
+    running: dict[Future[int], Cell] = {}
+    with ProcessPoolExecutor(
+        arguments.processes, context, initializer=_begin, initargs=(arguments.settings, arguments.threads)
+    ) as pool:
+        while True:
+            while len(running) < arguments.processes and time.monotonic() - began < arguments.seconds:
+                cell = next(waiting, None)
+                if cell is None:
+                    break
+                task = (cell, known.get(cell, set()), shared, work, arguments.results, commit)
+                running[pool.submit(run_cell, *task)] = cell
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                fault = future.exception()
+                told = f"{type(fault).__name__}: {fault}" if fault else f"{future.result()} rows"
+                print(f"{time.monotonic() - began:.0f} s, {' '.join(map(str, cell))}: {told}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared")
+    parser.add_argument("--work", type=Path, default=HERE / "grid")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=3600.0)
+    parser.add_argument("--commit", default="", help="where there is no git")
+    parser.add_argument("--sets", nargs="+", default=SETS)
+    parser.add_argument("--backbones", nargs="+", default=BACKBONES)
+    parser.add_argument("--per-class", nargs="+", type=int, default=PER_CLASS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--settings", nargs="*", default=[], help="overrides for every run, such as data.image_size=64")
+    arguments = parser.parse_args()
+    shared, work = arguments.shared.resolve(), arguments.work.resolve()
+    os.environ |= {"FINETUNE_ZOO": str(shared / "zoo"), "FINETUNE_CACHE": str(work / "cache")}
+    cells = ordered_cells(list(arguments.sets), list(arguments.backbones), arguments.per_class, arguments.seeds)
+    run_all(cells, arguments, shared, work)
+
+
+if __name__ == "__main__":
+    main()
