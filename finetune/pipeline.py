@@ -25,6 +25,7 @@ from finetune.errors import DataError, FinetuneError, RecipeError, RunError
 from finetune.evaluation.evaluation import evaluate_run
 from finetune.evaluation.teaching import find_teacher, load_teacher
 from finetune.evaluation.viewing import refuse_views
+from finetune.evaluation.whole_model import keep_model
 from finetune.features.ranking import choose_backbone
 from finetune.features.survey import Look, look, survey_part
 from finetune.machine import describe_environment, tune_process
@@ -38,6 +39,7 @@ from finetune.recipe.reading import recipe_text
 from finetune.recipe.resumption import name_view, read_wish, refuse_changes, refuse_other_beginning
 from finetune.recipe.runs import Clock, RunFolder, runs_folder, sweep, write_whole
 from finetune.recipe.schema import Recipe
+from finetune.recipe.shelf import name_backbone, short_name
 from finetune.reporting.report import write_report
 from finetune.reporting.terminal import facts_text, plan_text, scores_text
 from finetune.training.optimization import check_optimizer
@@ -126,9 +128,10 @@ def train(recipe: Recipe, *, runs: Path | None = None, vary: Vary | None = None,
     find_teacher(recipe.train.distillation.teacher)  # a wrong one leaves no run folder
     tune_process()
     check_optimizer(recipe.train.optimizer)
+    recipe = name_backbone(recipe)
     named, ranking = _with_backbone(recipe, say)
     name = recipe.name or root.name
-    run = RunFolder.create(runs or runs_folder(), name=name, backbone=str(named.backbone).replace("/", "_"))
+    run = RunFolder.create(runs or runs_folder(), name=name, backbone=short_name(str(named.backbone)))
     run.write_text("recipe.yaml", recipe_text(recipe))
     return _walk(run, named, say, ranking, vary)
 
@@ -157,6 +160,7 @@ def evaluate(path: str | Path, *, views: str | None = None, say: Say = say_on_st
         refuse_changes(run.plan, seen.facts)
         if not run.final_weights().exists():
             raise RunError(f"{path} is not trained to its end. `finetune resume {path}` goes on.")
+        keep_model(run, seen)
         scores = evaluate_run(run, seen, views)
         write_report(run.path, read_image=_image_reader(seen))
     return scores
@@ -191,6 +195,7 @@ def _roles_seen(recipe: Recipe) -> tuple[str, ...]:
 
 def _with_backbone(recipe: Recipe, say: Say) -> tuple[Recipe, Ranking | None]:
     """The recipe with its backbone named, and the ranking that named it where there was a choice."""
+    recipe = name_backbone(recipe)
     name, ranking = choose_backbone(recipe, progress=_progress(say))
     if ranking is not None:
         say(f"backbone: {ranking.why}")
@@ -232,6 +237,7 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, va
     try:
         classifier = _train_stages(run, plan, seen, vary, tracker, say)
         clock.lap("training")
+        keep_model(run, seen)
         if not run.file("scores.json").exists():
             evaluate_run(run, seen)
         del classifier

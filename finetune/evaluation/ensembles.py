@@ -32,6 +32,7 @@ from finetune.evaluation.prediction import load_final
 from finetune.evaluation.soups import State, greedy_soup, interpolate, load_start, refuse_other_beginnings, sweep
 from finetune.evaluation.soups import uniform_soup as mean_of
 from finetune.evaluation.views import permitted_views
+from finetune.evaluation.whole_model import copy_model
 from finetune.features.survey import Look
 from finetune.machine import describe_environment
 from finetune.recipe.reading import recipe_text
@@ -280,6 +281,7 @@ def _write_member(folder: RunFolder, member: Candidate) -> None:
     else:
         _copy(member.run.final_weights(), folder.file(name))
     folder.write_text("plan.yaml", plan.to_yaml())
+    copy_model(member.run, folder)
 
 
 def _copy(source: Path, path: Path) -> None:

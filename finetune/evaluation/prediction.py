@@ -12,29 +12,27 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.data.loading import ImageStore
-from finetune.errors import BackboneError, RunError
+from finetune.errors import RunError
 from finetune.evaluation.viewing import AnyViewer, Viewer, open_viewer
 from finetune.evaluation.views import average_views
-from finetune.models.backbones import Backbone, load_backbone
+from finetune.evaluation.whole_model import load_network
 from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
 from finetune.models.regularization import insert_fractional_pooling, random_pieces, sample_predictions
 from finetune.recipe.cards import View
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder
-from finetune.recipe.shelf import read_zoo
 from finetune.scores.calibration import apply_temperature, log_probabilities
 
 
-def load_final(run: RunFolder, backbone: Backbone | None = None) -> Classifier:
+def load_final(run: RunFolder) -> Classifier:
     """The classifier a run ended with, in eval mode on the CPU.
 
     Args:
         run: a run whose stages are done.
-        backbone: the run's pretrained backbone where it is loaded already; used (and changed) as it is.
 
     Raises:
-        BackboneError: if the backbone's card is not at hand, or its weights are not those of the plan.
+        BackboneError: if the run holds no model, and its backbone is not at hand or not that of the plan.
         RunError: if the run has no plan.
     """
     if run.file("ensemble.json").exists():
@@ -42,31 +40,25 @@ def load_final(run: RunFolder, backbone: Backbone | None = None) -> Classifier:
 
         return load_ensemble(run)  # type: ignore[return-value]
     plan = run.plan
-    if backbone is None:
-        backbone = load_backbone(plan.backbone, zoo=read_zoo(), pretrained=plan.pretrained and not plan.stages)
-        if not plan.stages and backbone.digest != plan.weights_digest:
-            raise BackboneError(
-                f"{plan.backbone} now has weights {backbone.digest[:12]}, but {run.path} was made with "
-                f"{plan.weights_digest[:12]}. Put the card it was made with first in FINETUNE_ZOO."
-            )
+    backbone, state = load_network(run)
     if plan.stages and plan.regularization.fractional_pooling:
         insert_fractional_pooling(backbone, plan.view.size_pixels)
-    probe = load_file(run.file("probe.safetensors")) if not plan.stages else {"weight": None, "bias": None}
+    probe = load_file(run.file("probe.safetensors")) if state is None else {"weight": None, "bias": None}
     head = make_head(
         backbone.num_features,
         len(plan.classes),
         kind=plan.head.kind,
         hidden=plan.head.hidden,
         activation=plan.head.activation,
-        init="small" if plan.stages else "probe",  # what is drawn is overwritten below
+        init="probe" if state is None else "small",  # what is drawn is overwritten below
         dropout=plan.head.dropout,
         drop_connect=plan.head.drop_connect,
         weight=probe["weight"],
         bias=probe["bias"],
     )
     classifier = Classifier(backbone, head)
-    if plan.stages:
-        classifier.load_state_dict(load_file(run.final_weights()))
+    if state is not None:
+        classifier.load_state_dict(state)
     return classifier.eval().to(memory_format=torch.channels_last)
 
 

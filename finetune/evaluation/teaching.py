@@ -8,6 +8,7 @@ import torch
 
 from finetune.errors import BackboneError
 from finetune.evaluation.prediction import load_final
+from finetune.evaluation.whole_model import CARD
 from finetune.features.survey import Look
 from finetune.models.backbones import refuse_unknown
 from finetune.recipe.distillation import KEY, list_networks, read_teacher
@@ -40,6 +41,8 @@ def find_teacher(named: str | None) -> TeacherFacts | None:
         return None
     zoo = read_zoo()
     for member in list_networks(RunFolder.open(known.run)):
+        if member.file(CARD).exists():
+            continue
         try:
             refuse_unknown(member.plan.backbone, zoo)
         except BackboneError as fault:

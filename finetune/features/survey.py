@@ -22,6 +22,7 @@ from finetune.data.splits import Split, cut_split
 from finetune.data.training_range import RangeMeter
 from finetune.data.value_range import FULL_RANGE
 from finetune.errors import DataError, RecipeError
+from finetune.features.ancestry import overlap_warnings
 from finetune.features.cache import FeatureCache
 from finetune.features.extraction import Extraction, ImageTable, digest_images, extract
 from finetune.features.image_facts import image_facts, range_warnings
@@ -137,6 +138,7 @@ def look(
     gradients: dict[str, float] = {}
     if recipe.train.strategy == "surgical" and probe is not None:
         gradients = work.measure_gradients(roles, labels, probe)
+    overlap = overlap_warnings(work.backbone.card, roles, work.digests) if recipe.pretrained else []
     facts = Facts(
         root=str(source.root),
         kind=source.kind,
@@ -147,6 +149,7 @@ def look(
             *source.warnings,
             *split.warnings,
             *_partly(findings, split),
+            *overlap,
             *range_warnings(found.facts, source.items, work.view, work.value_range),
         ),
         backbone=_backbone_facts(work.backbone),
@@ -368,8 +371,11 @@ def _split_facts(split: Split, val_labels: torch.Tensor) -> dict[str, Any]:
 
 def _backbone_facts(backbone: Backbone) -> BackboneFacts:
     card = backbone.card
+    arch, options = backbone.network
     return BackboneFacts(
         name=card.name,
+        arch=arch,
+        arch_kwargs=options,
         params_m=round(sum(p.numel() for p in backbone.parameters()) / 1e6, 3),
         num_features=backbone.num_features,
         stages=backbone.stages,

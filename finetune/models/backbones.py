@@ -8,21 +8,24 @@ speak of the same parts whatever the architecture.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from finetune.errors import BackboneError, nearest
+from finetune.models.stages import divide_into_stages, num_parameters
 from finetune.models.weights import fetch_from_hub, fetch_from_url, load_strictly, read_card_weights, read_checkpoint
 from finetune.recipe.cards import Card
+from finetune.recipe.shelf import card_at
 
 TORCHVISION = "torchvision/"
+_OF_A_RUN = "backbone.model."
+"""Begins the names of the backbone's tensors in the whole model of a run."""
 _CORPORA = {"in1k": "ImageNet-1k", "in12k": "ImageNet-12k", "in21k": "ImageNet-21k", "in22k": "ImageNet-22k"}
 Build = Callable[..., nn.Module]
 """`build(num_classes=K)` gives the whole network with random weights."""
@@ -33,7 +36,7 @@ class Backbone(nn.Module):
 
     def __init__(self, model: nn.Module, card: Card, *, build: Build, has_source: bool) -> None:
         super().__init__()
-        card = replace(card, params_m=card.params_m or round(_num_parameters(model) / 1e6, 3))
+        card = replace(card, params_m=card.params_m or round(num_parameters(model) / 1e6, 3))
         classifier = _take_classifier(model, card)
         self.card = card
         self.model = model
@@ -82,6 +85,13 @@ class Backbone(nn.Module):
         return Backbone(model, self.card, build=self._build, has_source=False).eval()
 
     @property
+    def network(self) -> tuple[str, dict[str, Any]]:
+        """What builds the same network again, a timm name or `torchvision/NAME`, and its options."""
+        build = cast("partial[nn.Module]", self._build)
+        name = f"{TORCHVISION}{build.args[0]}" if build.func is _build_torchvision else str(build.args[0])
+        return name, dict(build.keywords)
+
+    @property
     def digest(self) -> str:
         """Sha256 over the architecture, its options and the feature weights: what features depend on."""
         options = json.dumps([self.card.arch, sorted(self.card.arch_kwargs.items())], default=str)
@@ -101,7 +111,8 @@ def load_backbone(name: str, *, zoo: Mapping[str, Card], pretrained: bool = True
     """The backbone called `name`, with its weights, or with random ones under the same contract.
 
     Args:
-        name: a card of `zoo`, `torchvision/NAME[.WEIGHTS]`, or a timm name with or without a tag.
+        name: a card of `zoo`, `torchvision/NAME[.WEIGHTS]`, a finished run or another folder with a card, or a timm
+            name with or without a tag.
         zoo: cards by name; they win over timm names.
         pretrained: False draws from torch's generator and reads neither disk nor network.
 
@@ -112,6 +123,8 @@ def load_backbone(name: str, *, zoo: Mapping[str, Card], pretrained: bool = True
         return _load_card(zoo[name], zoo, pretrained)
     if name.startswith(TORCHVISION):
         return _load_torchvision(name, zoo, pretrained)
+    if (card := card_at(name)) is not None:
+        return _load_card(card, zoo, pretrained)
     return _load_timm(name, zoo, pretrained)
 
 
@@ -123,89 +136,8 @@ def refuse_unknown(name: str, zoo: Mapping[str, Card]) -> None:
     """
     if name.startswith(TORCHVISION) and name not in zoo:
         _find_torchvision(name, zoo)
-    elif name not in zoo:
+    elif name not in zoo and card_at(name) is None:
         _find_timm(name, zoo)
-
-
-def divide_into_stages(model: nn.Module) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Names of the stages from stem to top, and the stage of every parameter and buffer of `model`.
-
-    A tensor that no stage claims (class token, final norm, buffers of a root) joins the one registered before it.
-    """
-    names = list(_tensor_names(model))
-    claimed = _claim_by_matcher(model, names) or _claim_by_children(model, names)
-    order = {key: index for index, key in enumerate(sorted(set(claimed.values())))}
-    stage_of, current = {}, 0
-    for name in names:
-        current = order[claimed[name]] if name in claimed else current
-        stage_of[name] = current
-    labels: list[str] = []
-    for stage in range(len(order)):
-        first = next(name for name in names if name in claimed and order[claimed[name]] == stage)
-        label = _stage_label(first) if stage else "stem"
-        labels.append(label if label not in labels else f"{label}-{stage}")
-    return tuple(labels), stage_of
-
-
-def _stage_label(name: str) -> str:
-    parts = name.split(".")[:-1] or [name]
-    numbered = next((i for i, part in enumerate(parts) if re.search(r"\d", part)), 0)
-    return ".".join(parts[: numbered + 1])
-
-
-def _tensor_names(model: nn.Module) -> Iterator[str]:
-    for prefix, module in model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                yield f"{prefix}.{name}" if prefix else name
-
-
-def _claim_by_matcher(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
-    """By timm's own grouping; empty where the architecture brings none."""
-    try:
-        matcher = model.group_matcher(coarse=True)  # type: ignore[operator]
-    except (
-        AttributeError,
-        AssertionError,
-    ):  # over all of timm: three families have none, one refuses to group coarsely
-        return {}
-    from timm.models import group_parameters
-
-    nothing = "~"  # a name that no pattern matches, to learn where timm puts such names
-    listed: Any = SimpleNamespace(named_parameters=lambda: [(name, None) for name in (*names, nothing)])  # buffers too
-    claimed = group_parameters(listed, matcher, reverse=True)
-    unclaimed = claimed.pop(nothing)
-    return {name: stage for name, stage in claimed.items() if stage != unclaimed}
-
-
-def _claim_by_children(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
-    """By the order of children, containers opened until there are four.
-
-    A child with at most one weight matrix (a norm, a downsampling) opens the stage after it.
-    """
-    sections = [(name, child) for name, child in model.named_children() if _num_parameters(child)]
-    while len(sections) < 4 and (open_ := [s for s in sections if any(_num_parameters(c) for c in s[1].children())]):
-        at = sections.index(max(open_, key=lambda section: _num_parameters(section[1])))
-        prefix, container = sections[at]
-        sections[at : at + 1] = [(f"{prefix}.{n}", c) for n, c in container.named_children() if _num_parameters(c)]
-    matrices = [sum(p.ndim > 1 for p in child.parameters()) for _, child in sections]
-    plain = 1 if sum(m > 1 for m in matrices) > 1 else 0  # a chain of single layers, as VGG, is one stage each
-    stage_of_section: dict[str, int] = {}
-    stage, waiting = 0, []
-    for (prefix, _), matrix in zip(sections, matrices, strict=True):
-        waiting.append(prefix)
-        if matrix > plain:
-            stage += bool(stage_of_section) or len(waiting) > 1
-            leading = waiting[:-1] if not stage_of_section else []
-            stage_of_section |= {p: 0 for p in leading} | {p: stage for p in waiting if p not in leading}
-            waiting = []
-    stage_of_section |= dict.fromkeys(waiting, stage)
-    claim = {name: [stage_of_section[p] for p in stage_of_section if name.startswith(f"{p}.")] for name in names}
-    return {name: stages[0] for name, stages in claim.items() if stages} or dict.fromkeys(names, 0)
-
-
-def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _forward_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
@@ -239,7 +171,7 @@ def _take_classifier(model: nn.Module, card: Card) -> nn.Module | None:
         linear.load_state_dict({name: tensor.flatten(1) if tensor.ndim > 1 else tensor
                                 for name, tensor in classifier.state_dict().items()})  # fmt: skip
         return linear
-    return classifier if isinstance(classifier, nn.Module) and _num_parameters(classifier) else None
+    return classifier if isinstance(classifier, nn.Module) and num_parameters(classifier) else None
 
 
 def _cut_last_linear(model: nn.Module, card: Card) -> nn.Linear:
@@ -273,7 +205,12 @@ def _load_card(card: Card, zoo: Mapping[str, Card], pretrained: bool) -> Backbon
         ) from fault
     if state is None:
         return Backbone(model, _as_random(card), build=build, has_source=False)
-    load_strictly(model, state, f"{card.weights}", f"{card.arch} with {dict(card.arch_kwargs)}")
+    fits = (f"{card.weights}", f"{card.arch} with {dict(card.arch_kwargs)}")
+    if features := {name.removeprefix(_OF_A_RUN): t for name, t in state.items() if name.startswith(_OF_A_RUN)}:
+        found = Backbone(model, card, build=build, has_source=False)  # the head of a run is no part of its backbone
+        load_strictly(found.model, features, *fits)
+        return found
+    load_strictly(model, state, *fits)
     return Backbone(model, card, build=build, has_source=True)
 
 
@@ -363,7 +300,7 @@ def _timm_card(name: str, contract: Any, model: nn.Module) -> Card:
         pretrained_on=", then ".join(corpora) or "unknown", input_size=tuple(contract.input_size),
         mean=tuple(contract.mean), std=tuple(contract.std), interpolation=contract.interpolation,
         crop_pct=float(contract.crop_pct), licence=contract.license or "unknown",
-        params_m=round(_num_parameters(model) / 1e6, 3),
+        params_m=round(num_parameters(model) / 1e6, 3),
     )  # fmt: skip
 
 

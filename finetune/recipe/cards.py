@@ -69,6 +69,8 @@ class Card:
     statistics: Path | None = None
     """Mean, covariance and class means of features of the source's images; None where nobody measured them."""
     statistics_sha256: str | None = None
+    images: Path | None = None
+    """Digests of the images that a run of ours trained these weights on; None where nobody recorded them."""
 
     def view(self, *, size_pixels: int | None = None) -> View:
         """The evaluation view at `size_pixels` (None: the size of pretraining), crop share kept."""
@@ -91,6 +93,7 @@ def read_card(path: Path) -> Card:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         folder, weights, statistics = path.parent, raw.get("weights") or {}, raw.get("statistics") or {}
+        images = raw.get("images") or {}
         classes = folder / raw["classes"] if raw.get("classes") else None
         interpolation = str(raw["interpolation"])
         if interpolation not in INTERPOLATIONS:
@@ -116,6 +119,7 @@ def read_card(path: Path) -> Card:
             top1=(raw.get("measured") or {}).get("top1"),
             statistics=folder / str(statistics["file"]) if statistics else None,
             statistics_sha256=str(statistics["sha256"]) if statistics else None,
+            images=folder / str(images["file"]) if images else None,
         )
     except BackboneError:
         raise

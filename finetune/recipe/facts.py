@@ -1,5 +1,7 @@
 """Facts: what was measured before anything was decided. A frozen value, kept as `facts.json`."""
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 from finetune.recipe.cards import View
@@ -55,6 +57,9 @@ class BackboneFacts(_Value):
     """The backbone that looked at the images."""
 
     name: str
+    arch: str = ""
+    """What builds the network again: a timm name, or `torchvision/NAME`; and its options."""
+    arch_kwargs: dict[str, Any] = {}
     params_m: float
     """Millions of parameters, without the source head."""
     num_features: int

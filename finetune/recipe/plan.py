@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from finetune.errors import RunError
 from finetune.recipe.cards import View
@@ -106,6 +106,9 @@ class Plan(Section):
 
     name: str
     backbone: str
+    arch: str = ""
+    """What builds the network of the backbone again: a timm name, or `torchvision/NAME`."""
+    arch_kwargs: dict[str, Any] = Field(default_factory=dict)
     pretrained: bool
     data: DataSpec
     augment: AugmentSpec

@@ -59,6 +59,8 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
             **recipe.model_dump(),
             "name": name,
             "backbone": facts.backbone.name,
+            "arch": facts.backbone.arch,
+            "arch_kwargs": facts.backbone.arch_kwargs,
             "data": data,
             "augment": augment,
             "head": {**recipe.head.model_dump(), "init": init},

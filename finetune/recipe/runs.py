@@ -18,16 +18,20 @@ _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 FILES = (
+    "card.yaml",
+    "classes.txt",
     "curves.csv",
     "environment.json",
     "facts.json",
     "log.txt",
+    "model.safetensors",
     "plan.yaml",
     "predictions.npz",
     "probe.safetensors",
     "recipe.yaml",
     "report.html",
     "scores.json",
+    "seen.npz",
     "tracking.json",
 )
 """What a finished run holds, beside `stages/K-NAME/{last.ckpt,weights.safetensors}`."""

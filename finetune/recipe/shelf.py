@@ -1,6 +1,7 @@
 """The shelf: where shipped recipes and zoo folders lie, in a wheel and in a checkout alike."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ from finetune.errors import BackboneError, RecipeError, names_beside, nearest
 
 if TYPE_CHECKING:
     from finetune.recipe.cards import Card
+    from finetune.recipe.schema import Recipe
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -75,6 +77,65 @@ def read_zoo() -> "dict[str, Card]":
             card = read_card(path)
             cards.setdefault(card.name, card)
     return cards
+
+
+def folder_of_backbone(name: str) -> Path | None:
+    """The folder of weights that `name` means: a path, or a run here or among the runs; None where it is another name.
+
+    Raises:
+        BackboneError: if it is a path, and nothing is there.
+    """
+    path = Path(name).expanduser()
+    is_path = path.is_absolute() or name.startswith((".", "~")) or ("/" in name and path.parent.is_dir())
+    for folder in (path, Path(os.environ.get("FINETUNE_RUNS", "runs")) / path):
+        if (folder / "recipe.yaml").exists() or (folder.is_dir() and is_path):
+            return folder.absolute()
+    if is_path:
+        hint = nearest(path.name, names_beside(path))
+        raise BackboneError(f"backbone: {path} is not there. Name a finished run, or a zoo's backbone. {hint}".rstrip())
+    return None
+
+
+def card_at(name: str) -> "Card | None":
+    """The card of the folder of weights that `name` means, by that name; None where it means no folder.
+
+    Raises:
+        BackboneError: if the folder holds no card.
+    """
+    from finetune.recipe.cards import read_card
+
+    if (folder := folder_of_backbone(name)) is None:
+        return None
+    if not (folder / "card.yaml").exists():
+        raise BackboneError(f"backbone: {folder} {_why_no_card(folder)}")
+    return replace(read_card(folder / "card.yaml"), name=name)
+
+
+def name_backbone(recipe: "Recipe") -> "Recipe":
+    """The recipe with the whole path of its backbone where that is a folder, so that it means the same anywhere."""
+    name = recipe.backbone
+    if name is None or name.startswith("torchvision/") or name in read_zoo():
+        return recipe
+    if (folder := folder_of_backbone(name)) is None:
+        return recipe
+    card_at(str(folder))  # a folder without weights is refused here
+    return recipe.model_copy(update={"backbone": str(folder)})
+
+
+def short_name(backbone: str) -> str:
+    """What a run folder is called after: the name of its backbone, or the network of the run that it begins from."""
+    card = card_at(backbone) if Path(backbone).is_absolute() else None
+    return (card.arch if card is not None else backbone).replace("/", "_")
+
+
+def _why_no_card(folder: Path) -> str:
+    if (folder / "ensemble.json").exists():
+        return f"averages several networks, and no training can begin from them all; name one of {folder}/members/."
+    if (folder / "scores.json").exists():
+        return f"is a run of an older version, without a card. `finetune evaluate {folder}` gives it one."
+    if (folder / "recipe.yaml").exists():
+        return f"is a run that is not trained to its end. `finetune resume {folder}` goes on."
+    return "holds no card.yaml, so it is neither a finished run nor a backbone of a zoo."
 
 
 def default_backbone() -> str:

@@ -1,0 +1,136 @@
+"""The whole model of a run in its own folder: `model.safetensors`, and a card that says which network it is for.
+
+So a run predicts on a machine with no zoo, and its folder is one of a zoo's: other runs can begin from its weights.
+The card is written last, for it says that the model is there.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from finetune.errors import BackboneError
+from finetune.features.ancestry import record_seen
+from finetune.features.survey import Look
+from finetune.models.backbones import Backbone, load_backbone
+from finetune.recipe.cards import Card, read_card
+from finetune.recipe.plan import Plan
+from finetune.recipe.runs import RunFolder, write_whole
+from finetune.recipe.shelf import read_zoo
+
+MODEL, CARD, CLASSES, SEEN = "model.safetensors", "card.yaml", "classes.txt", "seen.npz"
+
+
+def keep_model(run: RunFolder, look: Look) -> None:
+    """Write the model, its card, its classes, and digests of the images it was trained on, where they are not yet.
+
+    Nothing is written for an average, whose members are networks of their own.
+
+    Args:
+        run: its stages are done.
+        look: at its images; where the probe is the model, with the backbone as it was loaded.
+    """
+    if run.file("ensemble.json").exists():
+        return
+    plan, is_kept = run.plan, run.file(CARD).exists()
+    if is_kept and (not plan.stages or _digest(run.final_weights()) == read_card(run.file(CARD)).sha256):
+        return
+    if plan.stages:
+        _copy(run.final_weights(), run.file(MODEL))
+    else:
+        tensors = {f"backbone.{name}": tensor.contiguous() for name, tensor in look.backbone.state_dict().items()}
+        probe = load_file(run.file("probe.safetensors"))
+        tensors |= {f"head.linear.{name}": tensor for name, tensor in probe.items()}
+        write_whole(run.file(MODEL), lambda path: save_file(tensors, path))
+    own = {role: [look.digests[index] for index in look.indices(role)] for role in ("train", "val")}
+    record_seen(run.file(SEEN), own if plan.stages else {}, look.backbone.card)
+    _write_card(run, _card(run, plan, look))
+
+
+def copy_model(run: RunFolder, member: RunFolder) -> None:
+    """Give `member`, which holds a plan and weights of the network of `run`, a model and a card of its own."""
+    if not run.file(CARD).exists():
+        return
+    _copy(member.final_weights() if member.plan.stages else run.file(MODEL), member.file(MODEL))
+    if run.file(SEEN).exists():
+        _copy(run.file(SEEN), member.file(SEEN))
+    _write_card(member, yaml.safe_load(run.file(CARD).read_text(encoding="utf-8")))
+
+
+def load_network(run: RunFolder) -> tuple[Backbone, dict[str, torch.Tensor] | None]:
+    """The backbone of a run, and the weights of its whole model; None of a probe that an older version made.
+
+    Raises:
+        BackboneError: if the run holds no model and its backbone is not at hand, or has other weights now.
+    """
+    plan = run.plan
+    weights = run.final_weights() if plan.stages and run.final_weights().exists() else run.file(MODEL)
+    if run.file(CARD).exists():
+        card = read_card(run.file(CARD))
+        return load_backbone(card.name, zoo={card.name: card}, pretrained=False), load_file(weights)
+    try:
+        backbone = load_backbone(plan.backbone, zoo=read_zoo(), pretrained=plan.pretrained and not plan.stages)
+    except BackboneError as fault:
+        raise BackboneError(
+            f"{run.path} holds no card.yaml, so it was made by an older version, with {plan.backbone}, whose card is "
+            f"needed. {fault} Where it is at hand, `finetune evaluate {run.path}` makes the folder whole."
+        ) from fault
+    if plan.stages:
+        return backbone, load_file(weights)
+    if backbone.digest != plan.weights_digest:
+        raise BackboneError(
+            f"{plan.backbone} now has weights {backbone.digest[:12]}, but {run.path} was made with "
+            f"{plan.weights_digest[:12]}. Put the card it was made with first in FINETUNE_ZOO."
+        )
+    return backbone, None
+
+
+def _card(run: RunFolder, plan: Plan, look: Look) -> dict[str, Any]:
+    origin, view = look.backbone.card, plan.view
+    arch, options = look.backbone.network
+    return {
+        "name": run.path.resolve().name,
+        "arch": arch,
+        "arch_kwargs": options,
+        "num_classes": len(plan.classes),
+        "classes": CLASSES,
+        "pretrained_on": _history(origin, plan, look),
+        "source": {"licence": origin.licence, "begun_from": origin.name},
+        "input_size": [3, view.size_pixels, view.size_pixels],
+        "mean": list(view.mean),
+        "std": list(view.std),
+        "interpolation": view.interpolation,
+        "crop_pct": plan.data.crop_pct,
+        "params_m": look.facts.backbone.params_m,
+        "weights": {"file": MODEL},
+        "images": {"file": SEEN},
+    }
+
+
+def _history(origin: Card, plan: Plan, look: Look) -> str:
+    """What the weights were trained on, one after the other; a probe leaves those of its backbone as they were."""
+    if not plan.stages:
+        return origin.pretrained_on
+    names = ", ".join(plan.classes[:5]) + (", ..." if len(plan.classes) > 5 else "")
+    own = f"{len(look.indices('train')):,} images of {len(plan.classes)} classes ({names})"
+    return f"{origin.pretrained_on}, then {own}" if plan.pretrained else own
+
+
+def _write_card(run: RunFolder, card: Mapping[str, Any]) -> None:
+    run.write_text(CLASSES, "".join(f"{name}\n" for name in run.plan.classes))
+    whole = {**card, "sha256": _digest(run.file(MODEL))}
+    run.write_text(CARD, yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=110))
+
+
+def _copy(source: Path, path: Path) -> None:
+    write_whole(path, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
