@@ -31,6 +31,7 @@ from finetune.features.survey import Look, look, survey_part
 from finetune.machine import describe_environment, tune_process
 from finetune.models.classifier import Classifier, refuse_layers
 from finetune.piloting import run_pilot
+from finetune.recipe.addresses import split_login
 from finetune.recipe.distillation import name_teacher, teacher_faults
 from finetune.recipe.facts import Facts, Ranking
 from finetune.recipe.plan import Plan
@@ -233,7 +234,7 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, va
     curves = Curves(run.file("curves.csv"))
     for index, stage in enumerate(plan.stages):
         rewind(curves, f"{index + 1}-{stage.name}", run.stage_folder(index))
-    tracker = _start_tracker(run, plan, say)
+    tracker = _start_tracker(run, plan, say, recipe.tracking.uri)
     try:
         classifier = _train_stages(run, plan, seen, vary, tracker, say)
         clock.lap("training")
@@ -314,7 +315,7 @@ def _train_stages(
     return classifier
 
 
-def _start_tracker(run: RunFolder, plan: Plan, say: Say) -> Tracker | None:
+def _start_tracker(run: RunFolder, plan: Plan, say: Say, wish: str | None) -> Tracker | None:
     if not plan.tracking.enabled:
         return None
     uri = plan.tracking.uri or ""
@@ -325,6 +326,7 @@ def _start_tracker(run: RunFolder, plan: Plan, say: Say) -> Tracker | None:
         run_name=run.path.name,
         tags={"backbone": plan.backbone, "strategy": str(plan.train.strategy), "run_folder": str(run.path.resolve())},
         warn=say,
+        login=split_login(wish or "")[1],  # the plan holds none
     )
     tracker.start()
     tracker.notify()

@@ -8,6 +8,9 @@ import pytest
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+for _name in ("URI", "USERNAME", "PASSWORD"):
+    os.environ.pop(f"MLFLOW_TRACKING_{_name}", None)  # nobody's server gets the runs of tests
+os.environ.pop("MLFLOW_EXPERIMENT_NAME", None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -378,3 +378,36 @@ def test_where_an_earlier_depth_leads_the_plan_proposes_the_cut():
     assert [partial_depth(13, ProfileFacts(depths=depths, num_images=300, judged="val", best=1, lead=lead,
                                            lead_error=0.02)) for lead in (0.05, 0.01)] == [11, 10]  # fmt: skip
     assert all(reason.key != "best depth" for reason in made[1].reasons)
+
+
+def tracking_of(*overrides, uri=None, experiment=None):
+    machine = {"tracking_uri": uri, "tracking_experiment": experiment}
+    facts = make_facts()
+    facts = facts.model_copy(update={"machine": facts.machine.model_copy(update=machine)})
+    plan = make_plan(load_recipe(None, [*overrides]), facts)
+    said = {reason.key: f"{reason.value}: {reason.why}" for reason in plan.reasons if reason.key.startswith("tracking")}
+    return plan.tracking, said
+
+
+def test_runs_are_tracked_where_the_recipe_says_then_where_the_environment_says_then_beside_the_runs():
+    assert tracking_of()[0].uri == "beside the runs"
+    assert tracking_of()[1] == {}
+    spec, said = tracking_of(uri="http://host", experiment="ours")
+    assert (spec.uri, spec.experiment) == ("http://host", "ours")
+    assert said == {
+        "tracking.uri": "http://host: MLFLOW_TRACKING_URI is set",
+        "tracking.experiment": "ours: MLFLOW_EXPERIMENT_NAME is set",
+    }
+    spec, said = tracking_of(
+        "tracking.uri=http://mine", "tracking.experiment=mine", uri="http://host", experiment="ours"
+    )
+    assert (spec.uri, spec.experiment) == ("http://mine", "mine")
+    assert said["tracking.uri"] == "http://mine: the recipe says so"
+    assert tracking_of("tracking.enabled=false", uri="http://host")[1] == {}
+
+
+def test_the_plan_says_that_a_login_is_not_kept_and_what_gives_it_back():
+    spec, said = tracking_of("tracking.uri=http://me:secret@host")
+    assert spec.uri == "http://host"
+    assert "MLFLOW_TRACKING_PASSWORD" in said["tracking login"] and "~/.mlflow/credentials" in said["tracking login"]
+    assert "secret" not in str(spec) + str(said)

@@ -14,6 +14,7 @@ import warnings
 
 import pytest
 
+from finetune.machine import QUIET
 from finetune.training import ledger, mlflow_store, tracking
 from finetune.training.tracking import Tracker, default_uri, send_remaining, ui_command
 
@@ -149,23 +150,51 @@ def test_a_run_arrives_whole_and_quietly_in_a_new_embedded_store(run, capfd):
     )
 
 
-def test_resume_continues_the_same_run_where_the_cut_curves_end(run, empty_store):
+def test_a_row_is_sent_once_it_is_there_to_stay_and_a_resume_continues_the_same_run(run, empty_store):
     shutil.copy(empty_store, run.parent)
     first = tracker_of(run, [])
     first.start()
+    append(run, rows_of("train/loss", range(1200, 1300)))  # of an epoch that never ends
     assert not first.close("KILLED", deadline_seconds=30)
     first_id = state_of(run)["mlflow_run_id"]
-    (run / "curves.csv").write_text(HEADER + rows_of("train/loss", range(1100)))
+    assert steps_of(run) == list(range(1200))
+    (run / "curves.csv").write_text(HEADER + rows_of("train/loss", range(1200)))  # the resume rewinds
     second = tracker_of(run, [])
     second.start()
-    append(run, rows_of("train/acc", range(150)))
-    wait_until(lambda: state_of(run)["sent_rows"] == 1250)
+    append(run, rows_of("train/loss", range(1200, 1350)))
+    second.notify()
+    wait_until(lambda: state_of(run)["sent_rows"] == 1350)
     assert client_of(run).get_run(first_id).info.status == "RUNNING"
     assert not second.close("FINISHED", deadline_seconds=30)
     assert state_of(run)["mlflow_run_id"] == first_id
-    assert steps_of(run) == list(range(1200))
-    assert steps_of(run, "train/acc") == list(range(150))
-    assert client_of(run).get_run(first_id).info.status == "FINISHED"
+    assert steps_of(run) == list(range(1350))
+    stored = client_of(run).get_run(first_id)
+    assert stored.info.status == "FINISHED"
+    assert stored.data.tags["stage/head"] == "from step 0"
+
+
+@pytest.mark.parametrize("does_restart", [False, True], ids=["same process", "next process"])
+def test_rows_that_training_took_back_lead_to_a_new_mlflow_run(run, empty_store, does_restart):
+    shutil.copy(empty_store, run.parent)
+    tracker = tracker_of(run, [])
+    tracker.start()
+    wait_until(lambda: state_of(run)["sent_rows"] == 1200)
+    first_id = state_of(run)["mlflow_run_id"]
+    if does_restart:
+        assert not tracker.close("KILLED", deadline_seconds=30)
+    rewritten = run / "rewritten"
+    rewritten.write_text(HEADER + rows_of("train/loss", range(100)) + rows_of("train/loss", range(200, 1400)))
+    rewritten.replace(run / "curves.csv")  # longer than before, and other rows from the 101st on
+    if does_restart:
+        tracker = tracker_of(run, [])
+        tracker.start()
+    tracker.notify()
+    assert not tracker.close("FINISHED", deadline_seconds=30)
+    second_id = state_of(run)["mlflow_run_id"]
+    assert second_id != first_id
+    assert steps_of(run) == [*range(100), *range(200, 1400)]
+    old = client_of(run).get_run(first_id)
+    assert (old.info.status, old.data.tags["finetune.replaced_by"]) == ("KILLED", second_id)
 
 
 def test_an_answer_that_is_lost_leaves_no_row_twice_and_no_second_run(run, empty_store, monkeypatch):
@@ -308,15 +337,18 @@ def test_a_half_written_line_is_read_when_it_is_whole(tmp_path):
     assert [(row.number, row.step) for row in curves.new_rows()] == [(0, 1)]
 
 
-def test_the_environment_of_the_user_wins(monkeypatch):
+def test_the_environment_is_lent_and_the_users_own_patience_wins(run, empty_store, monkeypatch):
+    shutil.copy(empty_store, run.parent)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "false")
     monkeypatch.delenv("DO_NOT_TRACK", raising=False)
-    mlflow_store.prepare_mlflow()
-    from mlflow.telemetry.utils import is_telemetry_disabled
-
-    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
-    assert os.environ["DO_NOT_TRACK"] == "true"
-    assert is_telemetry_disabled()
+    before = dict(os.environ)
+    tracker = tracker_of(run, [])
+    tracker.start()
+    held = {name: os.environ.get(name) for name in (*QUIET, *mlflow_store.PATIENCE)}
+    assert not tracker.close("FINISHED", deadline_seconds=30)
+    assert held == {**QUIET, **mlflow_store.PATIENCE, "MLFLOW_HTTP_REQUEST_TIMEOUT": "77"}
+    assert dict(os.environ) == before
 
 
 FOLLOW = """

@@ -128,6 +128,20 @@ def test_curves_forget_what_an_interrupted_epoch_wrote(tmp_path):
     assert float(curves.rows()[2]["value"]) == 0.1 + 1 / 3  # to the last bit
 
 
+def test_steps_run_on_over_the_stages_and_after_a_resume(tmp_path):
+    path = tmp_path / "curves.csv"
+    for stage, last in (("1-partial", 5), ("2-full", 3), ("3-full", 2)):
+        curves = Curves(path)
+        curves.append(stage, -1, 0, {"val/loss": 1.0})
+        curves.append(stage, 0, last, {"val/loss": 0.5})
+    curves.forget_after("3-full", -1)
+    Curves(path).append("3-full", 0, 2, {"val/loss": 0.5})
+    assert [int(row["step"]) for row in curves.rows()] == [0, 5, 6, 9, 10, 12]
+    curves.forget_after("3-full", -2)
+    Curves(path).append("3-full", -1, 0, {"val/loss": 1.0})
+    assert [int(row["step"]) for row in curves.rows()] == [0, 5, 6, 9, 10]
+
+
 def _module(classifier, warnings, clip_norm=1e9):
     module = Finetuning(
         classifier,

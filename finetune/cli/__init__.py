@@ -15,6 +15,7 @@ import typer
 from finetune.cli import judging, training
 from finetune.cli.catalogue import recipes_app, zoo_app
 from finetune.errors import FinetuneError
+from finetune.machine import QUIET
 
 app = typer.Typer(
     name="finetune",
@@ -48,6 +49,7 @@ GARBAGE_AT = 50_000
 def main() -> None:
     """Run the command line and exit by the rules above."""
     gc.set_threshold(GARBAGE_AT)
+    os.environ.update(QUIET)  # the process is ours, and so are those that it starts
     try:
         code = app(standalone_mode=False)
     except FinetuneError as fault:

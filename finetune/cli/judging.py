@@ -133,15 +133,16 @@ def ui(
     as_json: Json = False,
 ) -> None:
     """Open the MLflow UI on the store beside the runs."""
+    from finetune.machine import quiet_environment
     from finetune.recipe.runs import runs_folder
     from finetune.training.tracking import ui_command
 
     folder = runs or runs_folder()
     if not (folder / "mlflow.db").exists():
         raise RunError(f"{folder} holds no mlflow.db yet. `finetune train` or `finetune demo` makes one.")
-    command = ui_command(folder, port)
+    command, url = ui_command(folder, port), f"http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning"
     if as_json:
-        print(json.dumps({"command": command, "url": f"http://127.0.0.1:{port}"}))
+        print(json.dumps({"command": command, "url": url}))
         return
-    print(f"MLflow UI at http://127.0.0.1:{port} (Ctrl-C ends it)", file=sys.stderr, flush=True)
-    os.execv(command[0], command)
+    print(f"MLflow UI at {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    os.execve(command[0], command, quiet_environment())

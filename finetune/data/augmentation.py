@@ -8,7 +8,6 @@ generators of its own, so that asking for it changes nothing before it.
 """
 
 import math
-import os
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ import numpy as np
 from finetune.data.changes import CUTOUT_GREY, CheckedChange, ColorShift, OwnChange, cut_out
 from finetune.data.decoding import center_crop
 from finetune.data.domains import CROP_AREA, DOMAINS, Rules
+from finetune.machine import QUIET, lend_environment
 from finetune.recipe.cards import INTERPOLATIONS
 
 PRESETS = ("none", "light", "medium", "heavy")
@@ -205,8 +205,8 @@ def _check(
 
 
 def _make_kit(interpolation: str) -> _Kit:
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it calls home at import otherwise
-    import albumentations
+    with lend_environment(QUIET):  # it calls home at import otherwise
+        import albumentations
     import cv2
 
     cv2.setNumThreads(0)  # its threads fight with the loader's workers, and do not survive a fork

@@ -1,11 +1,14 @@
 """How a backbone sees images here: the view of its weights, whose constants, which sizes, and on what machine."""
 
+import os
+
 import torch
 
 from finetune.data.value_range import FULL_RANGE
 from finetune.errors import BackboneError, RecipeError
 from finetune.features.extraction import num_cores
 from finetune.models.backbones import Backbone
+from finetune.recipe.addresses import uri_from_environment
 from finetune.recipe.cards import Card, View
 from finetune.recipe.facts import MachineFacts
 from finetune.recipe.schema import Recipe
@@ -75,6 +78,8 @@ def measure_machine(wish: str) -> MachineFacts:
         cores=num_cores(),
         has_bf16=has_gpu and torch.cuda.is_bf16_supported(),
         has_fp16=has_gpu,
+        tracking_uri=uri_from_environment(),
+        tracking_experiment=os.environ.get("MLFLOW_EXPERIMENT_NAME") or None,
     )
 
 

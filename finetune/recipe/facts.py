@@ -217,6 +217,10 @@ class MachineFacts(_Value):
     cores: int
     has_bf16: bool
     has_fp16: bool
+    tracking_uri: str | None = None
+    """MLFLOW_TRACKING_URI, without a login."""
+    tracking_experiment: str | None = None
+    """MLFLOW_EXPERIMENT_NAME."""
 
 
 class Findings(_Value):

@@ -4,6 +4,7 @@ from typing import Any
 
 from finetune.errors import RecipeError
 from finetune.recipe.activations import judge_activation
+from finetune.recipe.addresses import HOW_TO_LOG_IN, split_login
 from finetune.recipe.advice import advise, is_small
 from finetune.recipe.facts import Facts, ProfileFacts, RangeFacts
 from finetune.recipe.forecasts import with_forecasts
@@ -67,11 +68,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
             "train": train,
             "evaluate": _decide_evaluate(recipe, facts, data["invariances"], decide),
             "hardware": hardware,
-            "tracking": {
-                "enabled": recipe.tracking.enabled,
-                "uri": recipe.tracking.uri or "beside the runs",
-                "experiment": recipe.tracking.experiment or name,
-            },
+            "tracking": _decide_tracking(recipe, facts, name, decide),
             "classes": facts.classes,
             "split_digest": facts.split_digest,
             "weights_digest": facts.backbone.weights_digest,
@@ -302,6 +299,21 @@ def _decide_evaluate(recipe: Recipe, facts: Facts, invariances: Any, decide: Any
         why = f"{count} calibration images, fewer than {LEAST_CALIBRATION}, say too little about a temperature"
         decide("evaluate.calibrate", None, calibrate, why)
     return {**wish.model_dump(), "views": views, "calibrate": calibrate}
+
+
+def _decide_tracking(recipe: Recipe, facts: Facts, name: str, decide: Any) -> dict[str, Any]:
+    """The recipe, else the environment, else the store beside the runs; said where the environment has a word."""
+    wish, machine = recipe.tracking, facts.machine
+    uri, login = split_login(wish.uri) if wish.uri else (None, None)
+    experiment = wish.experiment
+    if wish.enabled and machine.tracking_uri:
+        uri = decide("tracking.uri", uri, machine.tracking_uri, "MLFLOW_TRACKING_URI is set")
+    if wish.enabled and machine.tracking_experiment:
+        why = "MLFLOW_EXPERIMENT_NAME is set"
+        experiment = decide("tracking.experiment", experiment, machine.tracking_experiment, why)
+    if wish.enabled and login is not None:
+        decide("tracking login", None, "not kept", f"no file holds it; to resume this run, {HOW_TO_LOG_IN}")
+    return {"enabled": wish.enabled, "uri": uri or "beside the runs", "experiment": experiment or name}
 
 
 def _words(value: Any) -> str:

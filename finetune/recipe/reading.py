@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from yaml.nodes import MappingNode, Node
 
 from finetune.errors import RecipeError, nearest
+from finetune.recipe.addresses import hide_logins
 from finetune.recipe.schema import VIEWS_HELP, Recipe, recipe_keys
 from finetune.recipe.shelf import find_recipe
 
@@ -44,7 +45,7 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     except ValidationError as fault:
         faults = [_sentence(error, lines, where) for error in fault.errors()]
     if faults:
-        raise RecipeError("\n".join(faults))
+        raise RecipeError(hide_logins("\n".join(faults)))
     return recipe
 
 

@@ -8,9 +8,10 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
 from finetune.errors import nearest
+from finetune.recipe.addresses import without_login
 from finetune.recipe.model_keys import AugmentSpec, HeadSpec, RegularizationSpec
 from finetune.recipe.section import ROLES, Names, Positive, Section, Share, Text, as_text
 
@@ -311,10 +312,10 @@ class TrackingSpec(Section):
 
     enabled: bool = True
     """Log to MLflow."""
-    uri: str | None = None
-    """Null: the SQLite store beside the runs."""
+    uri: Annotated[str | None, PlainSerializer(lambda uri: uri and without_login(uri))] = None
+    """Null: MLFLOW_TRACKING_URI, or the SQLite store beside the runs. A user and password in it are never written."""
     experiment: str | None = None
-    """Null: the recipe's name."""
+    """Null: MLFLOW_EXPERIMENT_NAME, or the recipe's name."""
 
 
 class Recipe(Section):

@@ -71,7 +71,7 @@ def fit(
         origin: pretrained weights by name, for `regularization.l2_sp`; None: those the stage begins from.
         teacher: what `train.distillation.teacher` names, from the student's images to logits.
         say: prints a line for people.
-        notify: called when the curves have grown.
+        notify: called when what the curves hold is there to stay, for the state after it is on disk.
 
     Raises:
         RunError: if training diverges, and does so again at a lower rate.
@@ -112,6 +112,7 @@ def fit(
         classifier.load_state_dict(start)
         good = torch.load(checkpoint, weights_only=True)["keeper"]["epoch"] if checkpoint.exists() else -2
         curves.forget_after(keeper.label, good)
+        notify()
     classifier.load_state_dict(keeper.best_state)
     if stage.trains == "lora":
         merge_lora(classifier.backbone)

@@ -114,7 +114,6 @@ class Keeper(pl.Callback):
             self.curves.append(
                 self.label, trainer.current_epoch, module.steps_done, {**values, "train/running_loss": mean}
             )
-            self.notify()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Measure, keep the best, write the state, and stop if nothing more is to be had."""
@@ -137,6 +136,7 @@ class Keeper(pl.Callback):
             self.say(f"{self.label}  val does not improve: rates are now {module.plateau.factor:g} of the schedule's")
         self.is_finished = self.stop.is_over(self.epoch) or self.epoch + 1 == self.plan.stages[self.index].epochs
         write_whole(self.checkpoint, lambda path: trainer.save_checkpoint(path))
+        self.notify()
         trainer.should_stop = self.is_finished
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -178,7 +178,6 @@ class Keeper(pl.Callback):
             values["val/balanced_top1"] = found.balanced_top1
         dead_units = {} if dead is None else {"dead_units": dead}
         self.curves.append(self.label, self.epoch, module.steps_done, {**values, **dead_units})
-        self.notify()
         if dead is not None and dead > self.start_dead + DEAD_RISE:
             self.say(
                 f"{self.label}  {dead:.0%} of the units never fire on val, {self.start_dead:.0%} did not at the start; "

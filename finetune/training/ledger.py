@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finetune.recipe.addresses import hide_logins
+
 ARTIFACTS = ("report.html", "plan.yaml", "scores.json", "facts.json", "curves.csv")
 """Files that MLflow gets."""
 
@@ -28,7 +30,14 @@ class SentState:
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     """A tag of the MLflow run, by which it is found if we were killed before we learned its id."""
     mlflow_run_id: str | None = None
+    replaced: list[str] = field(default_factory=list)
+    """MLflow runs whose rows were taken back, to be ended."""
     sent_rows: int = 0
+    told_rows: int = 0
+    """Rows that MLflow has or may have: `sent_rows` and those under way."""
+    told_chain: str = ""
+    """The chain of the last of them; where the file holds another one, they were taken back."""
+    sent_stages: list[str] = field(default_factory=list)
     chunk_times_ms: list[int] = field(default_factory=list)
     """Times of the rows after `sent_rows`, which may or may not have arrived."""
     sent_params: bool = False
@@ -61,6 +70,9 @@ class CurveRow(NamedTuple):
     """One value of curves.csv."""
 
     number: int
+    chain: str
+    """A digest of this row and all before it."""
+    stage: str
     epoch: float
     step: int
     name: str
@@ -72,26 +84,33 @@ class CurveReader:
     """The rows of a growing curves.csv; a last line without its newline is not a row yet."""
 
     def __init__(self, folder: Path) -> None:
-        self._path, self._offset, self.count = folder / "curves.csv", 0, 0
+        self._path, self._inode = folder / "curves.csv", 0
+        self._start()
 
-    def new_rows(self) -> Iterator[CurveRow]:
-        """Rows since the last call; from the first on if the file has become shorter."""
+    def _start(self) -> None:
+        self._offset, self.count, self._chain = 0, 0, ""
+
+    def new_rows(self, limit: float = math.inf) -> Iterator[CurveRow]:
+        """Rows since the last call, in the first `limit` bytes; from the first on if the file was written anew."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:
             facts = os.fstat(file.fileno())
-            if facts.st_size < self._offset:
-                self._offset = self.count = 0
+            if facts.st_ino != self._inode or facts.st_size < self._offset:
+                self._start()
+            self._inode = facts.st_ino
             file.seek(self._offset)
-            block = file.read()
+            block = file.read(max(0, int(min(limit, facts.st_size)) - self._offset))
         block = block[: block.rfind(b"\n") + 1]
         is_top, self._offset = self._offset == 0, self._offset + len(block)
-        for cells in list(csv.reader(block.decode(errors="replace").splitlines()))[is_top:]:
+        time_ms = facts.st_mtime_ns // 1_000_000
+        for line in block.decode(errors="replace").splitlines()[is_top:]:
             number, self.count = self.count, self.count + 1
+            self._chain = hashlib.sha256(f"{self._chain}{line}".encode()).hexdigest()[:16]
             with suppress(ValueError):  # a row we cannot plot; it counts all the same
-                _stage, epoch, step, name, value = cells
-                time_ms = facts.st_mtime_ns // 1_000_000
-                yield CurveRow(number, float(epoch), int(step), clean_name(name), float(value), time_ms)
+                stage, epoch, step, name, value = next(csv.reader([line]), [])
+                where = (number, self._chain, stage, float(epoch), int(step))
+                yield CurveRow(*where, clean_name(name), float(value), time_ms)
 
 
 def best_values(rows: list[CurveRow]) -> list[tuple[str, float, int]]:
@@ -123,7 +142,7 @@ def flatten_plan(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from flatten_plan(inner, f"{prefix}.{name}" if prefix else str(name))
     else:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        yield clean_name(prefix), without_password(text)
+        yield clean_name(prefix), hide_logins(text)
 
 
 def clean_name(text: str) -> str:
@@ -141,18 +160,13 @@ def file_digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def count_rows(folder: Path) -> int:
-    """Whole rows of the curves."""
+def count_rows(folder: Path, limit: float = math.inf) -> int:
+    """Whole rows in the first `limit` bytes of the curves."""
     curves = CurveReader(folder)
-    list(curves.new_rows())
+    list(curves.new_rows(limit))
     return curves.count
 
 
 def artifact_digests(folder: Path) -> list[tuple[str, str]]:
     """Name and digest of every artifact that is there."""
     return [(name, file_digest(folder / name)) for name in ARTIFACTS if (folder / name).exists()]
-
-
-def without_password(text: str) -> str:
-    """The text with the password of any address in it hidden."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "***@", text)

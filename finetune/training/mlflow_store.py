@@ -12,24 +12,41 @@ from typing import Any
 
 import yaml
 
+from finetune.machine import QUIET, lend_environment
+from finetune.recipe.addresses import Login, is_web, join_login
 from finetune.training.ledger import SentState
 
-ENVIRONMENT = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
+PATIENCE = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "4",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the follower tries again itself, between passes
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
-    "GIT_PYTHON_REFRESH": "quiet",
 }
-"""Set before MLflow is imported, where the user has not set them."""
+"""How long the follower waits and how much MLflow may say of it, where the user has not set them."""
+
+
+@contextmanager
+def mlflow_environment(uri: str, login: Login | None) -> Iterator[None]:
+    """What MLflow must find in the environment while we use it; the caller's own use has its own back afterwards.
+
+    Args:
+        uri: of the tracking server.
+        login: user and password for it; None leaves them to the environment and to `~/.mlflow/credentials`.
+    """
+    wanted = {name: os.environ.get(name, value) for name, value in PATIENCE.items()}
+    if login is not None and is_web(uri):
+        wanted |= {"MLFLOW_TRACKING_USERNAME": login.user, "MLFLOW_TRACKING_PASSWORD": login.password}
+    logger, was_imported = logging.getLogger("mlflow"), "mlflow" in sys.modules
+    level = logger.level if was_imported else logging.INFO
+    with lend_environment({**QUIET, **wanted}):
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def prepare_mlflow() -> tuple[type[Exception], ...]:
-    """Import MLflow, quietly; what its stores and clients raise when the other side is to blame."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    """Import MLflow; what its stores and clients raise when the other side is to blame."""
     # Not `catch_warnings`: it would put back the filters of whatever the main thread does meanwhile.
     warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
     import requests
@@ -42,13 +59,13 @@ def prepare_mlflow() -> tuple[type[Exception], ...]:
     return MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, CommandError, OSError, *damaged
 
 
-def open_client(uri: str) -> Any:
-    """A client of the store; the embedded one is made if need be."""
+def open_client(uri: str, login: Login | None = None) -> Any:
+    """A client of the store; the embedded one is made if need be. A database takes its login in its address."""
     from mlflow import MlflowClient
 
     if uri.startswith("sqlite:///"):
         create_store(database_path(uri))
-    return MlflowClient(tracking_uri=uri)
+    return MlflowClient(tracking_uri=uri if login is None or is_web(uri) else join_login(uri, login))
 
 
 def database_path(uri: str) -> Path:

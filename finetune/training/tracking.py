@@ -5,22 +5,28 @@ So a dead server or a killed process loses nothing: whoever follows next goes on
 MLflow costs seconds to import and any request may hang, so both happen in a thread of their own; training
 only ever sets an event.
 
-A metric bears the time at which its row was seen in the file. The times of a chunk are saved before it is
-sent: sent again after a lost answer it is the same to the last bit, and MLflow's database drops it.
+MLflow takes no row back, so it gets each row once. A row is sent when the state of training that it belongs to is on
+disk: no resume will write it again. Its step runs on over the stages, so no two rows of a metric are alike. It bears
+the time at which it was seen in the file, and the times of a chunk are saved before it is sent: sent again after a lost
+answer it is the same to the last bit, and MLflow's database drops it. Where training itself took rows back (it diverged
+and began anew), a new MLflow run gets what the folder now holds.
 """
 
 import json
+import math
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from finetune.recipe.addresses import HOW_TO_LOG_IN, Login, hide_logins, login_from_environment, split_login
 from finetune.training.ledger import (
     CurveReader,
     CurveRow,
@@ -32,13 +38,13 @@ from finetune.training.ledger import (
     file_digest,
     final_values,
     flatten_plan,
-    without_password,
 )
 from finetune.training.mlflow_store import (
     artifact_root,
     experiment_id,
     has_run,
     lock_store,
+    mlflow_environment,
     open_client,
     prepare_mlflow,
 )
@@ -80,7 +86,8 @@ class Tracker:
     """Sends one run folder to MLflow while it is being written. Only `close` ever waits.
 
     With the uri `off` every method does nothing. `warn` is called at most once, from the sender's thread.
-    A folder that was sent to the same uri before continues its MLflow run.
+    A folder that was sent to the same uri before continues its MLflow run. A login, given apart or in the uri, is
+    kept in memory; without one it is that of the environment.
     """
 
     def __init__(
@@ -92,14 +99,18 @@ class Tracker:
         run_name: str,
         tags: Mapping[str, str],
         warn: Callable[[str], None],
+        login: Login | None = None,
     ) -> None:
+        uri, own = split_login(uri)
+        self._login = login or own or login_from_environment(uri)
         self._folder, self._file, self._warn = run_folder, run_folder / "tracking.json", warn
+        self._environment, self._whole_bytes = ExitStack(), math.inf
         self._state = SentState(uri=uri, experiment=experiment, run_name=run_name, tags=dict(tags))
         self._curves, self._waiting = CurveReader(run_folder), list[CurveRow]()
         self._client: Any = None
         self._reason: str | None = None
         self._wake, self._closing, self._mutex = threading.Event(), threading.Event(), threading.RLock()
-        self._thread = threading.Thread(target=self._follow, name="finetune-tracking", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="finetune-tracking", daemon=True)
 
     def start(self) -> None:
         """Begin to follow; call it after `resume` has cut the curves, and before the first row is written."""
@@ -109,14 +120,17 @@ class Tracker:
         if earlier and (earlier.uri, earlier.experiment) == (fresh.uri, fresh.experiment):
             self._state = earlier
             earlier.status, earlier.ended_ms, earlier.finished = None, None, False
+        self._environment.enter_context(mlflow_environment(fresh.uri, self._login))
+        self.notify()
         self._look()
         with suppress(OSError):  # a full disk is the sender's to report: it saves before it sends
             self._save()
-        self._wake.set()
         self._thread.start()
 
     def notify(self) -> None:
-        """Say that the folder has something new. Never blocks."""
+        """Say that what the folder holds now is there to stay: no resume takes it back. Never blocks."""
+        curves = self._folder / "curves.csv"
+        self._whole_bytes = curves.stat().st_size if curves.exists() else 0
         self._wake.set()
 
     def close(self, status: str, deadline_seconds: float = 10.0) -> Unsent:
@@ -126,6 +140,8 @@ class Tracker:
         """
         if not self._thread.ident:
             return Unsent()
+        if status == "FINISHED":
+            self.notify()
         self._end(status)
         self._closing.set()
         self._wake.set()
@@ -144,21 +160,45 @@ class Tracker:
 
     def _look(self) -> None:
         """Read new rows, and with them the time."""
-        rows = list(self._curves.new_rows())
-        was_rewritten = bool(rows and self._waiting) and rows[0].number <= self._waiting[-1].number
+        seen = self._curves.count
+        rows = list(self._curves.new_rows(self._whole_bytes))
+        was_rewritten = self._curves.count < seen or bool(rows and rows[0].number < seen)
         self._waiting = rows if was_rewritten else self._waiting + rows
-        if self._curves.count < self._state.sent_rows:  # `resume` has cut the file: the rows that follow are new
-            self._state.sent_rows, self._state.chunk_times_ms = self._curves.count, []
+        if (was_rewritten or not seen) and self._were_taken_back(rows):
+            self._begin_anew()
+
+    def _were_taken_back(self, rows: list[CurveRow]) -> bool:
+        """Whether `rows`, the first ones of the file, are others than those that MLflow has or may have."""
+        told = [row.chain for row in rows if row.number < self._state.told_rows]
+        return self._curves.count < max(self._state.sent_rows, self._state.told_rows) or (
+            bool(self._state.told_chain) and told[-1:] != [self._state.told_chain]
+        )
+
+    def _begin_anew(self) -> None:
+        """Send the folder whole, to a new MLflow run."""
+        with self._mutex:
+            old = self._state
+            self._state = SentState(uri=old.uri, experiment=old.experiment, run_name=old.run_name, tags=old.tags)
+            self._state.replaced = [*old.replaced, *filter(None, [old.mlflow_run_id])]
+            self._state.status, self._state.ended_ms = old.status, old.ended_ms
+            with suppress(OSError):  # the sender saves before it sends
+                self._save()
+        self._client, self._curves = None, CurveReader(self._folder)
+        self._waiting = list(self._curves.new_rows(self._whole_bytes))
 
     def _unsent(self, otherwise: str) -> Unsent:
         """Counted afresh from the folder, so that it holds even while the sender hangs."""
-        state, rows = self._state, count_rows(self._folder)
+        state, rows = self._state, count_rows(self._folder, self._whole_bytes)
         files = tuple(
             name for name, digest in artifact_digests(self._folder) if state.artifacts_sent.get(name) != digest
         )
         if rows <= state.sent_rows and not files and (state.finished or not state.status):
             return Unsent()
         return Unsent(rows=max(0, rows - state.sent_rows), files=files, reason=self._reason or otherwise)
+
+    def _run(self) -> None:
+        with self._environment:  # given back when the last request is over, however long it hangs
+            self._follow()
 
     def _follow(self) -> None:
         failures, retry_at, has_warned = 0, 0.0, False
@@ -180,8 +220,10 @@ class Tracker:
                 return
 
     def _complaint(self) -> str:
+        is_refused = re.search(r"\b(401|403)\b|nauthorized|not authenticated", self._reason or "")
+        log_in = f"To log in, {HOW_TO_LOG_IN}. " if is_refused else ""
         return (
-            f"MLflow at {without_password(self._state.uri)} does not take this run ({self._reason}). Nothing is lost: "
+            f"MLflow at {self._state.uri} does not take this run ({self._reason}). {log_in}Nothing is lost: "
             f"all is in {self._folder}, and `finetune report {self._folder}` sends later what could not be sent."
         )
 
@@ -200,7 +242,7 @@ class Tracker:
             self._reason = None
         except errors as fault:
             self._client = None  # the next pass connects anew, and asks whether the run is still there
-            self._reason = cut_text(" ".join(without_password(str(fault)).split()), 300) or type(fault).__name__
+            self._reason = cut_text(" ".join(hide_logins(str(fault)).split()), 300) or type(fault).__name__
 
     def _refresh(self) -> None:
         """Take over what another process has sent since our last pass."""
@@ -211,11 +253,11 @@ class Tracker:
                 self._state = latest
 
     def _send(self, *, is_last: bool, reopens: bool) -> None:
-        state = self._state
         if self._client is None:
-            self._client = self._connect(state)
+            self._client = self._connect()
             if reopens and not is_last:
-                self._client.update_run(state.mlflow_run_id, status="RUNNING")
+                self._client.update_run(self._state.mlflow_run_id, status="RUNNING")
+        state = self._state
         self._send_rows(state)
         self._send_params(state)
         if is_last:
@@ -226,13 +268,11 @@ class Tracker:
                 state.finished = True
             self._save()
 
-    def _connect(self, state: SentState) -> Any:
-        client = open_client(state.uri)
-        if state.mlflow_run_id and not has_run(client, state.mlflow_run_id):  # somebody made the store anew
-            state.mlflow_run_id, state.sent_rows, state.chunk_times_ms = None, 0, []
-            state.sent_params, state.sent_scores, state.artifacts_sent, state.finished = False, False, {}, False
-            self._curves, self._waiting = CurveReader(self._folder), []
-            self._look()
+    def _connect(self) -> Any:
+        client = open_client(self._state.uri, self._login)
+        if self._state.mlflow_run_id and not has_run(client, self._state.mlflow_run_id):
+            self._begin_anew()  # somebody made the store anew
+        state = self._state
         if not state.mlflow_run_id:
             experiment, query = experiment_id(client, state), f"tags.`finetune.run_key` = '{state.key}'"
             found = client.search_runs([experiment], filter_string=query, max_results=1)
@@ -242,6 +282,10 @@ class Tracker:
                 raise ValueError("the server answers, but not as MLflow does: it made a run without an id")
             state.mlflow_run_id = run.info.run_id
             self._save()
+        for old in filter(lambda run_id: has_run(client, run_id), state.replaced):
+            client.set_tag(old, "finetune.replaced_by", state.mlflow_run_id)
+            client.set_terminated(old, status="KILLED")
+        state.replaced = []
         return client
 
     def _send_rows(self, state: SentState) -> None:
@@ -249,18 +293,24 @@ class Tracker:
             chunk = waiting[:CHUNK_ROWS]
             remembered = state.chunk_times_ms[: len(chunk)]
             state.chunk_times_ms = remembered + [row.time_ms for row in chunk[len(remembered) :]]
+            state.told_rows, state.told_chain = chunk[-1].number + 1, chunk[-1].chain
             self._save()
-            self._log([(row.name, row.value, row.step) for row in chunk], state.chunk_times_ms)
+            stages = {row.stage: row.step for row in reversed(chunk) if row.stage not in state.sent_stages}
+            self._log([(row.name, row.value, row.step) for row in chunk], state.chunk_times_ms, stages)
             state.sent_rows, state.chunk_times_ms = chunk[-1].number + 1, []
+            state.sent_stages = [*state.sent_stages, *reversed(stages)]
             self._save()
             self._waiting = waiting[len(chunk) :]
         state.sent_rows = max(state.sent_rows, self._curves.count)
 
-    def _log(self, metrics: list[tuple[str, float, int]], times_ms: list[int]) -> None:
-        from mlflow.entities import Metric
+    def _log(
+        self, metrics: list[tuple[str, float, int]], times_ms: list[int], stages: Mapping[str, int] | None = None
+    ) -> None:
+        from mlflow.entities import Metric, RunTag
 
         batch = [Metric(*metric[:2], time_ms, metric[2]) for metric, time_ms in zip(metrics, times_ms, strict=True)]
-        self._client.log_batch(self._state.mlflow_run_id, metrics=batch)
+        tags = [RunTag(f"stage/{name}", f"from step {step}") for name, step in (stages or {}).items()]
+        self._client.log_batch(self._state.mlflow_run_id, metrics=batch, tags=tags)
 
     def _send_params(self, state: SentState) -> None:
         from mlflow.entities import Param
@@ -318,7 +368,8 @@ def send_remaining(run_folder: Path, warn: Callable[[str], None]) -> Unsent:
     if not state.status and (run_folder / "scores.json").exists():
         tracker._end("FINISHED")
     if tracker._unsent("not tried yet"):
-        tracker._attempt(is_last=True, reopens=False)
+        with mlflow_environment(state.uri, tracker._login):
+            tracker._attempt(is_last=True, reopens=False)
         if tracker._reason:
             warn(tracker._complaint())
     return tracker._unsent("stopped early")

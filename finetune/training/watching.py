@@ -36,13 +36,18 @@ class Curves:
     """Measured values of a run in long form, one row each, appended as they come."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._first_steps = path, dict[str, int]()
         if not path.exists():
             write_whole(path, lambda temporary: temporary.write_text(",".join(COLUMNS) + "\n"))
 
     def append(self, stage: str, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        """Add one row per value. Epochs count from 0 within a stage (-1 is its start), and so do steps."""
-        rows = [f"{stage},{epoch},{step},{name},{value!r}\n" for name, value in values.items()]
+        """Add one row per value. Epochs count from 0 within a stage (-1 is its start), and so does `step`.
+
+        Written is the step since the run began: a stage begins one after the last step of the stage before it, so that
+        no value of a name shares its step with another.
+        """
+        running = self._first_step(stage) + step
+        rows = [f"{stage},{epoch},{running},{name},{value!r}\n" for name, value in values.items()]
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write("".join(rows))
 
@@ -50,6 +55,13 @@ class Curves:
         """Every whole row, oldest first."""
         with self.path.open(encoding="utf-8", newline="") as handle:
             return [row for row in csv.DictReader(handle) if row["value"]]
+
+    def _first_step(self, stage: str) -> int:
+        if stage not in self._first_steps:
+            steps = [(row["stage"], int(row["step"])) for row in self.rows()]
+            own, others = ([step for name, step in steps if (name == stage) is is_own] for is_own in (True, False))
+            self._first_steps[stage] = min(own) if own else max(others, default=-1) + 1
+        return self._first_steps[stage]
 
     def forget_after(self, stage: str, epoch: int) -> None:
         """Drop what an interrupted run wrote of `stage` after `epoch`."""
