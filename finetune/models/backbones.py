@@ -36,6 +36,7 @@ class Backbone(nn.Module):
 
     def __init__(self, model: nn.Module, card: Card, *, build: Build, has_source: bool) -> None:
         super().__init__()
+        _refuse_channels(card)
         card = replace(card, params_m=card.params_m or round(num_parameters(model) / 1e6, 3))
         classifier = _take_classifier(model, card)
         self.card = card
@@ -105,6 +106,15 @@ class Backbone(nn.Module):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _refuse_channels(card: Card) -> None:
+    channels = card.arch_kwargs.get("in_chans", card.input_size[0])
+    if channels != 3 or card.input_size[0] != 3:
+        raise BackboneError(
+            f"backbone {card.name} takes images of {channels} channels, and images come as red, green and blue here. "
+            "Choose one of 3 channels; it takes grey images too, as three equal channels."
+        )
 
 
 def load_backbone(name: str, *, zoo: Mapping[str, Card], pretrained: bool = True) -> Backbone:
