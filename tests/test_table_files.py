@@ -201,7 +201,7 @@ def test_where_no_image_is_found_the_paths_that_were_tried_are_told(here):
 
 def test_repeated_rows_are_said_and_two_labels_of_one_image_refused(here):
     source = open_source(write(here, lines(["image", "label"], [*PLAIN, ("cat_0", "cat")])))
-    assert "1 rows name, with the same label, an image that another row names: pics/cat_0.jpg." in told(source)
+    assert "1 rows name, with the same label, an image of another row: pics/cat_0.jpg." in told(source)
     with pytest.raises(DataError, match=r"1 images are listed with several labels: pics/cat_0.jpg\..*multi-label"):
         open_source(write(here, lines(["image", "label"], [*PLAIN, ("cat_0", "dog")])))
 

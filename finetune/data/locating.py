@@ -17,6 +17,8 @@ from finetune.errors import DataError, names_beside, nearest
 
 _MOST_FOLDERS = 64
 """Folders beside a table that are looked into."""
+_MOST_RULES = 512
+"""Ways of one kind beyond which only those are looked at closely that find one of ten rows."""
 _ENOUGH = 0.5
 """Share of the sample that settles how cells are read."""
 
@@ -51,6 +53,14 @@ class Rule:
             return None
         inside = [label.strip("/")] if self.is_by_label else []
         return self.base.joinpath(*inside, *parts[self.dropped : -1], parts[-1] + self.suffix)
+
+    def found(self, text: str, label: str) -> Path | None:
+        """The file, where it is there."""
+        file = self.file(text, label)
+        try:
+            return file if file is not None and file.is_file() else None
+        except OSError:  # a caption is too long for a name
+            return None
 
 
 def path_parts(text: str) -> tuple[str, list[str]]:
@@ -96,7 +106,7 @@ def rules_note(table: Path, rules: Sequence[Rule], sample: Sequence[Cell]) -> st
         return None
     shown = []
     for rule in rules:
-        text, file = next((cell.text, f) for cell in sample if (f := rule.file(cell.text, cell.label)) and f.is_file())
+        text, file = next((cell.text, f) for cell in sample if (f := rule.found(cell.text, cell.label)))
         shown.append(f"{text!r} as {file}")
     return f"{table}: images were found by reading {few(shown)}."
 
@@ -145,9 +155,11 @@ def _rules(bases: Sequence[tuple[Path, bool]], sample: Sequence[Cell], dropped: 
 def _best(table: Path, rules: Sequence[Rule], cells: Sequence[Cell]) -> Iterator[tuple[Rule, list[Cell]]]:
     """Rules that find cells, the one that finds most first, each with those that no rule before it found."""
     hits: dict[Rule, dict[Cell, Path]] = {}
+    few_cells = cells[:: max(1, len(cells) // 10)]
     for rule in rules:
-        files = ((cell, rule.file(cell.text, cell.label)) for cell in cells)
-        if held := {cell: file for cell, file in files if file is not None and file.is_file()}:
+        if len(rules) > _MOST_RULES and not any(rule.found(cell.text, cell.label) for cell in few_cells):
+            continue
+        if held := {cell: file for cell in cells if (file := rule.found(cell.text, cell.label))}:
             hits[rule] = held
     for cell in cells:
         twice = {file.resolve(): file for held in hits.values() if (file := held.get(cell))}

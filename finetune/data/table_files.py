@@ -252,7 +252,7 @@ _HARMFUL = {
 
 
 def _file(rules: Sequence[Rule], text: str, label: str) -> Path | None:
-    return next((file for rule in rules if (file := rule.file(text, label)) is not None and file.is_file()), None)
+    return next((file for rule in rules if (file := rule.found(text, label))), None)
 
 
 def _left_notes(table: Path, left: _Left) -> Iterator[str]:
@@ -273,17 +273,16 @@ def _repeated(items: Items, where: str) -> list[str]:
     Raises:
         DataError: if one has several labels.
     """
-    twice: list[str] = []
-    torn: list[str] = []
+    twice: Counter[str] = Counter()
+    torn: Counter[str] = Counter()
     for place in range(1, len(items)):
-        if items.name(place) == items.name(place - 1):
-            before, own = items[place - 1], items[place]
-            (twice if before.label == own.label else torn).append(own.name)
+        if (name := items.name(place)) == items.name(place - 1):
+            (twice if items.labels[place] == items.labels[place - 1] else torn)[name] += 1
     if torn:
         raise DataError(
-            f"{where}: {len(torn)} images are listed with several labels: {few(torn)}. Keep one label for "
+            f"{where}: {len(torn)} images are listed with several labels: {few([*torn])}. Keep one label for "
             f"each. {NO_MULTI_LABEL}."
         )
     if twice:
-        return [f"{where}: {len(twice)} rows name, with the same label, an image that another row names: {few(twice)}."]
+        return [f"{where}: {twice.total()} rows name, with the same label, an image of another row: {few([*twice])}."]
     return []
