@@ -254,7 +254,7 @@ def test_no_sizes_and_a_broken_file_are_refused():
         (b"", "empty file"),
         (b"<html>404</html>", "not an image"),
         (b"\0" * 500, "not an image"),
-        (packed(Image.fromarray(NOISE), "PNG")[:40], "not an image"),
+        (packed(Image.fromarray(NOISE), "PNG")[:40], "damaged .PNG by its first bytes"),
         (packed(Image.fromarray(NOISE), "BMP")[:-5000], "truncated"),
         (packed(Image.fromarray(NOISE), "WEBP")[:-2000], "damaged|truncated"),
     ],

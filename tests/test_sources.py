@@ -80,8 +80,8 @@ def test_what_is_no_image_by_name_is_left_and_counted(tmp_path):
     draw(root / "loose.png")
     source = open_source(root)
     assert len(source.items) == 4
-    assert source.warnings[0].startswith("4 files in class folders are no images by their names")
-    assert "1 x .db, 1 x .txt, 1 x hidden, 1 x without suffix" in source.warnings[0]
+    assert source.warnings[0].startswith("3 files in class folders are no images by their names")
+    assert "1 x .txt, 1 x hidden, 1 x without suffix" in source.warnings[0]
     assert "1 images lie outside any class folder" in source.warnings[1] and "loose.png" in source.warnings[1]
 
 

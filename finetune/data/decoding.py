@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from finetune.data.formats import readable_formats, why_unreadable
 from finetune.data.value_range import DEEP_MODES, FULL_RANGE, Levels, is_wide, levels_of, to_eight_bits, wide_values
 from finetune.recipe.cards import View
 
@@ -28,8 +29,6 @@ MAX_PIXELS = 178_956_970
 DRAFT_GAP = 2
 """A JPEG is decoded at reduced size only where that stays this many times the answer (PIL's thumbnail default).
 On photographs the result then differs from a full decode by less than 0.5 grey levels; with 1, by about 1.6."""
-
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP")
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -132,7 +131,7 @@ def decode(
     JPEG is decoded at half, quarter or eighth size where that stays at least twice as large as the answer.
 
     Args:
-        data: the whole file, in one of `FORMATS`.
+        data: the whole file, in one of `formats.SUFFIXES`.
         shorter_pixels: as in `Scaling`; so are the others.
         interpolation: see there.
         value_range: see there.
@@ -204,11 +203,11 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise BadImage("empty file")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=readable_formats(data))
     except Image.DecompressionBombError as fault:
         raise BadImage("too many pixels") from fault
     except UnidentifiedImageError as fault:
-        raise BadImage("not an image") from fault
+        raise BadImage(why_unreadable(data)) from fault
     except _DAMAGE as fault:
         raise BadImage(f"damaged header ({_short(fault)})") from fault
     if image.width * image.height > MAX_PIXELS:

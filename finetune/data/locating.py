@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune.data.formats import IMAGE_SUFFIXES
 from finetune.data.split_names import ORNAMENTS, few, name_parts, role_of
-from finetune.data.walking import IMAGE_SUFFIXES, listed
+from finetune.data.walking import listed
 from finetune.errors import DataError, names_beside, nearest
 
 _MOST_FOLDERS = 64

@@ -12,14 +12,16 @@ from pathlib import Path
 from finetune.data.choosing_tables import choose_tables, split_tables
 from finetune.data.columns import Columns
 from finetune.data.delimited import TABLE_DELIMITERS
-from finetune.data.folders import class_folders, folder_images
+from finetune.data.folders import folder_images
+from finetune.data.formats import IMAGE_SUFFIXES
 from finetune.data.items import Item, Items, Listing
 from finetune.data.labels import spelling_warnings
+from finetune.data.layouts import classes_in, find_layout, given_folder, lone_folders
 from finetune.data.parquet_files import find_shards, parquet_images
 from finetune.data.shards import read_row
 from finetune.data.split_names import Splits, few
 from finetune.data.table_files import table_images
-from finetune.data.walking import IMAGE_SUFFIXES, listed
+from finetune.data.walking import listed
 from finetune.errors import DataError, names_beside, nearest
 
 
@@ -80,16 +82,19 @@ def _open(root: Path, splits: Splits | None, columns: Columns | None) -> Listing
         raise DataError(
             f"data.root: {root} is a file but no table (.csv, .tsv, .jsonl) or parquet shard. Give a folder."
         )
-    if shards := find_shards(root):
+    top = lone_folders(root)[-1]
+    if shards := find_shards(top):
         return parquet_images(root, shards, splits, columns)
-    tables = [f for f in listed(root) if f.is_file() and f.suffix.lower() in TABLE_DELIMITERS]
-    folders = class_folders(root, splits)
-    if not tables and not folders:
-        tables = split_tables(root, splits)
-    if len(folders) >= 2 or not tables:
-        ignored = [f"{t.name} lies beside class folders and was not read; to use it, give {t}." for t in tables]
-        return folder_images(root, folders, ignored)
-    chosen, notes = choose_tables(root, tables, splits, columns)
+    tables = [f for f in listed(top) if f.is_file() and f.suffix.lower() in TABLE_DELIMITERS]
+    tables = tables or split_tables(top, splits)
+    named = [given_folder(root, top, name) for names in (splits or {}).values() for name in names]
+    if not named or not tables or any(one is not None and classes_in(one, root) for one in named):
+        layout = find_layout(root, splits)
+        if len(layout.folders) >= 2 or not tables:
+            unread = "lies beside class folders and was not read; to use it, give"
+            layout.notes += [f"{table.name} {unread} {table}." for table in tables]
+            return folder_images(root, layout)
+    chosen, notes = choose_tables(top, tables, splits, columns)
     return table_images(chosen, splits, columns, notes)
 
 

@@ -27,6 +27,8 @@ ORNAMENTS = frozenset(
     ["set", "sets", "split", "data", "dataset", "folder", "dir", "file", "files", "image", "images", "img", "imgs"]
 ) | frozenset(["pic", "pics", "picture", "pictures", "photo", "photos", "sample", "samples"])
 """Words that leave the meaning of a split's name as it is: `test_images`, `Train Data`, `valset`."""
+NO_CLASS = frozenset(["unknown", "unlabeled", "unlabelled", "all", "default", "class", "classes"])
+"""Names of a lone folder that is there only because some tool wants one."""
 _PART = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\d_a-zA-Z]+")
 
 
@@ -46,6 +48,13 @@ def role_of(word: str, splits: Splits | None = None) -> str | None:
         )
     meant = [role for part in name_parts(word) if (role := _meaning(part)) != ""]
     return meant[0] if len(meant) == 1 else None
+
+
+def is_generic(name: str, parent: str = "") -> bool:
+    """Whether a folder's name says nothing of a class: it repeats its parent's, or is `images`, `unknown`, `test`."""
+    parts = name_parts(name)
+    plain = all(part in ORNAMENTS or part in NO_CLASS for part in parts)
+    return bool(parts) and (plain or parts == name_parts(parent) or role_of(name) is not None)
 
 
 def name_parts(word: str) -> list[str]:

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from finetune.data.items import ROLES
+from finetune.data.items import ROLES, Items
 from finetune.errors import DataError
 
 UNUSED = "unused"
@@ -85,6 +85,41 @@ def cut_split(
         for i in _surplus(roles, labels, digests, ranks, max_train_per_class):
             roles[i] = UNUSED
     return _split(roles, labels, digests, given, classes=classes, wanted=wanted)
+
+
+def refuse_lost(items: Items, classes: Sequence[str], bad: Mapping[int, str]) -> None:
+    """Nothing, if without the bad ones every class has an image to train on, and every role that was given one.
+
+    Args:
+        items: all of a source.
+        classes: their names.
+        bad: why an item cannot be read, by its place.
+
+    Raises:
+        DataError: naming the classes and roles that were lost, and why.
+    """
+    if not bad:
+        return
+    labels, given = items.labels.tolist(), [items.role(index) for index in range(len(items))]
+    good = [index for index in range(len(items)) if index not in bad]
+    learned = {labels[index] for index in good if given[index] in (None, "train")}
+    served = {given[index] for index in good}
+    lost = defaultdict[str, Counter[str]](Counter)
+    for index, why in sorted(bad.items()):
+        if labels[index] not in learned:
+            lost[f"class {classes[labels[index]]}"][why] += 1
+        elif given[index] not in served:
+            lost[f"the {given[index]} images"][why] += 1
+    if lost:
+        told = [
+            f"{name} ({', '.join(f'{count} x {why}' for why, count in reasons.most_common(3))})"
+            for name, reasons in lost.items()
+        ]
+        more = f" and {len(told) - 5} more" if len(told) > 5 else ""
+        raise DataError(
+            f"no image that can be read is left of {'; '.join(told[:5])}{more}. Mend these files, save them as JPEG "
+            "or PNG, or take the folder away."
+        )
 
 
 def draw_sample(

@@ -20,12 +20,12 @@ from finetune.data.columns import (
     taken_note,
 )
 from finetune.data.delimited import Rows, read_rows
+from finetune.data.formats import IMAGE_SUFFIXES
 from finetune.data.items import Found, Items, Listing
 from finetune.data.labels import NO_LABEL, NO_MULTI_LABEL, check_labels
 from finetune.data.locating import Cell, Rule, find_rules, rules_note
 from finetune.data.split_columns import LEFT_OUT, MOST_WORDS, SplitRule, find_split
 from finetune.data.split_names import Splits, few, item_name, normal_text
-from finetune.data.walking import IMAGE_SUFFIXES
 from finetune.errors import DataError
 
 _SAMPLE = 100

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from finetune.data.decoding import BadImage
+from finetune.data.formats import IMAGE_SUFFIXES
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore
 from finetune.data.tables import write_parquet
-from finetune.data.walking import IMAGE_SUFFIXES
+from finetune.data.walking import Left, image_files, is_hidden
 from finetune.errors import DataError, RecipeError, RunError
 from finetune.evaluation.prediction import load_final, temper
 from finetune.evaluation.viewing import AnyViewer, open_viewer
@@ -188,7 +189,12 @@ def _expand(name: str | Path) -> Iterator[Path]:
     if glob.has_magic(text) and not path.exists():
         # Unlike pathlib's, glob leaves out hidden files, as a shell does.
         matches = sorted(Path(match) for match in glob.iglob(text, recursive=True))  # noqa: PTH207
-        files = [file for file in matches if not file.is_dir()]  # `**` matches folders too
+        fixed = set(Path(text).parts)  # who writes a hidden name means it
+        files = [  # `**` matches folders too
+            file
+            for file in matches
+            if not file.is_dir() and not any(is_hidden(part) for part in file.parts if part not in fixed)
+        ]
         yield from files or [path]
     else:
         yield from (_images_below(path) or [path]) if path.is_dir() else [path]
@@ -214,7 +220,7 @@ def find_images(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    return sorted(image_files(folder, Left()))
 
 
 def write_predictions(predictions: Iterable[Prediction], format: str, handle: TextIO) -> int:

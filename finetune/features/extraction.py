@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from finetune.data.decoding import KINDS, BadImage, ImageFacts, center_crop, decode_sizes, facts_row, scaling
+from finetune.data.formats import Contents
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import read_bytes
@@ -75,14 +76,17 @@ class Extraction:
     misses: int = 0
 
 
-def digest_images(items: Sequence[Item]) -> list[str | BadImage]:
-    """Digest of the bytes of every item, or the fault that reading it met."""
+def digest_images(items: Sequence[Item], contents: Contents | None = None) -> list[str | BadImage]:
+    """Digest of the bytes of every item, or the fault that reading it met; `contents` is told of the bytes, too."""
 
     def digest(item: Item) -> str | BadImage:
         try:
-            return hashlib.blake2b(read_bytes(item), digest_size=16).hexdigest()
+            data = read_bytes(item)
         except OSError as fault:
             return BadImage(fault.strerror or str(fault))
+        if contents is not None:
+            contents.note(item, data)
+        return hashlib.blake2b(data, digest_size=16).hexdigest()
 
     def digest_some(first: int) -> list[str | BadImage]:
         return [digest(item) for item in items[first : first + _AT_ONCE]]

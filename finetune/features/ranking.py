@@ -17,7 +17,7 @@ from finetune.data.decoding import BadImage, center_crop
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.normalization import measure_constants
 from finetune.data.sources import open_source
-from finetune.data.splits import draw_sample
+from finetune.data.splits import draw_sample, refuse_lost
 from finetune.data.training_range import RangeMeter
 from finetune.data.value_range import FULL_RANGE
 from finetune.errors import BackboneError, DataError, RecipeError
@@ -153,6 +153,7 @@ class _Images:
             raise DataError(f"{len(self.bad)} images cannot be read: {named}. Mend them, or set data.on_bad_image.")
         self.found_bad = False
         kept = [index for index in range(len(items)) if index not in self.bad]
+        refuse_lost(items, self.source.classes, self.bad)
         split = divide(self.recipe, self.source, self.digests, kept)
         lost = f"{len(self.bad)} images cannot be read and were left out."
         self.warnings = (*split.warnings, *([lost] if self.bad else []))

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from finetune.data.items import Item
 from finetune.data.sources import open_source
 from finetune.data.splits import draw_sample
-from finetune.data.walking import IMAGE_SUFFIXES
+from finetune.data.walking import is_image, listed
 from finetune.errors import BackboneError, DataError
 from finetune.features.cache import FeatureCache
 from finetune.features.extraction import digest_images, extract
@@ -126,8 +126,8 @@ def measure_statistics(
 def _list_images(root: Path) -> tuple[tuple[Item, ...], tuple[str, ...]]:
     """Images and classes; no classes where a folder holds images directly, and nothing else."""
     if root.is_dir():
-        inside = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
-        files = [path for path in inside if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
+        inside = listed(root)
+        files = [path for path in inside if is_image(path)]
         if files and not any(path.is_dir() for path in inside):
             return tuple(Item(name=path.name, label=0, role=None, file=path) for path in files), ()
     source = open_source(root)

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from finetune.data.decoding import BadImage
+from finetune.data.formats import Contents
 from finetune.data.items import ROLES, Items
 from finetune.data.loading import Batches, ImageStore
 from finetune.data.normalization import measure_constants
 from finetune.data.sources import Source, open_source
-from finetune.data.splits import Split, cut_split
+from finetune.data.splits import Split, cut_split, refuse_lost
 from finetune.data.training_range import RangeMeter
 from finetune.data.value_range import FULL_RANGE
 from finetune.errors import DataError, RecipeError
@@ -147,6 +148,7 @@ def look(
         num_images=len(source.items) - len(work.bad),
         warnings=(
             *source.warnings,
+            *work.format_warnings,
             *split.warnings,
             *_partly(findings, split),
             *overlap,
@@ -201,7 +203,9 @@ class _Survey:
         self.store = ImageStore(self.source.items, self.view, int(recipe.hardware.image_cache_gb * 1e9))
         wish = recipe.hardware.precision
         self.precision = fast_precision(self.machine) if wish == "auto" else wish
-        digests = digest_images(self.source.items)
+        contents = Contents()
+        digests = digest_images(self.source.items, contents)
+        self.format_warnings = contents.warnings(self.source.classes)
         self.digests = [answer if isinstance(answer, str) else "" for answer in digests]
         self.bad = {index: str(answer) for index, answer in enumerate(digests) if isinstance(answer, BadImage)}
         self._meter = RangeMeter(self.source.items, self.digests, self.view.frame, recipe.seed)
@@ -273,6 +277,7 @@ class _Survey:
         if not kept:
             why = next(iter(bad.values()))
             raise DataError(f"none of the {len(bad)} images in {self.source.root} can be read: {why}.")
+        refuse_lost(items, self.source.classes, bad)
         return kept
 
     def _freeze(self) -> FrozenBackbone:

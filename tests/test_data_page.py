@@ -1,0 +1,422 @@
+"""Every row of `docs/data.md` is a promise, and is held to it here.
+
+A row is `| what it looks like | what happens |`. Its case is the function below that `@case` names with the row's first
+cell, to the letter; it builds the layout below a folder and gives back what `open_source` needs beside that folder, or
+nothing (`patch` names something to be replaced meanwhile). The second cell says `Taken: N classes, splits A, B` (or
+`no splits`) or `Refused:`, and each text in double quotes must be said, in a warning or in the error. A row without a
+case fails, and so does a case without a row.
+"""
+
+import re
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.data import formats
+from finetune.data.decoding import BadImage, decode
+from finetune.data.formats import Contents
+from finetune.data.sources import open_source, read_bytes
+from finetune.data.splits import refuse_lost
+from finetune.errors import DataError
+
+PAGE = Path(__file__).parents[1] / "docs" / "data.md"
+ROW = re.compile(r"^\| (?!It looks like this)(.+?) \| ((?:Taken|Refused):.+) \|$", re.M)
+ROWS = dict(ROW.findall(PAGE.read_text(encoding="utf-8")))
+CASES: dict[str, Callable[[Path], Any]] = {}
+TWO = ("daisy", "roses")
+
+
+def case(row: str) -> Callable[[Callable[[Path], Any]], None]:
+    """Names the row of the page that a function builds."""
+
+    def keep(build: Callable[[Path], Any]) -> None:
+        assert row not in CASES, f"two cases for {row}"
+        CASES[row] = build
+
+    return keep
+
+
+def put(file: Path, **options: Any) -> Path:
+    """A tiny image that is like no other."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(zlib.crc32(str(file).encode())).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, **options)
+    return file
+
+
+def tree(root: Path, *folders: str, classes: tuple[str, ...] = TWO, n: int = 2, suffix: str = ".png") -> None:
+    """`n` images of every class in every one of `folders`."""
+    for folder in folders or (".",):
+        for name in classes:
+            for number in range(n):
+                put(root / folder / name / f"{number}{suffix}")
+
+
+def flat(folder: Path, *names: str) -> None:
+    for name in names:
+        put(folder / name)
+
+
+def write(file: Path, content: bytes | str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def look(root: Path, **options: Any) -> tuple[tuple[str, ...], set[str | None], str]:
+    """Classes, roles and all that is said, once every file has been listed and decoded."""
+    source, contents, bad = open_source(root, **options), Contents(), {}
+    for index, item in enumerate(source.items):
+        try:
+            contents.note(item, data := read_bytes(item))
+            decode(data, shorter_pixels=None, interpolation="bilinear")
+        except (BadImage, OSError) as fault:
+            bad[index] = str(fault)
+    refuse_lost(source.items, source.classes, bad)
+    roles = {source.items.role(index) for index in range(len(source.items))}
+    said = [*source.warnings, *contents.warnings(source.classes), *bad.values()]
+    return source.classes, roles, "\n".join(said)
+
+
+def test_the_page_and_the_cases_are_the_same():
+    assert len(ROWS) > 50
+    rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert len(rows) - PAGE.read_text(encoding="utf-8").count("| It looks like this |") == len(ROWS), "an odd row"
+    assert sorted(CASES) == sorted(ROWS)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_what_the_page_says_is_so(row, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (root := tmp_path / "data").mkdir()
+    promise, options = ROWS[row], CASES[row](root) or {}
+    if patch := options.pop("patch", None):
+        monkeypatch.setattr(*patch)
+    quoted = re.findall(r'"(.+?)"', promise)
+    if promise.startswith("Refused"):
+        assert quoted, "a refusal says something"
+        with pytest.raises(DataError) as fault:
+            look(root, **options)
+        said = str(fault.value)
+    else:
+        classes, roles, said = look(root, **options)
+        count, splits = re.match(r"Taken: (\d+) classes, (no splits|splits [a-z, ]+)", promise).groups()
+        assert len(classes) == int(count), classes
+        assert roles == ({None} if splits == "no splits" else set(splits.removeprefix("splits ").split(", ")))
+    for words in quoted:
+        assert words in said
+
+
+@case("`daisy/*.jpg`, `roses/*.jpg`")
+def _(root):
+    tree(root, suffix=".jpg")
+
+
+@case("folders inside the class folders: `daisy/2019/*.jpg`")
+def _(root):
+    tree(root, classes=("daisy/2019", "daisy", "roses/a/b"))
+
+
+@case("`train/`, `val/`, `test/` of class folders")
+def _(root):
+    tree(root, "train", "val", "test")
+
+
+@case("`Training/`, `Testing/`")
+def _(root):
+    tree(root, "Training", "Testing")
+
+
+@case("`training_set/`, `test_set/`")
+def _(root):
+    tree(root, "training_set", "test_set")
+
+
+@case("`train_images/`, `Val Data/`, `TEST/`")
+def _(root):
+    tree(root, "train_images", "Val Data", "TEST")
+
+
+@case("`train2017/`, `val2017/`")
+def _(root):
+    tree(root, "train2017", "val2017")
+
+
+@case("`train/`, `dev/`: the development set is for choosing")
+def _(root):
+    tree(root, "train", "dev")
+
+
+@case("`train/`, `eval/`: looked at once, nothing is chosen on it")
+def _(root):
+    tree(root, "train", "eval")
+
+
+@case("`seg_train/seg_train/`, `seg_test/seg_test/`, `seg_pred/`")
+def _(root):
+    tree(root, "seg_train/seg_train", "seg_test/seg_test")
+    flat(root / "seg_pred/seg_pred", "1.png")
+
+
+@case("`Lager A/`, `Lager B/`, both with the same class folders")
+def _(root):
+    tree(root, "Lager A", "Lager B")
+
+
+@case("the same, with `data.splits: {train: Lager A, test: Lager B}`")
+def _(root):
+    tree(root, "Lager A", "Lager B")
+    return {"splits": {"train": ("Lager A",), "test": ("lager b",)}}
+
+
+@case("the same, with `data.splits: {}`")
+def _(root):
+    tree(root, "Lager A", "Lager B")
+    return {"splits": {}}
+
+
+@case("`data.splits` with a name that is no folder")
+def _(root):
+    tree(root, "Training", "Testing")
+    return {"splits": {"train": ("Training",), "test": ("Testin",)}}
+
+
+@case("`data.splits` with nested names: `{train: images/train, test: images/held}`")
+def _(root):
+    tree(root, "images/train", "images/held")
+    flat(root / "labels", "1.png")
+    return {"splits": {"train": ("images/train",), "test": ("images/held",)}}
+
+
+@case("`Train/` and `training_set/`")
+def _(root):
+    tree(root, "Train", "training_set")
+
+
+@case("`test/`, `val/`, but no train")
+def _(root):
+    tree(root, "val", "test")
+
+
+@case("class folders beside `train/` and `test/`: `train/`, `test/`, `more/`")
+def _(root):
+    tree(root, "train", "test", "more")
+
+
+@case("a class called `test` beside others")
+def _(root):
+    tree(root, classes=("control", "test"))
+
+
+@case("classes called `train` and `test` and nothing else, with `data.splits: {}`")
+def _(root):
+    tree(root, classes=("train", "test"))
+    return {"splits": {}}
+
+
+@case("splits inside the classes: `daisy/train/`, `daisy/test/`")
+def _(root):
+    tree(root, *TWO, classes=("train", "test"))
+
+
+@case("a lone folder around it all: `archive/Training/`, `archive/Testing/`")
+def _(root):
+    tree(root / "archive", "Training", "Testing")
+
+
+@case("`Images/` of class folders beside `Annotations/` of XML files")
+def _(root):
+    tree(root / "Images")
+    for name in TWO:
+        write(root / "Annotations" / name / "1.xml", "<x/>")
+
+
+@case("a lone folder inside each split: `train/train/`, `test/images/`")
+def _(root):
+    tree(root, "train/train", "test/images")
+
+
+@case("`test/` of images without labels beside `train/`")
+def _(root):
+    tree(root, "train")
+    flat(root / "test", "1.png", "2.png", "3.png")
+
+
+@case("an empty `test/` beside `train/`")
+def _(root):
+    tree(root, "train")
+    (root / "test").mkdir()
+
+
+@case("a `test/` in which no image can be read")
+def _(root):
+    tree(root, "train")
+    for name in TWO:
+        write(root / "test" / name / "1.jpg", "broken")
+
+
+@case("a class in `test/` that `train/` has not")
+def _(root):
+    tree(root, "train")
+    tree(root, "test", classes=("daisy", "rosa"))
+
+
+@case("names of classes with blanks, digits and accents: `01 Großes/`, `猫/`")
+def _(root):
+    tree(root, classes=("01 Großes", "猫"))
+
+
+@case("images and no class folders: `train/cat.0.jpg`, `train/dog.0.jpg`")
+def _(root):
+    flat(root / "train" / "train", "cat.0.jpg", "cat.1.jpg", "dog.0.jpg", "dog.1.jpg")
+    flat(root / "test1", "1.jpg", "2.jpg")
+
+
+@case("`images/` and `masks/` with the same names")
+def _(root):
+    flat(root / "images", "1.jpg", "2.jpg")
+    flat(root / "masks", "1_mask.png", "2_mask.png")
+
+
+@case("one class folder only")
+def _(root):
+    tree(root, classes=("daisy",))
+
+
+@case("class folders and a stray `notes.csv`")
+def _(root):
+    tree(root)
+    write(root / "notes.csv", "a,b\n1,2\n")
+
+
+@case("`train_images/` and `test_images/` without class folders, `train.csv`")
+def _(root):
+    flat(root / "train_images", "1.png", "2.png")
+    flat(root / "test_images", "3.png")
+    write(root / "train.csv", "image,label\ntrain_images/1.png,daisy\ntrain_images/2.png,roses\n")
+
+
+@case("JPEG, PNG, BMP, GIF, TIFF, WebP, PPM, PGM, AVIF, JPEG 2000, suffixes in any case")
+def _(root):
+    for suffix in ("JPG", "jpeg", "jpe", "PNG", "bmp", "gif", "TIF", "tiff", "webp", "ppm", "pgm", "avif", "jp2"):
+        tree(root, n=1, suffix=f".{suffix}")
+    for name in TWO:
+        assert len(list((root / name).iterdir())) == 13
+
+
+@case("HEIC photos, with the plug-in: `pip install 'finetune[heic]'`")
+def _(root):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    tree(root, suffix=".heic")
+
+
+@case("a class of HEIC photos, without the plug-in")
+def _(root):
+    tree(root, classes=("daisy",))
+    write(root / "roses" / "IMG_1.HEIC", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    return {"patch": (formats, "_has_heif", lambda: False)}
+
+
+@case("WebP or AVIF under `.jpg`")
+def _(root):
+    tree(root, classes=("daisy",), suffix=".jpg")
+    for number in range(5):
+        put(root / "roses" / f"{number}.jpg", format="WEBP")
+
+
+@case("one class all AVIF, the other all PNG")
+def _(root):
+    tree(root, classes=("daisy",), n=5)
+    tree(root, classes=("roses",), n=5, suffix=".avif")
+
+
+@case("files of other kinds among the images")
+def _(root):
+    tree(root)
+    write(root / "daisy" / "x.txt", "x")
+    write(root / "roses" / "x.CR2", "x")
+
+
+@case("a class of raw camera files")
+def _(root):
+    tree(root, classes=("daisy", "tulips"))
+    for number in range(2):
+        write(root / "roses" / f"{number}.NEF", "raw")
+
+
+@case("a class of JPEG files without suffix")
+def _(root):
+    tree(root, classes=("daisy", "tulips"))
+    for number in range(2):
+        put(root / "roses" / str(number), format="JPEG")
+
+
+@case("an empty class folder")
+def _(root):
+    tree(root)
+    (root / "tulips").mkdir()
+
+
+@case("a class whose files are all broken")
+def _(root):
+    tree(root, classes=("daisy", "tulips"))
+    write(root / "roses" / "1.jpg", "broken")
+
+
+@case("a few broken files among good ones")
+def _(root):
+    tree(root)
+    write(root / "roses" / "broken.jpg", "broken")
+
+
+@case("a web page or a Git LFS pointer under `.jpg`")
+def _(root):
+    tree(root)
+    write(root / "roses" / "page.jpg", "<!DOCTYPE html><html>404</html>")
+    write(root / "roses" / "pointer.jpg", "version https://git-lfs.github.com/spec/v1\n")
+
+
+@case("`.ipynb_checkpoints/`, `__MACOSX/`, `@eaDir/`, `$RECYCLE.BIN/`, `Thumbs.db`, `._x.jpg`")
+def _(root):
+    tree(root)
+    for folder in (".ipynb_checkpoints", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information"):
+        flat(root / folder, "1.png")
+        flat(root / "daisy" / folder, "1.png")
+    for name in ("._x.jpg", "Thumbs.db", ".DS_Store", "desktop.ini"):
+        write(root / "daisy" / name, "x")
+    assert len(open_source(root).items) == 4 and not open_source(root).warnings
+
+
+@case("`runs/` of this tool in the data folder")
+def _(root):
+    tree(root)
+    write(root / "runs" / "one" / "recipe.yaml", "name: one\n")
+    flat(root / "runs" / "one", "figure.png")
+
+
+@case("linked files and linked class folders")
+def _(root):
+    real = root.parent / "real"
+    tree(real, classes=("one", "two"))
+    (root / "daisy").mkdir()
+    for file in (real / "one").iterdir():
+        (root / "daisy" / file.name).symlink_to(file)
+    (root / "roses").symlink_to(real / "two")
+    assert open_source(root).classes == TWO and len(open_source(root).items) == 4
+
+
+@case("a link that leads back into the data: `daisy/up` to `..`")
+def _(root):
+    tree(root)
+    (root / "daisy" / "up").symlink_to("..")
+    assert len(open_source(root).items) == 4
+
+
+@case("a link to nothing")
+def _(root):
+    tree(root)
+    (root / "roses" / "gone.jpg").symlink_to("/nowhere/gone.jpg")
