@@ -12,6 +12,7 @@ from PIL import Image
 
 from finetune.pipeline import say_on_stderr, summarize, train
 from finetune.recipe.reading import load_recipe
+from finetune.recipe.runs import runs_folder
 from finetune.recipe.shelf import cache_folder, default_backbone
 from finetune.reporting.terminal import percent
 
@@ -23,7 +24,7 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 def run_demo(runs: Path | None = None) -> dict[str, Any]:
     """Fine-tune on the digits, then the same budget from random weights; the first run with both scores."""
-    folder = draw_digits(cache_folder() / "demo" / "digits")
+    folder = _find_digits(runs or runs_folder())
     wish = [f"data.root={folder}", f"backbone={default_backbone()}", "name=digits"]
     run = train(load_recipe(None, wish), runs=runs)
     found = summarize(run)
@@ -57,6 +58,15 @@ def run_demo(runs: Path | None = None) -> dict[str, Any]:
     lines += ["", f"report     {found['report']}", f"MLflow UI  {_command()} ui{where}"]
     say_on_stderr("\n".join(lines))
     return found
+
+
+def _find_digits(runs: Path) -> Path:
+    """The images, in the cache, or beside the runs where the cache cannot be written to."""
+    try:
+        return draw_digits(cache_folder() / "demo" / "digits")
+    except OSError as fault:
+        say_on_stderr(f"{fault.filename}: {fault.strerror}; the digits are drawn in {runs / 'demo-digits'} instead.")
+        return draw_digits(runs / "demo-digits")
 
 
 def _command() -> str:

@@ -1,16 +1,19 @@
-"""What a process sets once before it computes, and why. Recorded in `environment.json`.
+"""The machine: what a process sets once before it computes, and what not every operating system has.
 
 On CPUs glibc hands freed activations back to the kernel and pays page faults to get them again, and
-arithmetic on denormal numbers is many times slower than on others; both are settings of the process.
+arithmetic on denormal numbers is many times slower than on others; both are settings of the process, recorded in
+`environment.json`. Whatever macOS or Windows lacks is asked for here alone.
 """
 
 import ctypes
+import errno
 import os
 import platform
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -29,6 +32,10 @@ _LENDING = threading.RLock()
 KEEP_BYTES = 1 << 30
 """Allocations below this stay with the process when freed."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LOCKED_BYTE = 2**30
+"""Of a file that Windows locks: far behind its end, for others may not read what is locked."""
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What network drives answer that know no locks."""
 _PACKAGES = (
     "finetune",
     "torch",
@@ -87,6 +94,50 @@ def _give_back(name: str) -> None:
         os.environ[name] = before
 
 
+def num_cores() -> int:
+    """Processors this process may use; those of the machine where the system does not tell (macOS, Windows)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def after_fork(renew: Callable[[], None]) -> None:
+    """Call `renew` in every child that is forked off this process; Windows forks none."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=renew)
+
+
+def try_lock(handle: int) -> bool:
+    """Whether an open file or folder is ours alone from now on, until it is closed or this process ends.
+
+    Where the system or the drive knows no locks the answer is yes.
+    """
+    try:
+        fcntl = import_module("fcntl")
+    except ImportError:
+        return _try_lock_byte(handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as fault:
+        if fault.errno not in _NO_LOCKS:
+            raise
+    return True
+
+
+def _try_lock_byte(handle: int) -> bool:
+    """The way of Windows."""
+    try:
+        msvcrt = import_module("msvcrt")
+    except ImportError:
+        return True
+    os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
+    try:
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+    except OSError:
+        return False
+    return True
+
+
 def describe_environment(device: str, precision: str) -> dict[str, Any]:
     """Versions and settings that a number of this run depends on."""
     import torch
@@ -94,7 +145,7 @@ def describe_environment(device: str, precision: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": num_cores(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "precision": precision,

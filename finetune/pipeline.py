@@ -9,9 +9,11 @@ Each arrow leaves its result in the run folder, and is skipped where the result 
 """
 
 import re
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.data.items import ROLES
 from finetune.data.sources import open_source, read_bytes
-from finetune.errors import DataError, FinetuneError, RecipeError, RunError
+from finetune.errors import DataError, FinetuneError, RecipeError, RunError, explain_os_error
 from finetune.evaluation.evaluation import evaluate_run
 from finetune.evaluation.teaching import find_teacher, load_teacher
 from finetune.evaluation.viewing import refuse_views
@@ -38,7 +40,7 @@ from finetune.recipe.plan import Plan
 from finetune.recipe.planning import make_plan
 from finetune.recipe.reading import recipe_text
 from finetune.recipe.resumption import name_view, read_wish, refuse_changes, refuse_other_beginning
-from finetune.recipe.runs import Clock, RunFolder, runs_folder, sweep, write_whole
+from finetune.recipe.runs import Clock, RunFolder, append, runs_folder, sweep, write_whole
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shelf import name_backbone, short_name
 from finetune.reporting.report import write_report
@@ -53,8 +55,9 @@ Vary = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 def say_on_stderr(text: str) -> None:
-    """Print a line for people."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line for people; where standard error is closed, nobody reads it."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
 
 
 def plan(recipe: Recipe, say: Say = say_on_stderr, *, pilot_seconds: float | None = None) -> tuple[Facts, Plan]:
@@ -133,8 +136,14 @@ def train(recipe: Recipe, *, runs: Path | None = None, vary: Vary | None = None,
     named, ranking = _with_backbone(recipe, say)
     name = recipe.name or root.name
     run = RunFolder.create(runs or runs_folder(), name=name, backbone=short_name(str(named.backbone)))
-    run.write_text("recipe.yaml", recipe_text(recipe))
-    return _walk(run, named, say, ranking, vary)
+    try:
+        with _explained(run, named):
+            run.write_text("recipe.yaml", recipe_text(recipe))
+        return _walk(run, named, say, ranking, vary)
+    except FinetuneError:
+        if not run.file("plan.yaml").exists():  # it could not even be started, so nothing can go on
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def resume(path: str | Path, *, vary: Vary | None = None, say: Say = say_on_stderr) -> RunFolder:
@@ -207,7 +216,7 @@ def _walk(
     run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None = None, vary: Vary | None = None
 ) -> RunFolder:
     tune_process()
-    with run.lock():
+    with _explained(run, recipe), run.lock():
         sweep(run.path)
         voice = _logged(run, say)
         voice(f"run folder: {run.path}")
@@ -217,6 +226,19 @@ def _walk(
             voice(f"stopped. `finetune resume {run.path}` goes on from here.")
             raise
     return run
+
+
+@contextmanager
+def _explained(run: RunFolder, recipe: Recipe) -> Iterator[None]:
+    """A full disk, a file that somebody removed and the like as a fault that the user can mend, and how to go on."""
+    try:
+        yield
+    except OSError as fault:
+        if (told := explain_os_error(fault, [run.path, Path(str(recipe.data.root))])) is None:
+            raise
+        if run.file("plan.yaml").exists():
+            told += f" Then `finetune resume {run.path}` goes on from the last whole epoch."
+        raise RunError(told) from fault
 
 
 def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, vary: Vary | None) -> None:
@@ -359,8 +381,7 @@ def _stored_images(run: RunFolder) -> Callable[[str], bytes] | None:
 def _logged(run: RunFolder, say: Say) -> Say:
     def voice(text: str) -> None:
         say(text)
-        with run.file("log.txt").open("a", encoding="utf-8") as log:
-            log.write(f"{time.strftime('%H:%M:%S')}  {text}\n")
+        append(run.file("log.txt"), f"{time.strftime('%H:%M:%S')}  {text}\n")
 
     return voice
 

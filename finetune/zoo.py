@@ -31,8 +31,9 @@ Say = Callable[[str], None]
 
 
 def say_on_stderr(text: str) -> None:
-    """Print a line for people."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line for people; where standard error is closed, nobody reads it."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
 
 
 def list_cards() -> dict[str, Card]:
@@ -91,8 +92,7 @@ def add_card(path: Path, *, statistics: Path | None = None, say: Say = say_on_st
         _refuse_read_only(folder)
         _write_statistics(folder, _measure(card, statistics, say))
         return read_card(folder / "card.yaml")
-    named = os.environ.get("FINETUNE_ZOO", "").split(os.pathsep)[0]
-    target = (Path(named).expanduser() if named else user_zoo()) / card.name
+    target = _own_zoo() / card.name
     if target.exists():
         raise BackboneError(f"{target} is there already; remove it first, or give the card another name.")
     found = _measure(card, statistics, say) if statistics is not None else None
@@ -103,6 +103,16 @@ def add_card(path: Path, *, statistics: Path | None = None, say: Say = say_on_st
         _write_statistics(partial, found)
     partial.rename(target)
     return read_card(target / "card.yaml")
+
+
+def _own_zoo() -> Path:
+    """Where a new card goes."""
+    if named := os.environ.get("FINETUNE_ZOO", "").split(os.pathsep)[0]:
+        return Path(named).expanduser()
+    try:
+        return user_zoo()
+    except OSError as fault:
+        raise BackboneError("you have no home folder that a card could be kept in; name one, FINETUNE_ZOO.") from fault
 
 
 def rank_cards(

@@ -13,8 +13,8 @@ from finetune.recipe.schema import recipe_keys
 ROOT = Path(finetune.__file__).parent
 ROOMS = [
     "errors",
-    "recipe",
     "machine",
+    "recipe",
     "data",
     "models",
     "scores",

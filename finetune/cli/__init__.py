@@ -6,15 +6,17 @@ Exit codes: 0 done, 1 a check found something, 2 you can mend it, 3 our bug, 130
 """
 
 import gc
+import io
 import os
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 
 from finetune.cli import judging, training
 from finetune.cli.catalogue import recipes_app, zoo_app
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, explain_os_error
 from finetune.machine import QUIET
 
 app = typer.Typer(
@@ -50,26 +52,46 @@ def main() -> None:
     """Run the command line and exit by the rules above."""
     gc.set_threshold(GARBAGE_AT)
     os.environ.update(QUIET)  # the process is ours, and so are those that it starts
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     try:
         code = app(standalone_mode=False)
     except FinetuneError as fault:
-        print(f"finetune: {fault}", file=sys.stderr)
-        sys.exit(2)
+        _leave(str(fault))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _hush()
         sys.exit(0)
     except Exception as fault:  # noqa: BLE001 - whatever else there is, is ours
         if hasattr(fault, "format_message"):  # a wrong word on the command line, as click reports it
-            print(f"finetune: {fault.format_message()} `finetune --help` lists the verbs.", file=sys.stderr)
-            sys.exit(2)
+            _leave(f"{fault.format_message()} `finetune --help` lists the verbs.")
+        if isinstance(fault, OSError) and (told := explain_os_error(fault, _named())):
+            _hush()
+            _leave(told)
         import traceback
 
         traceback.print_exc()
         print("finetune: this is our bug; please report it with the lines above.", file=sys.stderr)
         sys.exit(3)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave(told: str) -> NoReturn:
+    """One paragraph for the user, who can mend it."""
+    print(f"finetune: {told}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _named() -> list[Path]:
+    """What the words of the command line would be as files and folders."""
+    return [Path(word.rpartition("=")[2]) for word in sys.argv[1:]]
+
+
+def _hush() -> None:
+    """Nothing more to standard output, which perhaps cannot take it: Python would try again at the end."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.callback(invoke_without_command=True)

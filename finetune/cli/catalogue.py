@@ -49,10 +49,13 @@ def recipes_copy(
     name: str, to: Annotated[Path | None, typer.Argument(help="A file; NAME.yaml here.")] = None, as_json: Json = False
 ) -> None:
     """Copy a shipped recipe, to be changed."""
+    from finetune.recipe.runs import write_whole
+
     path, target = _shipped(name), to or Path(f"{name}.yaml")
     if target.exists():
         raise RunError(f"{target} is there already; name another file.")
-    target.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    write_whole(target, lambda draft: draft.write_text(text, encoding="utf-8"))
     finish({"recipe": str(target)}, as_json, str(target))
 
 

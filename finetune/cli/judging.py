@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.words import Json, Run, Runs, finish
+from finetune.cli.words import Json, Run, Runs, finish, tell
 from finetune.errors import RunError
 
 
@@ -114,7 +114,7 @@ def predict(
             faults += answer.fault is not None
             several = "" if answer.labels is None else "\t{" + ", ".join(answer.labels) + "}"
             told = answer.fault if answer.fault is not None else f"{answer.probability:.4f}{several}"
-            print(f"{answer.name}\t{answer.label or '-'}\t{told}")
+            tell(f"{answer.name}\t{answer.label or '-'}\t{told}")
     if faults:
         raise typer.Exit(1)
 

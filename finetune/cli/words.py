@@ -1,6 +1,7 @@
 """What the verbs share: their arguments, how words become a recipe, and how an answer is given."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,21 @@ def read_wish(wish: list[str] | None) -> Any:
 def finish(answer: Any, as_json: bool, text: str) -> None:
     """The one object of `--json`, or text for people."""
     if as_json:
-        print(json.dumps(answer, ensure_ascii=False))
+        is_utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+        tell(json.dumps(answer, ensure_ascii=not is_utf8))
     elif text:
-        print(text)
+        tell(text)
+
+
+def tell(text: str) -> None:
+    """Lines for standard output, there before we go on.
+
+    Raises:
+        OSError: naming standard output, where it does not take them.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever read has read enough
+        raise
+    except OSError as fault:
+        raise OSError(fault.errno, fault.strerror, "standard output") from fault

@@ -1,11 +1,13 @@
 """Rows of parquet shards: read in any order, by any thread, in any forked loader worker."""
 
-import os
+import errno
 import threading
 from bisect import bisect_right
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from finetune.machine import after_fork
 
 ROW_GROUP_CACHE_BYTES = 2**30
 """Image bytes of parquet row groups kept in memory, per process."""
@@ -38,9 +40,9 @@ def read_row(shard: Path, row: int, column: str = "image") -> bytes:
                 images = _load_group(key, group)
         value = images[row - starts[group]].as_py()
     except (pa.ArrowException, IndexError, KeyError) as fault:
-        raise OSError(f"{shard}: row {row} cannot be read ({fault})") from fault
+        raise OSError(errno.EIO, f"row {row} cannot be read ({fault})", str(shard)) from fault
     if value is None:
-        raise OSError(f"{shard}: row {row} holds no bytes")
+        raise OSError(errno.EIO, f"row {row} holds no bytes", str(shard))
     return value
 
 
@@ -81,4 +83,4 @@ def _renew_lock() -> None:
     _lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+after_fork(_renew_lock)

@@ -37,7 +37,7 @@ from finetune.features.survey import Look
 from finetune.machine import describe_environment
 from finetune.recipe.reading import recipe_text
 from finetune.recipe.resumption import read_wish
-from finetune.recipe.runs import RunFolder, write_whole
+from finetune.recipe.runs import RunFolder, append, write_whole
 from finetune.scores.metrics import log_loss
 from finetune.scores.selection import AVERAGES, MOST_MEMBERS, average, ensemble_table, greedy_selection
 from finetune.training.watching import Curves
@@ -157,8 +157,7 @@ def make_ensemble(
     folder.mkdir(parents=True, exist_ok=True)
     with target.lock():
         _write(target, made, record, how)
-        with target.file("log.txt").open("a", encoding="utf-8") as log:
-            log.writelines(f"{line}\n" for line in lines)
+        append(target.file("log.txt"), "".join(f"{line}\n" for line in lines))
     return target
 
 

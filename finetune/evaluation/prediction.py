@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from finetune.data.decoding import BadImage
 from finetune.data.loading import ImageStore
-from finetune.errors import RunError
+from finetune.errors import DataError, RunError
 from finetune.evaluation.viewing import AnyViewer, Viewer, open_viewer
 from finetune.evaluation.views import average_views
 from finetune.evaluation.whole_model import load_network
@@ -71,7 +72,7 @@ def predict_views(
     at images of other sizes; mirrored ones speak of the image as it is.
 
     Raises:
-        BadImage: if a file holds no readable image.
+        DataError: if a file holds no readable image.
         OSError: if a file cannot be read.
         RecipeError: if `views` is unknown, or the classifier cannot look at images of such sizes.
     """
@@ -157,7 +158,15 @@ def draw_in_batches(
 def _pictures(viewer: AnyViewer, store: ImageStore, indices: Sequence[int]) -> Iterator[list[list[np.ndarray]]]:
     with ThreadPoolExecutor(2) as pool:
         for start in range(0, len(indices), viewer.images_at_once):
-            yield list(pool.map(partial(viewer.read, store), indices[start : start + viewer.images_at_once]))
+            yield list(pool.map(partial(_read, viewer, store), indices[start : start + viewer.images_at_once]))
+
+
+def _read(viewer: AnyViewer, store: ImageStore, index: int) -> list[np.ndarray]:
+    try:
+        return viewer.read(store, index)
+    except BadImage as fault:
+        name = store.items[index].name
+        raise DataError(f"{name} cannot be read ({fault}). Was it changed since the data were surveyed?") from fault
 
 
 def temper(probabilities: torch.Tensor, temperature: float) -> torch.Tensor:

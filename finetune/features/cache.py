@@ -3,13 +3,14 @@
 Rows lie in safetensors shards that are mapped, not read: a million images cost 24 bytes each in memory until their
 rows are asked for. Shards are written whole and renamed into place, so two processes may write at once and a killed
 one leaves nothing half done. A renamed or copied image is a hit; a changed one is a miss. The shards used longest ago
-go first when the whole exceeds its bound.
+go first when the whole exceeds its bound. A disk that does not take a shard stops nobody: it is held in memory.
 """
 
 import json
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,48 @@ class FeatureCache:
     def __init__(
         self, weights_digest: str, view_digest: str, precision: str, *, limit_bytes: int = LIMIT_BYTES
     ) -> None:
-        parent = cache_folder() / "features"
-        self.folder = parent / f"{weights_digest[:16]}-{view_digest}-{precision}-v{FORMAT}"
+        self._key = f"{weights_digest[:16]}-{view_digest}-{precision}-v{FORMAT}"
+        self.unkept: str | None = None
+        """Why what is new is not kept on disk; None while it is."""
         self._limit_bytes = limit_bytes
         self._shards: list[dict[str, np.ndarray]] = []
-        self._paths: list[Path] = []
+        self._paths: list[Path | None] = []
         self._fresh: list[tuple[str, Sequence[torch.Tensor], ImageFacts]] = []
         self._waiting: dict[str, int] = {}
         self._used: set[Path] = set()
-        for path in sorted(self.folder.glob("*.safetensors")):
-            self._open(path)
+        with suppress(OSError):  # a cache that cannot be read is an empty one
+            for path in sorted(self.folder.glob("*.safetensors")):
+                self._open(path)
         self._index()
+
+    @property
+    def folder(self) -> Path:
+        """Where the shards lie.
+
+        Raises:
+            OSError: where there is no home for them.
+        """
+        return cache_folder() / "features" / self._key
+
+    def keep(self, write: Callable[[], None]) -> bool:
+        """Whether `write` could keep something for later; once the disk has refused, it is not asked again."""
+        if self.unkept is None:
+            try:
+                write()
+            except OSError as fault:
+                where = f"{fault.filename}: " if fault.filename else ""
+                self.unkept = f"{where}{fault.strerror or fault}"
+        return self.unkept is None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to tell of the cache: nothing, or why nothing is kept."""
+        if self.unkept is None:
+            return ()
+        return (
+            f"features are not kept ({self.unkept}), so the next look at these images computes them again. "
+            "FINETUNE_CACHE may name another folder.",
+        )
 
     def known(self, digests: Sequence[str]) -> list[bool]:
         """Whether each image has its features here."""
@@ -54,7 +86,7 @@ class FeatureCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on disk of everything this cache can answer."""
+        """Bytes of everything this cache can answer."""
         return sum(sum(part.nbytes for part in shard.values()) for shard in self._shards)
 
     def features(self, digests: Sequence[str], depth: int = -1) -> torch.Tensor:
@@ -109,25 +141,33 @@ class FeatureCache:
         tensors["depth.-1"] = torch.stack([row[-1] for row in rows])
         tensors["digests"] = torch.from_numpy(_as_bytes(digests))
         tensors["facts"] = torch.tensor([facts_row(one) for one in facts], dtype=torch.int32)
+        if not self.keep(lambda: self._write(tensors)):
+            self._shards.append({name: tensor.numpy() for name, tensor in tensors.items()})
+            self._paths.append(None)
+        self._fresh, self._waiting = [], {}
+        self._index()
+
+    def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         write_whole(path, lambda temporary: save_file(tensors, temporary))
-        self._fresh, self._waiting = [], {}
-        self._open(path)
-        self._index()
+        self._shards.append(_map(path))
+        self._paths.append(path)
         self._used.add(path)
-        evict(self.folder.parent, keep=self._used, limit_bytes=self._limit_bytes)
+        evict(path.parent.parent, keep=self._used, limit_bytes=self._limit_bytes)
 
-    def _touch(self, path: Path) -> None:
-        if path not in self._used and path.exists():
-            os.utime(path)
-        self._used.add(path)
+    def _touch(self, path: Path | None) -> None:
+        if path is not None and path not in self._used:
+            with suppress(OSError):  # evicted, or the user's to read only
+                os.utime(path)
+            self._used.add(path)
 
     def _open(self, path: Path) -> None:
         try:
             self._shards.append(_map(path))
             self._paths.append(path)
-        except (OSError, ValueError, KeyError):  # evicted by another process just now, or damaged: as if never written
-            path.unlink(missing_ok=True)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            with suppress(OSError):  # evicted by another process just now, or damaged: as if never written
+                path.unlink(missing_ok=True)
 
     def _index(self) -> None:
         """All digests in order, so that one is found by bisection."""
@@ -159,15 +199,16 @@ def evict(parent: Path, *, keep: set[Path], limit_bytes: int) -> None:
     for path in parent.glob("*/*.safetensors"):
         try:
             shards.append((path.stat().st_mtime, path.stat().st_size, path))
-        except FileNotFoundError:  # another process was quicker
+        except OSError:  # another process was quicker
             continue
     total = sum(size for _, size, _ in shards)
     for _, size, path in sorted(shards):
         if total <= limit_bytes:
             return
         if path not in keep:
-            path.unlink(missing_ok=True)
-            total -= size
+            with suppress(OSError):  # another user's
+                path.unlink(missing_ok=True)
+                total -= size
 
 
 def _as_bytes(digests: Sequence[str]) -> np.ndarray:

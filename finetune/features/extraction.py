@@ -4,7 +4,6 @@ What was done is kept shard by shard, so a killed extraction of a million images
 """
 
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from finetune.data.items import Item
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import read_bytes
 from finetune.features.cache import FeatureCache
+from finetune.machine import num_cores
 from finetune.models.frozen import FrozenBackbone
 from finetune.recipe.cards import View
 
@@ -96,11 +96,6 @@ def digest_images(items: Sequence[Item], contents: Contents | None = None) -> li
     with ThreadPoolExecutor(num_cores()) as pool:  # in parts, for a thread's task costs as much as a small file
         parts = pool.map(digest_some, range(0, len(items), _AT_ONCE))
         return [answer for part in parts for answer in part]
-
-
-def num_cores() -> int:
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def extract(

@@ -117,8 +117,7 @@ def measure(
     key = hashlib.sha256(
         json.dumps([*named, material.seed, material.batch_size, for_advice, for_flips, for_training]).encode()
     ).hexdigest()[:32]
-    path = cache_folder() / "findings" / f"{key}.safetensors"
-    if (known := _recall(path)) is not None:
+    if (known := _recall(key)) is not None:
         return known
     probe, findings = _probe(material)
     if for_advice:
@@ -135,23 +134,26 @@ def measure(
         [probe.l2, probe.objective, probe.gradient_norm, probe.iterations], dtype=torch.float64
     )
     note = {"findings": findings.model_dump_json()}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=note))
+    material.cache.keep(lambda: write_whole(_file(key), lambda temporary: save_file(tensors, temporary, metadata=note)))
     return probe, findings
 
 
-def _recall(path: Path) -> tuple[Probe, Findings] | None:
+def _file(key: str) -> Path:
+    return cache_folder() / "findings" / f"{key}.safetensors"
+
+
+def _recall(key: str) -> tuple[Probe, Findings] | None:
     from safetensors import safe_open
 
-    if not path.exists():
-        return None
     try:
+        path = _file(key)
         tensors = load_file(path)
         with safe_open(path, framework="pt") as handle:
             findings = Findings.model_validate_json(handle.metadata()["findings"])
         l2, objective, norm, steps = tensors["solution"].tolist()
         weight, bias = tensors["weight"], tensors["bias"]
-    except (SafetensorError, ValidationError, KeyError, TypeError):  # of another version, or damaged: measure again
-        return None
+    except (OSError, SafetensorError, ValidationError, KeyError, TypeError, ValueError):
+        return None  # not there, of another version, or damaged: measure again
     probe = Probe(weight=weight, bias=bias, l2=l2, objective=objective, gradient_norm=norm, iterations=int(steps))
     return probe, findings
 

@@ -120,7 +120,7 @@ def rank_backbones(
         why=explain(ranked, len(rows)),
         agreement=tuple((a, b, value) for (a, b), value in measure_agreement(ranked).items()),
         features={"hits": sum(one.hits for one in seen), "misses": sum(one.misses for one in seen)},
-        warnings=(*images.source.warnings, *images.warnings),
+        warnings=(*images.source.warnings, *images.warnings, *images.unkept),
     )
 
 
@@ -138,6 +138,8 @@ class _Images:
         self.bad = {index: str(answer) for index, answer in enumerate(answers) if isinstance(answer, BadImage)}
         self.found_bad = False
         self.warnings: tuple[str, ...] = ()
+        self.unkept: tuple[str, ...] = ()
+        """That features are not kept, and why, or nothing."""
         machine = measure_machine(recipe.hardware.devices)
         self.device = machine.device
         wish = recipe.hardware.precision
@@ -214,6 +216,7 @@ def _look(
         precision=images.precision,
         progress=progress,
     )
+    images.unkept = cache.warnings
     if found.bad:
         images.bad.update(found.bad)
         images.found_bad = True

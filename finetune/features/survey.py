@@ -60,8 +60,15 @@ def survey_part(
         part: from 1.
         parts: in all; image number i belongs to part i modulo this.
         progress: as for `look`.
+
+    Raises:
+        DataError: if the features cannot be kept; otherwise as `look`.
     """
-    return _Survey(recipe, progress, ROLES).extract_part(part, parts)
+    survey = _Survey(recipe, progress, ROLES)
+    found = survey.extract_part(part, parts)
+    if unkept := survey.unkept():
+        raise DataError(f"a part of the images is looked at for later: {unkept[0]}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +160,7 @@ def look(
             *_partly(findings, split),
             *overlap,
             *range_warnings(found.facts, source.items, work.view, work.value_range),
+            *(work.cache.warnings if work.cache else ()),
         ),
         backbone=_backbone_facts(work.backbone),
         view=work.view,
@@ -211,6 +219,10 @@ class _Survey:
         self._meter = RangeMeter(self.source.items, self.digests, self.view.frame, recipe.seed)
         given = recipe.data.value_range
         self.value_range = None if given is None else RangeFacts(low=given[0], high=given[1], why="the recipe says so")
+
+    def unkept(self) -> tuple[str, ...]:
+        """That features are not kept for the next look, and why, or nothing."""
+        return self.cache.warnings if self.cache is not None else ()
 
     def extract_part(self, part: int, parts: int) -> Extraction:
         """Look at every image of one part of the list, whatever its role; nothing is divided or measured."""

@@ -6,7 +6,7 @@ import torch
 
 from finetune.data.value_range import FULL_RANGE
 from finetune.errors import BackboneError, RecipeError
-from finetune.features.extraction import num_cores
+from finetune.machine import num_cores
 from finetune.models.backbones import Backbone
 from finetune.recipe.addresses import uri_from_environment
 from finetune.recipe.cards import Card, View

@@ -1,21 +1,20 @@
 """The run folder: all that remains of a run, never overwritten, every file whole or absent."""
 
-import fcntl
 import json
 import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import RunError
-from finetune.recipe.plan import Plan, read_plan
+from safetensors import SafetensorError
 
-_UMASK = os.umask(0)
-os.umask(_UMASK)
+from finetune.errors import RunError, os_error_behind
+from finetune.machine import try_lock
+from finetune.recipe.plan import Plan, read_plan
 
 FILES = (
     "card.yaml",
@@ -124,10 +123,8 @@ class RunFolder:
             RunError: if another process works on it.
         """
         with self.file("log.txt").open("a", encoding="utf-8") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as fault:
-                raise RunError(f"another process is working on {self.path}; wait for it or stop it.") from fault
+            if not try_lock(handle.fileno()):
+                raise RunError(f"another process is working on {self.path}; wait for it or stop it.")
             yield
 
 
@@ -138,17 +135,46 @@ def sweep(folder: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Let `write` fill a temporary file beside `path`, flush it to disk, and rename it into place.
+
+    Raises:
+        OSError: naming `path`, whatever the library that writes calls a full disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(0o666 & ~_UMASK)  # some writers leave files that only their owner may read
-        with temporary.open("rb") as handle:
+        temporary.chmod(mode)  # some writers leave files that only their owner may read
+        with temporary.open("r+b") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError, SafetensorError) as fault:
+        if (found := os_error_behind(fault)) is None:
+            raise
+        is_named = found.filename not in (None, str(temporary))
+        raise (found if is_named else _naming(path, found)) from fault
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to the end of a file.
+
+    Raises:
+        OSError: naming `path`.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as handle:
+            handle.write(text)
+    except OSError as fault:
+        raise _naming(path, fault) from fault
+
+
+def _naming(path: Path, fault: OSError) -> OSError:
+    return OSError(fault.errno, fault.strerror or str(fault), str(path))
 
 
 def runs_folder() -> Path:

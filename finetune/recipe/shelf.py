@@ -1,5 +1,6 @@
 """The shelf: where shipped recipes and zoo folders lie, in a wheel and in a checkout alike."""
 
+import errno
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -51,12 +52,16 @@ def find_recipe(source: str) -> Path | None:
 def zoo_folders() -> list[Path]:
     """Folders of cards: those of FINETUNE_ZOO, then the user's own, then the shipped one."""
     named = [Path(part).expanduser() for part in os.environ.get("FINETUNE_ZOO", "").split(os.pathsep) if part]
-    return [*named, user_zoo(), shipped("zoo")]
+    return [*named, *_own_zoo(), shipped("zoo")]
 
 
 def user_zoo() -> Path:
-    """Where `zoo add` puts cards when FINETUNE_ZOO names no folder."""
-    return Path(os.environ.get("XDG_DATA_HOME", "~/.local/share")).expanduser() / "finetune" / "zoo"
+    """Where `zoo add` puts cards when FINETUNE_ZOO names no folder.
+
+    Raises:
+        OSError: where the user has no home.
+    """
+    return _in_home("XDG_DATA_HOME", "~/.local/share") / "finetune" / "zoo"
 
 
 def read_zoo() -> "dict[str, Card]":
@@ -70,7 +75,7 @@ def read_zoo() -> "dict[str, Card]":
     cards: dict[str, Card] = {}
     for folder in zoo_folders():
         if not folder.is_dir():
-            if folder not in (user_zoo(), shipped("zoo")):
+            if folder not in (*_own_zoo(), shipped("zoo")):
                 raise BackboneError(f"FINETUNE_ZOO names {folder}, which is no folder. Mend or unset the variable.")
             continue
         for path in sorted(folder.glob("*/card.yaml")):
@@ -144,7 +149,27 @@ def default_backbone() -> str:
 
 
 def cache_folder() -> Path:
-    """Where features are kept: FINETUNE_CACHE, or `finetune` in the user's cache folder."""
+    """Where features are kept: FINETUNE_CACHE, or `finetune` in the user's cache folder.
+
+    Raises:
+        OSError: where the user has no home, and neither variable says so.
+    """
     if named := os.environ.get("FINETUNE_CACHE"):
         return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "finetune"
+    return _in_home("XDG_CACHE_HOME", "~/.cache") / "finetune"
+
+
+def _in_home(variable: str, otherwise: str) -> Path:
+    """A folder that a variable names, or one in the user's home; some containers give their user none."""
+    try:
+        return Path(os.environ.get(variable) or otherwise).expanduser()
+    except RuntimeError as fault:
+        raise FileNotFoundError(errno.ENOENT, "there is no home folder", otherwise) from fault
+
+
+def _own_zoo() -> list[Path]:
+    """The user's zoo, where there is one that can be looked into."""
+    try:
+        return [folder] if (folder := user_zoo()).is_dir() else []
+    except OSError:
+        return []

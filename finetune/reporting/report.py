@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 import shlex
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from markupsafe import Markup
 from PIL import Image, ImageOps
 
 from finetune.errors import FinetuneError, RunError
+from finetune.recipe.runs import write_whole
 from finetune.reporting import figures
 from finetune.reporting.decision import decision_context
 from finetune.reporting.figures import Series, is_number, percent, points
@@ -72,15 +72,9 @@ def write_report(run_folder: Path, *, read_image: ReadImage | None = None) -> Pa
         RunError: if a needed file is missing, or one is damaged.
     """
     page = render_report(run_folder, read_image=read_image)
-    target, draft = run_folder / "report.html", run_folder / f".report.html.{os.getpid()}.tmp"
-    try:
-        with draft.open("wb") as file:
-            file.write(page.encode("utf-8", "replace"))  # a file name may hold bytes that are no UTF-8
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
+    target = run_folder / "report.html"
+    written = page.encode("utf-8", "replace")  # a file name may hold bytes that are no UTF-8
+    write_whole(target, lambda path: path.write_bytes(written))
     return target
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from finetune.machine import QUIET, lend_environment
+from finetune.machine import QUIET, lend_environment, try_lock
 from finetune.recipe.addresses import Login, is_web, join_login
 from finetune.training.ledger import SentState
 
@@ -136,22 +136,16 @@ def lock_store(path: Path, *, seconds: float) -> Iterator[None]:
     Raises:
         TimeoutError: if somebody else holds it for longer than `seconds`.
     """
-    if sys.platform == "win32":  # no flock there; MLflow does not lock either
+    if sys.platform == "win32":  # a folder cannot be opened there; MLflow does not lock either
         yield
         return
-    import fcntl
-
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         deadline = time.monotonic() + seconds
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"another process has held {path} for {seconds:g} s") from None
-                time.sleep(0.1)
+        while not try_lock(handle):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"another process has held {path} for {seconds:g} s")
+            time.sleep(0.1)
         yield
     finally:
         os.close(handle)

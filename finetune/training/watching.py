@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from finetune.errors import RunError
-from finetune.recipe.runs import write_whole
+from finetune.recipe.runs import append, write_whole
 
 COLUMNS = ("stage", "epoch", "step", "name", "value")
 WINDOW = 10
@@ -48,8 +48,7 @@ class Curves:
         """
         running = self._first_step(stage) + step
         rows = [f"{stage},{epoch},{running},{name},{value!r}\n" for name, value in values.items()]
-        with self.path.open("a", encoding="utf-8") as handle:
-            handle.write("".join(rows))
+        append(self.path, "".join(rows))
 
     def rows(self) -> list[dict[str, str]]:
         """Every whole row, oldest first."""
