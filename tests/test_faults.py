@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from finetune.pipeline import extract
 from finetune.recipe import runs as runs_module
 from finetune.recipe.runs import RunFolder, append, write_whole
 from finetune.recipe.shelf import cache_folder, read_zoo
+from finetune.training.keeping import PlainFile
 
 SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=1", "tracking.enabled=false"]
 
@@ -82,6 +84,19 @@ def test_a_whole_file_or_none_and_its_name_on_the_fault(tmp_path):
         write_whole(tmp_path / "file", _has_a_bug)
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "safetensors"])
+def test_a_file_that_may_not_grow_says_so_whoever_writes_it(tmp_path, kind):
+    state, limits = {"weight": torch.zeros(100_000)}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    write = partial(PlainFile().save_checkpoint, state) if kind == "checkpoint" else partial(save_file, state)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            write_whole(tmp_path / "file", write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.filename == str(tmp_path / "file")
+
+
 def test_files_get_the_mode_that_the_user_has_asked_for(tmp_path):
     before = os.umask(0o027)
     try:
@@ -117,17 +132,20 @@ class Disk:
         return limited
 
 
-def test_a_disk_that_fills_up_at_any_write_is_told_and_the_run_goes_on_to_the_same_end(shapes, tmp_path):
+@pytest.mark.parametrize(
+    "shares", [[0.5], pytest.param([0, 0.2, 0.3, 0.1, 0.2, 0.1, 0.3], marks=pytest.mark.slow)], ids=["once", "often"]
+)
+def test_a_disk_that_fills_up_at_any_write_is_told_and_the_run_goes_on_to_the_same_end(shapes, tmp_path, shares):
     recipe = wish(shapes, "train.strategy=full")
     with pytest.MonkeyPatch.context() as patch:
         disk = Disk(patch, 1000)
         whole = ft.train(recipe, runs=tmp_path / "whole", say=quiet)
     assert disk.taken > 20
     (tmp_path / "runs").mkdir()
-    run, rooms = None, [0, 5, disk.taken // 2, 4]  # what each start or resume finds
-    for room in rooms:
+    run = None
+    for share in shares:  # of all writes, what each start or resume finds room for
         with pytest.MonkeyPatch.context() as patch:
-            Disk(patch, room)
+            Disk(patch, int(share * disk.taken))
             with pytest.raises(RunError, match=r"the disk is full \(No space left on device\)\. Free") as raised:
                 if run is None:
                     ft.train(recipe, runs=tmp_path / "runs", say=quiet)

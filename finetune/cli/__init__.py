@@ -90,7 +90,7 @@ def _named() -> list[Path]:
 
 def _hush() -> None:
     """Nothing more to standard output, which perhaps cannot take it: Python would try again at the end."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if sys.stdout is not None and sys.stdout is sys.__stdout__:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -41,7 +41,8 @@ class PlainFile(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write all of `checkpoint` to the file `path`; whoever calls renames it when it is whole."""
-        torch.save(checkpoint, path)
+        with Path(path).open("wb") as file:  # by its name, torch would call a full disk "unexpected pos"
+            torch.save(checkpoint, file)
 
 
 class Keeper(pl.Callback):
