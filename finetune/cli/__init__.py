@@ -90,8 +90,8 @@ def _named() -> list[Path]:
 
 def _hush() -> None:
     """Nothing more to standard output, which perhaps cannot take it: Python would try again at the end."""
-    if sys.stdout is not None and sys.stdout is sys.__stdout__:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if sys.__stdout__ is not None and sys.stdout is sys.__stdout__:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
 
 
 @app.callback(invoke_without_command=True)

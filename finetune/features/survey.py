@@ -160,7 +160,7 @@ def look(
             *_partly(findings, split),
             *overlap,
             *range_warnings(found.facts, source.items, work.view, work.value_range),
-            *(work.cache.warnings if work.cache else ()),
+            *work.unkept(),
         ),
         backbone=_backbone_facts(work.backbone),
         view=work.view,
