@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from finetune.data.bands import alpha_fault, band_fault, unknown_tiff
 from finetune.data.formats import readable_formats, why_unreadable
 from finetune.data.value_range import DEEP_MODES, FULL_RANGE, Levels, is_wide, levels_of, to_eight_bits, wide_values
 from finetune.recipe.cards import View
@@ -182,7 +183,7 @@ def read_levels(data: bytes, frame: str | int = "first") -> Levels | None:
         try:
             image = _open(data)
             place, _ = _seek(image, frame)
-            if not is_wide(image):
+            if not is_wide(image) or band_fault(image):
                 return None
             image.load()
             return levels_of(wide_values(image, data, place))
@@ -207,7 +208,7 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as fault:
         raise BadImage("too many pixels") from fault
     except UnidentifiedImageError as fault:
-        raise BadImage(why_unreadable(data)) from fault
+        raise BadImage(unknown_tiff(data) or why_unreadable(data)) from fault
     except _DAMAGE as fault:
         raise BadImage(f"damaged header ({_short(fault)})") from fault
     if image.width * image.height > MAX_PIXELS:
@@ -247,7 +248,11 @@ def _load(image: Image.Image, data: bytes, wanted: Scaling, known: dict[_Key, _L
         box = drafted[1] if drafted else None
     if is_jpeg and (key := (image.size, value_range, frame)) in known:
         return known[key]
+    if fault := band_fault(image):
+        raise BadImage(fault)
     image.load()  # asking a PNG for EXIF has loaded it already
+    if fault := alpha_fault(image):
+        raise BadImage(fault)
     # Loading turns TIFFs upright by itself, and drafting shrinks JPEGs: only the latter keep the size of the header.
     remaining = _orientation(image)
     full = size if box else image.size

@@ -1,6 +1,6 @@
 """What a pass over the images found out about the files themselves: in numbers, and in warnings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,17 @@ def image_facts(seen: ImageTable) -> dict[str, Any]:
         "median_width": float(np.median(widths)),
         "median_height": float(np.median(heights)),
     }
+
+
+def band_warnings(seen: ImageTable, bad: Iterable[str]) -> list[str]:
+    """A word where some images were refused for a band that is no transparency, and others were taken."""
+    refused, taken = sum("no transparency" in reason for reason in bad), len(seen.of_kind("alpha"))
+    if not (refused and taken):
+        return []
+    return [
+        f"{refused:,} images were refused for a last channel that is no transparency, and {taken:,} others with such a "
+        "channel were laid over white; if it is a band in all of them, convert them to RGB."
+    ]
 
 
 def range_warnings(seen: ImageTable, items: Sequence[Item], view: View, found: RangeFacts | None) -> list[str]:

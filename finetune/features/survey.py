@@ -26,7 +26,7 @@ from finetune.errors import DataError, RecipeError
 from finetune.features.ancestry import overlap_warnings
 from finetune.features.cache import FeatureCache
 from finetune.features.extraction import Extraction, ImageTable, digest_images, extract
-from finetune.features.image_facts import image_facts, range_warnings
+from finetune.features.image_facts import band_warnings, image_facts, range_warnings
 from finetune.features.measuring import PROBE_BYTES, Material, measure
 from finetune.features.probing import Probe
 from finetune.features.surgery import relative_gradients
@@ -159,6 +159,7 @@ def look(
             *split.warnings,
             *_partly(findings, split),
             *overlap,
+            *band_warnings(found.facts, work.bad.values()),
             *range_warnings(found.facts, source.items, work.view, work.value_range),
             *work.unkept(),
         ),
