@@ -3,15 +3,18 @@
 Forms for answers and tables without labels, which competitions put beside the training table, are named and left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from finetune.data.columns import Columns, find_column, listed_names, squeezed
 from finetune.data.delimited import TABLE_DELIMITERS, read_rows
-from finetune.data.split_names import Splits, role_of
+from finetune.data.locating import Cell, find_rules
+from finetune.data.split_names import Splits, normal_text, role_of
 from finetune.data.walking import listed
 from finetune.errors import DataError
 
+_FIRST = 200
+"""Rows by which a table beside folders is judged."""
 _ORNAMENTS = {"labels", "label", "annotations", "annotation", "list", "lists", "metadata", "meta", "df", "info"}
 """Words that leave the meaning of a table's name as it is, beside those of all splits: `train_labels.csv`."""
 
@@ -54,6 +57,45 @@ def split_tables(root: Path, splits: Splits | None) -> list[Path]:
     """Tables beside images in folders named like splits: `train/metadata.csv`, as the datasets hub has them."""
     folders = [f for f in listed(root) if f.is_dir() and role_of(f.name, splits)]
     return [f for folder in folders for f in listed(folder) if f.is_file() and f.suffix.lower() in TABLE_DELIMITERS]
+
+
+def outranks(table: Path, folders: Collection[str], columns: Columns | None) -> bool:
+    """Whether a table lists images under labels of its own, so that the folders beside it are places and no classes.
+
+    Args:
+        table: with or without columns for image and label.
+        folders: the names of the folders beside it that hold images.
+        columns: as the recipe gives them.
+    """
+    try:
+        rows = read_rows(table, (columns or {}).values())
+        places = [find_column(what, rows.header, columns or {}, str(table)) for what in ("image", "label")]
+        if None in places:
+            return False
+        image, label = (place for place in places if place is not None)
+        cells: list[Cell] = []
+        labels: set[str] = set()
+        for line, row in rows:
+            if len(row) > max(image, label) and row[image]:
+                labels.add(normal_text(row[label]))
+                if len(cells) < _FIRST:
+                    cells.append(Cell(line, row[image], row[label]))
+        ways = find_rules(table, cells) if cells else []
+    except DataError:  # it is not read, and said to be left
+        return False
+    found = sum(any(way.found(cell.text, cell.label) for way in ways) for cell in cells)
+    return len(labels) > 1 and not labels & set(folders) and 2 * found > len(cells)
+
+
+def not_a_table(file: Path) -> DataError:
+    """An error on a file that is neither a table nor a shard, with what to make of it."""
+    do = {
+        **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "Save the sheet as `CSV UTF-8`."),
+        **dict.fromkeys((".txt", ".lst", ".list"), "Save it as CSV, with image,label as its first line."),
+        **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"), "Unpack it, and give the folder."),
+        **dict.fromkeys((".json", ".xml"), "Save it as CSV, with columns image,label."),
+    }.get(file.suffix.lower(), "Give a folder.")
+    return DataError(f"data.root: {file} is a file but no table (.csv, .tsv, .jsonl) or parquet shard. {do}")
 
 
 def _useless(table: Path, role: str | None, splits: Splits | None, wish: Columns) -> str | None:
