@@ -7,6 +7,8 @@ nothing (`patch` names something to be replaced meanwhile). The second cell says
 case fails, and so does a case without a row.
 """
 
+import io
+import json
 import re
 import zlib
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -420,3 +424,306 @@ def _(root):
 def _(root):
     tree(root)
     (root / "roses" / "gone.jpg").symlink_to("/nowhere/gone.jpg")
+
+
+def rows(
+    root: Path, *labels: str, header: str = "image,label", name: str = "t.csv", folder: str = "", start: int = 0
+) -> None:
+    """A table of images that are there, with whatever follows each in its row."""
+    lines = [header]
+    for number, more in enumerate(labels, start):
+        put(root / folder / f"{number}.png")
+        lines.append(f"{number}.png,{more}")
+    write(root / name, "\n".join(lines) + "\n")
+
+
+@case("`images/`, `extra/` and a table `labels.csv` that gives the images labels of its own")
+def _(root):
+    flat(root / "extra", "9.png")
+    flat(root / "images", "0.png", "1.png")
+    write(root / "labels.csv", "image,label\nimages/0.png,daisy\nimages/1.png,roses\n")
+
+
+@case("class folders and a `metadata.csv` whose labels are the names of the folders")
+def _(root):
+    tree(root, n=1)
+    write(root / "metadata.csv", "file_name,label\ndaisy/0.png,daisy\nroses/0.png,roses\n")
+
+
+@case("`image,label` with commas, semicolons, tabs or bars")
+def _(root):
+    for sign in ",;\t|":
+        rows(root, *TWO)
+        write(root / "t.csv", (root / "t.csv").read_text().replace(",", sign))
+        assert open_source(root).classes == TWO
+
+
+@case("a byte-order mark, blanks around cells, empty lines, quotes")
+def _(root):
+    rows(root, *TWO)
+    write(root / "t.csv", b'\xef\xbb\xbf image , label\n\n0.png , daisy\n, \n"1.png", roses \n')
+
+
+@case("UTF-16 text")
+def _(root):
+    rows(root, *TWO)
+    write(root / "t.csv", "image,label\n0.png,daisy\n1.png,roses\n".encode("utf-16"))
+
+
+@case("Latin-1, GBK or another encoding")
+def _(root):
+    rows(root, *TWO)
+    write(root / "t.csv", "image,label\n0.png,daisy\n1.png,ros\u00e9\n".encode("latin-1"))
+
+
+@case("no header")
+def _(root):
+    rows(root, *TWO)
+    write(root / "t.csv", "0.png,daisy\n1.png,roses\n")
+
+
+@case("more cells in a row than in the header")
+def _(root):
+    rows(root, "daisy", "roses, red")
+
+
+@case("the index column of pandas")
+def _(root):
+    rows(root, *TWO)
+    write(root / "t.csv", ",image,label\n0,0.png,daisy\n1,1.png,roses\n")
+
+
+@case("`file_name,label`, as the datasets hub has it")
+def _(root):
+    rows(root, *TWO, header="file_name,label", name="metadata.csv")
+
+
+@case("`id,breed`, names without suffix, images in `train/`")
+def _(root):
+    rows(root, *TWO, folder="train")
+    write(root / "t.csv", "id,breed\n0,daisy\n1,roses\n")
+
+
+@case("columns whose names say nothing: `which,weather`")
+def _(root):
+    rows(root, *TWO, header="which,weather")
+
+
+@case("the same, with `data.columns: {image: which, label: weather}`")
+def _(root):
+    rows(root, *TWO, header="which,weather")
+    return {"columns": {"image": "which", "label": "weather"}}
+
+
+@case("two columns that could be the label: `species`, `breed`")
+def _(root):
+    rows(root, "a,b", "c,d", header="image,species,breed")
+
+
+@case("columns that are not needed: `age`, `sex`")
+def _(root):
+    rows(root, "daisy,3,f", "roses,4,m", header="image,label,age,sex")
+
+
+@case("paths with backslashes, or of another machine: `C:\\data\\0.png`")
+def _(root):
+    rows(root, *TWO)
+    write(root / "t.csv", "image,label\nC:\\data\\0.png,daisy\nC:\\data\\1.png,roses\n")
+
+
+@case("the same name in two folders beside the table")
+def _(root):
+    for folder in "ab":
+        rows(root, *TWO, folder=folder)
+
+
+@case("no image of the table is there")
+def _(root):
+    write(root / "t.csv", "image,label\n0.png,daisy\n1.png,roses\n")
+
+
+@case("a few images are missing")
+def _(root):
+    rows(root, *TWO, "daisy")
+    write(root / "t.csv", "image,label\n0.png,daisy\n1.png,roses\n2.png,daisy\ngone.png,daisy\n")
+
+
+@case("addresses instead of paths")
+def _(root):
+    write(root / "t.csv", "image,label\nhttps://example.org/0.png,daisy\nhttps://example.org/1.png,roses\n")
+
+
+@case("a row twice")
+def _(root):
+    rows(root, *TWO)
+    write(root / "t.csv", "image,label\n0.png,daisy\n1.png,roses\n0.png,daisy\n")
+
+
+@case("an image in two rows with two labels")
+def _(root):
+    rows(root, *TWO)
+    write(root / "t.csv", "image,label\n0.png,daisy\n1.png,roses\n0.png,roses\n")
+
+
+@case("a column `split`")
+def _(root):
+    rows(root, "daisy,train", "roses,train", "roses,test", header="image,label,split")
+
+
+@case("a column of words for splits by any name: `set`, `phase`, `usage`")
+def _(root):
+    rows(root, "daisy,Training", "roses,Training", "roses,dev", header="image,label,usage")
+
+
+@case("`is_valid`, `is_test`, `is_train`")
+def _(root):
+    rows(root, "daisy,False", "roses,False", "roses,True", header="image,label,is_valid")
+
+
+@case("`fold` with numbers")
+def _(root):
+    rows(root, "daisy,0", "roses,0", "daisy,1", "roses,1", header="image,label,fold")
+
+
+@case("the same, with `data.columns.split=fold` and `data.splits: {val: 0}`")
+def _(root):
+    rows(root, "daisy,0", "roses,0", "daisy,1", "roses,1", header="image,label,fold")
+    return {"columns": {"split": "fold"}, "splits": {"val": ("0",)}}
+
+
+@case("`train.csv`, `val.csv`, `test.csv`")
+def _(root):
+    for number, name in enumerate(("train", "val", "test")):
+        rows(root, *TWO, name=f"{name}.csv", start=2 * number)
+
+
+@case("`train.csv`, `test.csv` without labels, `sample_submission.csv`")
+def _(root):
+    rows(root, *TWO, name="train.csv")
+    rows(root, "", "", header="image", name="test.csv", start=2)
+    rows(root, "", "", name="sample_submission.csv", start=2)
+
+
+@case("two tables, and neither is called like a split")
+def _(root):
+    rows(root, *TWO, name="a.csv")
+    rows(root, *TWO, name="b.csv")
+
+
+@case("`train/metadata.csv`, `test/metadata.csv` beside their images")
+def _(root):
+    for folder in ("train", "test"):
+        rows(root / folder, *TWO, header="file_name,label", name="metadata.csv")
+
+
+@case("`metadata.jsonl`")
+def _(root):
+    rows(root, *TWO, name="t.csv")
+    (root / "t.csv").unlink()
+    lines = [f'{{"file_name": "{number}.png", "label": "{label}"}}' for number, label in enumerate(TWO)]
+    write(root / "metadata.jsonl", "\n".join(lines))
+
+
+@case("`Daisy` and `daisy`")
+def _(root):
+    rows(root, "daisy", "daisy", "Daisy", "roses")
+
+
+@case("`1` and `1.0`")
+def _(root):
+    rows(root, "1", "1", "1.0", "2")
+
+
+@case("a row with an empty label, `nan`, `null` or `n/a`")
+def _(root):
+    rows(root, "daisy", "nan", "roses")
+
+
+@case("test rows without labels")
+def _(root):
+    rows(root, "daisy,train", "roses,train", ",test", header="image,label,split")
+
+
+@case("a class called `None`")
+def _(root):
+    rows(root, "daisy", "None", "None")
+
+
+@case("several labels in a cell: `daisy roses`, `daisy\\|roses`, `['daisy', 'roses']`")
+def _(root):
+    rows(root, "daisy", "daisy", "roses", "roses", "daisy roses")
+
+
+@case("one-hot columns")
+def _(root):
+    rows(root, "0,1", "1,0", header="image,daisy,roses")
+
+
+@case("measured values")
+def _(root):
+    rows(root, *[f"{number / 7:.2f}" for number in range(9)])
+
+
+@case("nearly every row with a label of its own")
+def _(root):
+    rows(root, *[f"flower {number}" for number in range(9)])
+
+
+def shard(file: Path, image: str = "image", label: str = "label", labels: Any = (0, 1), **more: Any) -> None:
+    """Parquet rows as the datasets hub writes them."""
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(stream, "PNG")
+    columns = {image: [{"bytes": stream.getvalue(), "path": "x"}] * len(labels), label: list(labels), **more}
+    features = {name: {"names": list(TWO), "_type": "ClassLabel"} for name in (label, "coarse_label")}
+    meta = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns).replace_schema_metadata(meta), file)
+
+
+@case("`data/train-00000-of-00001.parquet`, `data/test-00000-of-00001.parquet`")
+def _(root):
+    for role in ("train", "test"):
+        shard(root / "data" / f"{role}-00000-of-00001.parquet")
+
+
+@case("`plain_text/train-00000-of-00001.parquet`")
+def _(root):
+    shard(root / "plain_text" / "train-00000-of-00001.parquet")
+
+
+@case("`default/train/0000.parquet`, `default/validation/0000.parquet`")
+def _(root):
+    for role in ("train", "validation"):
+        shard(root / "default" / role / "0000.parquet")
+
+
+@case("two sets: `full/train.parquet`, `small/train.parquet`")
+def _(root):
+    for name in ("full", "small"):
+        shard(root / name / "train.parquet")
+
+
+@case("columns `img` and `labels`, and others")
+def _(root):
+    shard(root / "train.parquet", "img", "labels", caption=["x", "y"])
+
+
+@case("`fine_label` and `coarse_label`")
+def _(root):
+    shard(root / "train.parquet", label="fine_label", coarse_label=[0, 1])
+
+
+@case("test shards without labels")
+def _(root):
+    shard(root / "train.parquet")
+    shard(root / "test.parquet", labels=(-1, -1))
+
+
+@case("paths instead of images")
+def _(root):
+    pq.write_table(pa.table({"image": ["a.png", "b.png"], "label": [0, 1]}), root / "train.parquet")
+
+
+@case("lists of labels")
+def _(root):
+    shard(root / "train.parquet", labels=([0], [0, 1]))

@@ -196,7 +196,7 @@ def test_where_no_image_is_found_the_paths_that_were_tried_are_told(here):
     with pytest.raises(DataError, match=r"no image .* was found\. For 'D:/x/bird_0' in line 2 .*set/x/bird_0.*suffix"):
         open_source(write(here, lines(["image", "label"], [("bird_0", "a"), ("bird_1", "b")], cell="D:/x/{}")))
     with pytest.raises(DataError, match=r"is an address\. Download"):
-        open_source(write(here, lines(["image", "label"], cell="https://example.org/{}.jpg")))
+        open_source(write(here, lines(["image", "label"], [("a", "x"), ("b", "y")], cell="https://example.org/{}.jpg")))
 
 
 def test_repeated_rows_are_said_and_two_labels_of_one_image_refused(here):
@@ -368,3 +368,38 @@ def test_class_folders_spelt_nearly_alike_are_named(tmp_path):
     if len(list(tmp_path.iterdir())) < 3:
         pytest.skip("this file system does not tell capitals apart")
     assert "'Daisy' (1 images) and 'daisy' (1 images)" in told(open_source(tmp_path))
+
+
+def test_known_names_of_columns_find_the_separator_where_another_occurs_more_often(here):
+    rows = [(*row, "a,b,c,d") for row in PLAIN]
+    source = open_source(write(here, lines(["image", "label", "w,x,y,z"], rows, separator=";")))
+    assert source.classes == ("cat", "dog") and source.warnings == ("column `w,x,y,z` is not used.",)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "do"), [("xlsx", "Save the sheet as"), ("zip", "Unpack it"), ("txt", "image,label")]
+)
+def test_a_file_that_is_no_table_is_told_what_to_become(tmp_path, suffix, do):
+    (tmp_path / f"t.{suffix}").write_bytes(b"x")
+    with pytest.raises(DataError, match=f"is a file but no table.*{do}"):
+        open_source(tmp_path / f"t.{suffix}")
+
+
+def test_a_table_beside_folders_is_read_only_where_its_labels_are_its_own(tmp_path):
+    for folder in ("a", "b"):
+        for number in range(2):
+            draw(tmp_path / folder / f"{folder}{number}.png")
+    rows = [("a/a0", "cat"), ("a/a1", "dog"), ("b/b0", "cat"), ("b/b1", "dog")]
+    table = write(tmp_path, lines(["image", "label"], rows, cell="{}.png"))
+    assert open_source(tmp_path).classes == ("cat", "dog")
+    assert "t.csv gives the images labels of its own" in told(open_source(tmp_path))
+    for text in (
+        lines(["image", "label"], [(name, name[0]) for name, _ in rows], cell="{}.png"),  # labels are the folders
+        lines(["image", "label"], rows, cell="gone/{}.jpeg"),  # names no image that is there
+        lines(["image", "score"], rows, cell="{}.png"),  # has no label
+    ):
+        write(tmp_path, text)
+        assert open_source(tmp_path).classes == ("a", "b")
+        assert f"t.csv lies beside class folders and was not read; to use it, give {table}." in told(
+            open_source(tmp_path)
+        )

@@ -3,7 +3,7 @@
 Forms for answers and tables without labels, which competitions put beside the training table, are named and left.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from finetune.data.columns import Columns, find_column, listed_names, squeezed
@@ -59,19 +59,28 @@ def split_tables(root: Path, splits: Splits | None) -> list[Path]:
     return [f for folder in folders for f in listed(folder) if f.is_file() and f.suffix.lower() in TABLE_DELIMITERS]
 
 
-def outranks(table: Path, folders: Collection[str], columns: Columns | None) -> bool:
-    """Whether a table lists images under labels of its own, so that the folders beside it are places and no classes.
+def outranks(table: Path, columns: Columns | None) -> str | None:
+    """A line on a table that lists images under labels of its own, where folders beside it might be taken for classes.
+
+    Such a table is read, and the folders are places and no classes. None: there are no folders, or the table cannot be
+    read, finds less than half of its first images, or has a label that is the name of a folder.
 
     Args:
-        table: with or without columns for image and label.
-        folders: the names of the folders beside it that hold images.
+        table: beside folders.
         columns: as the recipe gives them.
+
+    Raises:
+        DataError: if its images may lie in several of the folders.
     """
+    tops = [f for f in listed(table.parent) if f.is_dir()]
+    folders = {f.name for f in tops} | {inner.name for f in tops for inner in f.glob("*/")}
+    if len(tops) < 2:
+        return None
     try:
         rows = read_rows(table, (columns or {}).values())
         places = [find_column(what, rows.header, columns or {}, str(table)) for what in ("image", "label")]
         if None in places:
-            return False
+            return None
         image, label = (place for place in places if place is not None)
         cells: list[Cell] = []
         labels: set[str] = set()
@@ -80,11 +89,14 @@ def outranks(table: Path, folders: Collection[str], columns: Columns | None) -> 
                 labels.add(normal_text(row[label]))
                 if len(cells) < _FIRST:
                     cells.append(Cell(line, row[image], row[label]))
-        ways = find_rules(table, cells) if cells else []
     except DataError:  # it is not read, and said to be left
-        return False
-    found = sum(any(way.found(cell.text, cell.label) for way in ways) for cell in cells)
-    return len(labels) > 1 and not labels & set(folders) and 2 * found > len(cells)
+        return None
+    if len(labels) < 2 or labels & folders:
+        return None
+    ways = find_rules(table, cells)
+    if 2 * sum(any(way.found(cell.text, cell.label) for way in ways) for cell in cells) <= len(cells):
+        return None
+    return f"{table.name} gives the images labels of its own, so it was read, and the folders beside it are no classes."
 
 
 def not_a_table(file: Path) -> DataError:

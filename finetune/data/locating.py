@@ -73,15 +73,11 @@ def path_parts(text: str) -> tuple[str, list[str]]:
 
 
 def find_rules(table: Path, sample: Sequence[Cell]) -> list[Rule]:
-    """How the cells of `table` become files: the ways that find most of the sample, best first.
+    """How the cells of `table` become files: the ways that find most of the sample, best first; none if none finds any.
 
     Raises:
-        DataError: if none finds a file, two ways find different ones, or the cells are addresses.
+        DataError: if two ways find different files.
     """
-    if far := next((cell for cell in sample if re.match(r"(https?|s3|gs)://", cell.text)), None):
-        raise DataError(
-            f"{table}, line {far.line}: {far.text!r} is an address. Download the images and list their files."
-        )
     left, chosen = list(sample), list[Rule]()
     depth = max((len(path_parts(cell.text)[1]) for cell in sample), default=1)
     whole = Rule(base=None)
@@ -95,9 +91,7 @@ def find_rules(table: Path, sample: Sequence[Cell]) -> list[Rule]:
             left = [cell for cell in left if cell not in hit]
         if len(left) <= len(sample) * (1 - _ENOUGH):
             return chosen
-    if chosen:
-        return chosen
-    raise _not_found(table, sample)
+    return chosen
 
 
 def rules_note(table: Path, rules: Sequence[Rule], sample: Sequence[Cell]) -> str | None:
@@ -176,8 +170,13 @@ def _best(table: Path, rules: Sequence[Rule], cells: Sequence[Cell]) -> Iterator
             yield rule, new
 
 
-def _not_found(table: Path, sample: Sequence[Cell]) -> DataError:
+def not_found(table: Path, sample: Sequence[Cell]) -> DataError:
+    """An error that tells what was tried for the first of the sample."""
     cell = sample[0]
+    if re.match(r"(https?|s3|gs)://", cell.text):
+        return DataError(
+            f"{table}, line {cell.line}: {cell.text!r} is an address. Download the images and list their files."
+        )
     root, parts = path_parts(cell.text)
     tried = [Path(root, *parts)] if root == "/" else []
     tried += [base.joinpath(*parts) for base in dict.fromkeys((table.parent, table.parent.parent, Path.cwd()))]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.data.choosing_tables import choose_tables, split_tables
+from finetune.data.choosing_tables import choose_tables, not_a_table, outranks, split_tables
 from finetune.data.columns import Columns
 from finetune.data.delimited import TABLE_DELIMITERS
 from finetune.data.folders import folder_images
@@ -79,15 +79,15 @@ def _open(root: Path, splits: Splits | None, columns: Columns | None) -> Listing
             return table_images({root: None}, splits, columns)
         if root.suffix.lower() == ".parquet":
             return parquet_images(root, [root], splits, columns)
-        raise DataError(
-            f"data.root: {root} is a file but no table (.csv, .tsv, .jsonl) or parquet shard. Give a folder."
-        )
+        raise not_a_table(root)
     top = lone_folders(root)[-1]
     if shards := find_shards(top):
         return parquet_images(root, shards, splits, columns)
     tables = [f for f in listed(top) if f.is_file() and f.suffix.lower() in TABLE_DELIMITERS]
     tables = tables or split_tables(top, splits)
     named = [given_folder(root, top, name) for names in (splits or {}).values() for name in names]
+    if not named and len(tables) == 1 and (note := outranks(tables[0], columns)):
+        return table_images({tables[0]: None}, splits, columns, [note])
     if not named or not tables or any(one is not None and classes_in(one, root) for one in named):
         layout = find_layout(root, splits)
         if len(layout.folders) >= 2 or not tables:

@@ -23,7 +23,7 @@ from finetune.data.delimited import Rows, read_rows
 from finetune.data.formats import IMAGE_SUFFIXES
 from finetune.data.items import Found, Items, Listing
 from finetune.data.labels import NO_LABEL, NO_MULTI_LABEL, check_labels
-from finetune.data.locating import Cell, Rule, find_rules, rules_note
+from finetune.data.locating import Cell, Rule, find_rules, not_found, rules_note
 from finetune.data.split_columns import LEFT_OUT, MOST_WORDS, SplitRule, find_split
 from finetune.data.split_names import Splits, few, item_name, normal_text
 from finetune.errors import DataError
@@ -122,7 +122,9 @@ def _understand(table: Path, role: str | None, splits: Splits | None, wish: Colu
     if image == label:
         raise DataError(f"{where}: column `{header[image]}` cannot be both image and label.")
     split = SplitRule() if role else find_split(header, profile.values, wish, splits, where=where)
-    files = find_rules(table, profile.sample) if profile.sample else []
+    files = find_rules(table, profile.sample)
+    if profile.sample and not files:
+        raise not_found(table, profile.sample)
     notes = [
         taken_note(where, header, {"image": image, "label": label}),
         rules_note(table, files, profile.sample) if files else None,
