@@ -580,6 +580,11 @@ def _(root):
     rows(root, "daisy,False", "roses,False", "roses,True", header="image,label,is_valid")
 
 
+@case("`valid` with yes and no, which may mean quality")
+def _(root):
+    rows(root, "daisy,no", "roses,no", "roses,yes", header="image,label,valid")
+
+
 @case("`fold` with numbers")
 def _(root):
     rows(root, "daisy,0", "roses,0", "daisy,1", "roses,1", header="image,label,fold")
@@ -627,6 +632,11 @@ def _(root):
 @case("`Daisy` and `daisy`")
 def _(root):
     rows(root, "daisy", "daisy", "Daisy", "roses")
+
+
+@case("a rare label spelt nearly like a common one")
+def _(root):
+    rows(root, *["dandelion"] * 10, "dandelon", "roses", "roses")
 
 
 @case("`1` and `1.0`")

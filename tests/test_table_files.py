@@ -216,6 +216,14 @@ def test_a_yes_or_no_column_is_the_users_split(here):
     assert roles(source)["cat_1.jpg"] == "test" and "train where it says yes, test where it says no" in told(source)
 
 
+def test_a_column_valid_may_mean_quality_and_is_asked_about(here):
+    table = write(here, lines(["image", "label", "valid"], [(*row, row[0].endswith("1")) for row in PLAIN]))
+    source = open_source(table)
+    assert set(roles(source).values()) == {None}
+    assert "column `valid` (False, True) is not used" in told(source) and "data.columns.split=valid." in told(source)
+    assert roles(open_source(table, columns={"split": "valid"}))["cat_1.jpg"] == "val"
+
+
 @pytest.mark.parametrize("name", ["set", "subset", "Partition", "phase", "cv_part"])
 def test_a_column_of_words_for_splits_is_the_users_split_by_any_name(here, name):
     word = {"0": "Training", "1": "dev", "2": "test"}
@@ -350,6 +358,16 @@ def test_labels_spelt_nearly_alike_are_named_with_their_numbers(here, other):
     assert f"'{other}' (1 images)" in told(source) and "'cat' (2 images)" in told(source)
 
 
+def test_a_rare_label_spelt_nearly_like_a_common_one_is_named(here):
+    rows = [(f"n{number}", "dandelion" if number < 20 else "tulip") for number in range(24)]
+    for name, _ in rows:
+        draw(here / "pics" / f"{name}.jpg")
+    source = open_source(write(here, lines(["image", "label"], [*rows, ("cat_0", "dandelon")])))
+    assert "label 'dandelon' (1 images) is spelt nearly like 'dandelion' (20 images)." in told(source)
+    source = open_source(write(here, lines(["image", "label"], [*rows[:5], *rows[20:], ("cat_0", "dandelon")])))
+    assert "spelt nearly" not in told(source)
+
+
 def test_a_number_written_in_two_ways_is_refused(here):
     rows = [(name, "1" if label == "cat" else "2") for name, label in PLAIN]
     with pytest.raises(DataError, match=r"'1' \(2 images\) and '1\.0' \(1 images\)\. Write each label in one way"):
@@ -403,3 +421,12 @@ def test_a_table_beside_folders_is_read_only_where_its_labels_are_its_own(tmp_pa
         assert f"t.csv lies beside class folders and was not read; to use it, give {table}." in told(
             open_source(tmp_path)
         )
+
+
+def test_images_lie_in_a_folder_for_images_near_the_table_but_in_no_other_data_set(here):
+    table = write(here.parent / "lists", lines(["image", "label"], cell="{}.jpg"))
+    (here / "pics").rename(here.parent / "others")
+    with pytest.raises(DataError, match="no image of its rows was found"):
+        open_source(table)
+    (here.parent / "others").rename(here.parent / "Images")
+    assert len(open_source(table).items) == 6

@@ -4,6 +4,7 @@ Nothing is merged or repaired here, for a class is what the user says it is: wha
 may be meant is named.
 """
 
+import difflib
 import re
 import unicodedata
 from collections import defaultdict
@@ -18,6 +19,8 @@ NO_MULTI_LABEL = "Training with several labels per image (multi-label) is not th
 _MAYBE_NO_LABEL = frozenset(["none", "na", "nil", "undefined", "unlabeled", "unlabelled", "?", "-", "nan", "null"])
 _SEPARATORS = "|;,+&/ "
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
+_MOST_RARE = 100
+"""Rare labels that are looked at for slips of spelling."""
 _MANY = 20
 """Distinct fractional numbers beyond which labels are measurements, whatever their number of images."""
 
@@ -60,9 +63,24 @@ def spelling_warnings(counts: Mapping[str, int]) -> list[str]:
             f"{len(near)} labels are written in more than one way, and each spelling is a class of its own: "
             f"{few([_told(names, counts) for names in near])}. If they are one class, write them alike."
         )
+    for rare, plain in _misspelt(counts):
+        warnings.append(
+            f"label {_told([rare], counts)} is spelt nearly like {_told([plain], counts)}. If it is a slip, mend it."
+        )
     if empty := [name for name in sorted(counts) if name.casefold() in _MAYBE_NO_LABEL]:
         warnings.append(f"{_told(empty, counts)} reads as if there were no label, and is taken as a class.")
     return warnings
+
+
+def _misspelt(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Labels of one or two images, each with one of many images that it is nearly spelt like."""
+    rare = [name for name, count in sorted(counts.items()) if count <= 2 and not any(map(str.isdigit, name))]
+    pairs = []
+    for name in rare[:_MOST_RARE]:
+        common = [other for other, count in counts.items() if count >= 10 * counts[name]]
+        near = difflib.get_close_matches(name, common, n=1, cutoff=0.8)
+        pairs += [(name, other) for other in near if other.casefold() != name.casefold()]
+    return pairs
 
 
 def _told(names: list[str], counts: Mapping[str, int]) -> str:

@@ -85,7 +85,8 @@ def find_split(header: Sequence[str], values: Values, wish: Columns, splits: Spl
 
 def _by_name(header: Sequence[str], values: Values, splits: Splits | None) -> list[int]:
     exact = [place for place in values if squeezed(header[place]) == "split" and any(values[place])]
-    return exact[:1] or [place for place in values if not splits and _is_flag(header[place], values[place])]
+    said = [place for place in values if squeezed(header[place]).startswith("is")]  # `valid` may be a flag of quality
+    return exact[:1] or [place for place in said if not splits and _is_flag(header[place], values[place])]
 
 
 def _by_words(header: Sequence[str], values: Values, splits: Splits | None, where: str) -> list[int]:
@@ -168,9 +169,10 @@ def _unused_splits(header: Sequence[str], values: Values) -> list[str]:
     for place, cells in values.items():
         if (squeezed(header[place]) in _NAMES or squeezed(header[place]) in _FLAGS) and any(cells):
             words = [cell for cell in cells if cell]
+            which = "" if _is_flag(header[place], cells) else f" data.splits='{{val: {words[0]}}}'"
             lines.append(
                 f"column `{header[place]}` ({listed_names(words, 6)}) is not used, for its cells do not say which part "
-                f"is for what; to use it: data.columns.split={header[place]} data.splits='{{val: {words[0]}}}'."
+                f"is for what; to use it: data.columns.split={header[place]}{which}."
             )
     return lines
 
