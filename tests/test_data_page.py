@@ -304,6 +304,32 @@ def _(root):
     write(root / "train.csv", "image,label\ntrain_images/1.png,daisy\ntrain_images/2.png,roses\n")
 
 
+@case("Kaggle's Cassava: that and `sample_submission.csv`, names in `train.csv` without their folder")
+def _(root):
+    flat(root / "train_images", "1.png", "2.png", "3.png")
+    flat(root / "test_images", "4.png", "5.png")
+    write(root / "train.csv", "image_id,label\n1.png,0\n2.png,1\n3.png,1\n")
+    write(root / "sample_submission.csv", "image_id,label\n4.png,4\n")
+
+
+@case("`images/` and `labels.csv`")
+def _(root):
+    flat(root / "images", "1.png", "2.png")
+    write(root / "labels.csv", "image,label\nimages/1.png,daisy\nimages/2.png,roses\n")
+
+
+@case("class folders in `train/` and `test/` beside `train.csv`")
+def _(root):
+    tree(root, "train", "test")
+    write(root / "train.csv", "image,label\ntrain/daisy/0.png,daisy\n")
+
+
+@case("one folder of class folders beside a table of something else")
+def _(root):
+    tree(root / "photos")
+    write(root / "names.csv", "number,latin\n1,Bellis\n")
+
+
 @case("JPEG, PNG, BMP, GIF, TIFF, WebP, PPM, PGM, AVIF, JPEG 2000, suffixes in any case")
 def _(root):
     for suffix in ("JPG", "jpeg", "jpe", "PNG", "bmp", "gif", "TIF", "tiff", "webp", "ppm", "pgm", "avif", "jp2"):

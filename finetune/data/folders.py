@@ -9,7 +9,7 @@ from finetune.data.formats import FOREIGN, SUFFIXES, format_of
 from finetune.data.items import Found, Items, Listing
 from finetune.data.layouts import Layout, holds_runs
 from finetune.data.split_names import few, item_name, normal_text
-from finetune.data.walking import Left, holds_images, image_files, is_image, listed
+from finetune.data.walking import Left, files_below, holds_images, image_files, is_image, listed
 from finetune.errors import DataError
 
 SNIFFED = 20
@@ -90,7 +90,8 @@ def _what_is_there(folder: Path) -> tuple[str, bool]:
     named = [
         f"{n} x {kind}" + (f", {FOREIGN[kind]}" if kind in FOREIGN else "") for kind, n in sorted(left.kinds.items())
     ]
-    inside = Counter(filter(None, map(_content, sorted(f for f in folder.rglob("*") if f.is_file())[:SNIFFED])))
+    files = sorted(f for f in files_below(folder, Left()) if f.is_file())
+    inside = set(filter(None, map(_content, files[:SNIFFED])))
     if inside:
         named.append(f"by content {', '.join(sorted(inside))}")
     return "; ".join(named), bool(inside) or any(kind in FOREIGN for kind in left.kinds)

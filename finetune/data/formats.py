@@ -152,7 +152,7 @@ class Contents:
         spelt: dict[str, Counter[str]] = {}
         for (suffix, name, label), count in self._found.items():
             homes.setdefault(name, Counter())[label] += count
-            spelt.setdefault(name, Counter())[suffix or name] += count
+            spelt.setdefault(name, Counter())[suffix if suffix in SUFFIXES.get(name, ()) else name] += count
         totals = sum(homes.values(), Counter[int]())
         told = []
         for name in sorted(homes):

@@ -110,6 +110,11 @@ class Items(Sequence[Item]):
             counts["all" if number < 0 else ROLES[number]] = named
         return counts
 
+    def counts_by_folder(self) -> dict[Path, int]:
+        """Images by the folder their files are in."""
+        held = np.bincount(self._folder_of, minlength=len(self._folders)).tolist()
+        return dict(zip(self._folders, held, strict=True))
+
     @property
     def num_bytes(self) -> int:
         """Memory that the columns take."""

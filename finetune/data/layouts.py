@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.data.split_names import Splits, few, is_generic, name_parts, role_of, unknown_split
-from finetune.data.walking import Left, holds_images, image_files, is_image, listed
+from finetune.data.walking import Left, files_below, holds_images, image_files, is_image, listed
 from finetune.errors import DataError, nearest
 
 TABLE_SUFFIXES = frozenset([".csv", ".tsv", ".jsonl", ".parquet"])
@@ -82,7 +82,7 @@ def lone_folders(root: Path) -> list[Path]:
     """The root and the lone folders inside it, down to where the first table, shard, split or choice of folders is."""
     here, passed = root, [root]
     while not any(f.suffix.lower() in TABLE_SUFFIXES or is_image(f) for f in listed(here)):
-        inside = subfolders(here, root) or [f for f in _folders(here) if any(_is_shard(s) for s in f.rglob("*"))]
+        inside = subfolders(here, root) or [f for f in _folders(here) if _holds_shards(f, root)]
         if len(inside) != 1 or role_of(inside[0].name):
             return passed
         here = inside[0]
@@ -94,8 +94,8 @@ def _tables(folder: Path) -> list[Path]:
     return [f for f in listed(folder) if f.suffix.lower() in TABLE_SUFFIXES]
 
 
-def _is_shard(file: Path) -> bool:
-    return file.suffix.lower() == ".parquet"
+def _holds_shards(folder: Path, root: Path) -> bool:
+    return any(file.suffix.lower() == ".parquet" for file in files_below(folder, Left(), root))
 
 
 def subfolders(folder: Path, root: Path) -> list[Path]:

@@ -5,8 +5,10 @@ classes are always the sorted names (also for parquet, whose stored label number
 tells which output belongs to which class.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.choosing_tables import choose_tables, not_a_table, outranks, split_tables
@@ -16,12 +18,12 @@ from finetune.data.folders import folder_images
 from finetune.data.formats import IMAGE_SUFFIXES
 from finetune.data.items import Item, Items, Listing
 from finetune.data.labels import spelling_warnings
-from finetune.data.layouts import classes_in, find_layout, given_folder, lone_folders
+from finetune.data.layouts import classes_in, find_layout, given_folder, lone_folders, subfolders
 from finetune.data.parquet_files import find_shards, parquet_images
 from finetune.data.shards import read_row
-from finetune.data.split_names import Splits, few
+from finetune.data.split_names import Splits, few, item_name
 from finetune.data.table_files import table_images
-from finetune.data.walking import listed
+from finetune.data.walking import Left, image_files, listed
 from finetune.errors import DataError, names_beside, nearest
 
 
@@ -87,7 +89,7 @@ def _open(root: Path, splits: Splits | None, columns: Columns | None) -> Listing
     tables = tables or split_tables(top, splits)
     named = [given_folder(root, top, name) for names in (splits or {}).values() for name in names]
     if not named and len(tables) == 1 and (note := outranks(tables[0], columns)):
-        return table_images({tables[0]: None}, splits, columns, [note])
+        return _listed_images(root, top, {tables[0]: None}, splits, columns, [note])
     if not named or not tables or any(one is not None and classes_in(one, root) for one in named):
         layout = find_layout(root, splits)
         if len(layout.folders) >= 2 or not tables:
@@ -95,7 +97,36 @@ def _open(root: Path, splits: Splits | None, columns: Columns | None) -> Listing
             layout.notes += [f"{table.name} {unread} {table}." for table in tables]
             return folder_images(root, layout)
     chosen, notes = choose_tables(top, tables, splits, columns)
-    return table_images(chosen, splits, columns, notes)
+    return _listed_images(root, top, chosen, splits, columns, notes)
+
+
+def _listed_images(
+    root: Path,
+    top: Path,
+    tables: Mapping[Path, str | None],
+    splits: Splits | None,
+    columns: Columns | None,
+    notes: Sequence[str],
+) -> Listing:
+    try:
+        listing = table_images(tables, splits, columns, notes)
+    except DataError as fault:
+        holding = [one for one in subfolders(top, root) if len(classes_in(one, root)) > 1]
+        if len(holding) != 1:
+            raise
+        raise DataError(f"{fault} Or give {holding[0]}, which holds class folders.") from fault
+    return replace(listing, warnings=(*listing.warnings, *_unlisted(top, listing.items)))
+
+
+def _unlisted(folder: Path, items: Items) -> list[str]:
+    """A line on the images in a folder that its tables do not list."""
+    more = Counter(os.path.realpath(file.parent) for file in image_files(folder, Left()))
+    more.subtract({os.path.realpath(where): count for where, count in items.counts_by_folder().items()})
+    held = {where: count for where, count in sorted(more.items()) if count > 0}
+    if not held:
+        return []
+    told = [f"{count} in {item_name(Path(where), folder.resolve())}" for where, count in held.items()]
+    return [f"{sum(held.values())} images are in no row of the table and were left: {few(told)}."]
 
 
 def _source(root: Path, listing: Listing) -> Source:

@@ -48,14 +48,26 @@ def holds_images(folder: Path, root: Path | None = None) -> bool:
 
 
 def image_files(folder: Path, left: Left, root: Path | None = None) -> Iterator[Path]:
-    """Image files at any depth, in no order, each real folder once; what is left out is counted in `left`.
+    """Image files at any depth, in no order; what is left out is counted in `left`. The rest is as in `files_below`."""
+    for file in files_below(folder, left, root):
+        suffix, hidden = file.suffix.lower(), is_hidden(file.name)
+        if suffix in IMAGE_SUFFIXES and not hidden:
+            yield file
+        elif not hidden:
+            left.kinds["links to nothing" if _is_dead(file) else suffix or "without suffix"] += 1
+        elif suffix in IMAGE_SUFFIXES and not file.name.startswith("._"):  # a Mac writes ._x.jpg beside every x.jpg
+            left.kinds["hidden"] += 1
+
+
+def files_below(folder: Path, left: Left, root: Path | None = None) -> Iterator[Path]:
+    """Files at any depth, in no order, each real folder once and none that is hidden or the system's.
 
     A linked file or folder belongs where the link is. A link that leads back into the walked data, or above it, is
     not followed, for it would put the images of other folders here.
 
     Args:
         folder: where to walk; it may be a link itself.
-        left: filled as the walk goes on.
+        left: gets the links that are not followed.
         root: the whole of the data that `folder` is a part of; None: `folder` itself.
     """
     bounds, seen = (root or folder).resolve(), set[Path]()
@@ -66,15 +78,7 @@ def image_files(folder: Path, left: Left, root: Path | None = None) -> Iterator[
             continue
         seen.add(real)
         folders[:] = sorted(f for f in folders if not is_hidden(f) and not _leads_back(here / f, bounds, left))
-        for name in files:
-            suffix = Path(name).suffix.lower()
-            if is_hidden(name):
-                if suffix in IMAGE_SUFFIXES and not name.startswith("._"):  # a Mac writes ._x.jpg beside every x.jpg
-                    left.kinds["hidden"] += 1
-            elif suffix in IMAGE_SUFFIXES:
-                yield here / name
-            else:
-                left.kinds["links to nothing" if _is_dead(here / name) else suffix or "without suffix"] += 1
+        yield from (here / name for name in files)
 
 
 def _leads_back(folder: Path, bounds: Path, left: Left) -> bool:
