@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -47,6 +48,21 @@ _PACKAGES = (
     "numpy",
     "pillow",
 )
+
+
+SECONDS_BETWEEN_LINES = 5
+
+
+def every_few_seconds(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
+    """What to call with what is counted, how many are done, and of how many: now and then it says so."""
+    last = [time.perf_counter()]
+
+    def progress(what: str, done: int, total: int) -> None:
+        if time.perf_counter() - last[0] > SECONDS_BETWEEN_LINES:
+            last[0] = time.perf_counter()
+            say(f"{what}: {done:,} of {total:,}")
+
+    return progress
 
 
 def tune_process() -> None:

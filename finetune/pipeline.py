@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,15 +22,15 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from finetune.data.items import ROLES
-from finetune.data.sources import open_source, read_bytes
 from finetune.errors import DataError, FinetuneError, RecipeError, RunError, explain_os_error
 from finetune.evaluation.evaluation import evaluate_run
+from finetune.evaluation.page_images import seen_images, stored_images
 from finetune.evaluation.teaching import find_teacher, load_teacher
 from finetune.evaluation.viewing import refuse_views
 from finetune.evaluation.whole_model import keep_model
 from finetune.features.ranking import choose_backbone
 from finetune.features.survey import Look, look, survey_part
-from finetune.machine import describe_environment, tune_process
+from finetune.machine import describe_environment, every_few_seconds, tune_process
 from finetune.models.classifier import Classifier, refuse_layers
 from finetune.piloting import run_pilot
 from finetune.recipe.addresses import split_login
@@ -39,7 +39,15 @@ from finetune.recipe.facts import Facts, Ranking
 from finetune.recipe.plan import Plan
 from finetune.recipe.planning import make_plan
 from finetune.recipe.reading import recipe_text
-from finetune.recipe.resumption import name_view, read_wish, refuse_changes, refuse_other_beginning
+from finetune.recipe.resumption import (
+    another_wish,
+    moved_to,
+    name_view,
+    read_wish,
+    record_root,
+    refuse_changes,
+    refuse_other_beginning,
+)
 from finetune.recipe.runs import Clock, RunFolder, append, runs_folder, sweep, write_whole
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shelf import name_backbone, short_name
@@ -74,7 +82,7 @@ def plan(recipe: Recipe, say: Say = say_on_stderr, *, pilot_seconds: float | Non
     check_optimizer(recipe.train.optimizer)
     teacher = find_teacher(recipe.train.distillation.teacher)
     recipe, ranking = _with_backbone(recipe, say)
-    seen = look(recipe, _progress(say), roles_seen=_roles_seen(recipe))
+    seen = look(recipe, every_few_seconds(say), roles_seen=_roles_seen(recipe))
     facts = seen.facts
     if pilot_seconds is not None:
         if faults := teacher_faults(recipe, facts.model_copy(update={"teacher": teacher})):  # before seconds are spent
@@ -91,7 +99,7 @@ def show_images(recipe: Recipe, path: Path, say: Say = say_on_stderr) -> Path:
     tune_process()
     teacher = find_teacher(recipe.train.distillation.teacher)
     recipe, _ = _with_backbone(recipe, say)
-    seen = look(recipe, _progress(say), roles_seen=_roles_seen(recipe))
+    seen = look(recipe, every_few_seconds(say), roles_seen=_roles_seen(recipe))
     facts = seen.facts.model_copy(update={"teacher": teacher})
     draw_training_views(make_plan(recipe, facts), seen, path)
     return path
@@ -109,7 +117,7 @@ def extract(recipe: Recipe, part: str, say: Say = say_on_stderr) -> dict[str, An
     if recipe.backbone is None:
         raise RecipeError("a part of the images is looked at by one backbone; name it, backbone=NAME.")
     tune_process()
-    seen = survey_part(recipe, int(found[1]), int(found[2]), _progress(say))
+    seen = survey_part(recipe, int(found[1]), int(found[2]), every_few_seconds(say))
     return {"hits": seen.hits, "misses": seen.misses, "bad": len(seen.bad)}
 
 
@@ -146,16 +154,30 @@ def train(recipe: Recipe, *, runs: Path | None = None, vary: Vary | None = None,
         raise
 
 
-def resume(path: str | Path, *, vary: Vary | None = None, say: Say = say_on_stderr) -> RunFolder:
+def resume(
+    path: str | Path, overrides: Sequence[str] = (), *, vary: Vary | None = None, say: Say = say_on_stderr
+) -> RunFolder:
     """Go on with a run that was stopped, wherever it was; the result is that of an undisturbed run.
 
-    `vary` is the function that the run was begun with, if it was.
+    Args:
+        path: the run folder.
+        overrides: `data.root=FOLDER` alone says where the same images are now. Other keys, such as
+            `train.epochs=40`, make another run beside it, by its recipe and from its weights, once it is finished.
+        vary: the function that the run was begun with, if it was.
+        say: gets every line for people.
+
+    Returns:
+        The run, or the other one.
 
     Raises:
         RunError: if `path` is no run, another process works on it, or images or weights have changed.
     """
-    run = RunFolder(Path(path))
-    wish = read_wish(run)
+    run, root = RunFolder(Path(path)), moved_to(overrides)
+    if overrides and root is None:
+        recipe = another_wish(run, overrides)
+        say(f"{run.path} is finished, so this is another run: it begins from those weights, and its rates start anew.")
+        return train(recipe, runs=run.path.absolute().parent, vary=vary, say=say)
+    wish = read_wish(run, root)
     tune_process()
     recipe, ranking = _with_backbone(wish, say)
     return _walk(run, recipe, say, ranking, vary)
@@ -166,13 +188,13 @@ def evaluate(path: str | Path, *, views: str | None = None, say: Say = say_on_st
     tune_process()
     run = RunFolder.open(path)
     with run.lock():
-        seen = look(read_wish(run), _progress(say))
+        seen = look(read_wish(run), every_few_seconds(say))
         refuse_changes(run.plan, seen.facts)
         if not run.final_weights().exists():
             raise RunError(f"{path} is not trained to its end. `finetune resume {path}` goes on.")
         keep_model(run, seen)
         scores = evaluate_run(run, seen, views)
-        write_report(run.path, read_image=_image_reader(seen))
+        write_report(run.path, read_image=seen_images(seen))
     return scores
 
 
@@ -181,7 +203,7 @@ def report(path: str | Path, *, say: Say = say_on_stderr) -> Path:
     run = RunFolder.open(path)
     run.read_json("scores.json")
     with run.lock():
-        page = write_report(run.path, read_image=_stored_images(run))
+        page = write_report(run.path, read_image=stored_images(run))
         _tell_unsent(send_remaining(run.path, say), run, say)
     return page
 
@@ -206,7 +228,7 @@ def _roles_seen(recipe: Recipe) -> tuple[str, ...]:
 def _with_backbone(recipe: Recipe, say: Say) -> tuple[Recipe, Ranking | None]:
     """The recipe with its backbone named, and the ranking that named it where there was a choice."""
     recipe = name_backbone(recipe)
-    name, ranking = choose_backbone(recipe, progress=_progress(say))
+    name, ranking = choose_backbone(recipe, progress=every_few_seconds(say))
     if ranking is not None:
         say(f"backbone: {ranking.why}")
     return recipe.model_copy(update={"backbone": name}), ranking
@@ -245,10 +267,11 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, va
     clock = Clock(run)
     is_new = not run.file("plan.yaml").exists()
     teacher = find_teacher(recipe.train.distillation.teacher) if is_new else None  # images would take longer
-    seen = look(recipe, _progress(say))
+    seen = look(recipe, every_few_seconds(say))
     clock.lap("survey")
     if not is_new:
         refuse_other_beginning(run, seen.facts, vary)
+        record_root(run, str(recipe.data.root))
     else:
         facts = seen.facts.model_copy(update={"ranking": ranking, "teacher": teacher})
         _decide(run, recipe, replace(seen, facts=facts), vary, say)
@@ -267,7 +290,7 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, va
         clock.lap("evaluation")
         say(scores_text(run.read_json("scores.json")))
         clock.write()
-        page = write_report(run.path, read_image=_image_reader(seen))
+        page = write_report(run.path, read_image=seen_images(seen))
         say(f"report: {page}")
     except BaseException as fault:
         if tracker is not None:
@@ -363,36 +386,9 @@ def _tell_unsent(unsent: Unsent, run: RunFolder, say: Say) -> None:
         )
 
 
-def _image_reader(seen: Look) -> Callable[[str], bytes]:
-    by_name = {item.name: item for item in seen.items}
-    return lambda name: read_bytes(by_name[name])
-
-
-def _stored_images(run: RunFolder) -> Callable[[str], bytes] | None:
-    """The images of a run by name, as long as they are where they were; a page can do without."""
-    try:
-        items = open_source(Path(str(run.plan.data.root)), run.plan.data.splits, run.plan.data.columns.named).items
-    except FinetuneError:
-        return None
-    by_name = {item.name: item for item in items}
-    return lambda name: read_bytes(by_name[name])
-
-
 def _logged(run: RunFolder, say: Say) -> Say:
     def voice(text: str) -> None:
         say(text)
         append(run.file("log.txt"), f"{time.strftime('%H:%M:%S')}  {text}\n")
 
     return voice
-
-
-def _progress(say: Say) -> Callable[[str, int, int], None]:
-    """A line every few seconds."""
-    last = [time.perf_counter()]
-
-    def progress(what: str, done: int, total: int) -> None:
-        if time.perf_counter() - last[0] > 5:
-            last[0] = time.perf_counter()
-            say(f"{what}: {done:,} of {total:,}")
-
-    return progress

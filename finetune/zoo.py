@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import yaml
 from finetune.errors import BackboneError, nearest
 from finetune.recipe.cards import Card, read_card
 from finetune.recipe.runs import write_whole
-from finetune.recipe.shelf import read_zoo, user_zoo, zoo_folders
+from finetune.recipe.shelf import read_zoo, user_zoo, why_no_card, zoo_folders
 
 if TYPE_CHECKING:
     from finetune.features.source_statistics import SourceStatistics
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
 
 STATISTICS = "statistics.safetensors"
-SECONDS_BETWEEN_LINES = 5
 Say = Callable[[str], None]
 
 
@@ -76,6 +74,8 @@ def add_card(path: Path, *, statistics: Path | None = None, say: Say = say_on_st
         weights = show_card(str(path)).weights
         assert weights is not None
         folder = weights.parent
+    if (folder / "recipe.yaml").exists() and not (folder / "card.yaml").exists():
+        raise BackboneError(f"{folder} {why_no_card(folder)}")
     if not (folder / "card.yaml").exists():
         raise BackboneError(
             f"{folder} holds no card.yaml. Write one beside the safetensors file; "
@@ -98,7 +98,7 @@ def add_card(path: Path, *, statistics: Path | None = None, say: Say = say_on_st
     found = _measure(card, statistics, say) if statistics is not None else None
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{card.name}.{os.getpid()}.tmp")
-    shutil.copytree(folder, partial)
+    _copy_card(folder, card, partial)
     if found is not None:
         _write_statistics(partial, found)
     partial.rename(target)
@@ -113,6 +113,17 @@ def _own_zoo() -> Path:
         return user_zoo()
     except OSError as fault:
         raise BackboneError("you have no home folder that a card could be kept in; name one, FINETUNE_ZOO.") from fault
+
+
+def _copy_card(folder: Path, card: Card, target: Path) -> None:
+    """The whole folder of a card; of a run what its card names, for the rest is of no use to others."""
+    if not (folder / "recipe.yaml").exists():
+        shutil.copytree(folder, target)
+        return
+    target.mkdir()
+    for path in (folder / "card.yaml", folder / "classes.txt", card.weights, card.images):
+        if path is not None and path.exists():
+            shutil.copyfile(path, target / path.name)
 
 
 def rank_cards(
@@ -138,11 +149,11 @@ def rank_cards(
         RecipeError: if no data is named.
     """
     from finetune.features.ranking import rank_backbones
-    from finetune.machine import tune_process
+    from finetune.machine import every_few_seconds, tune_process
 
     tune_process()
     cards = pick_cards(among=among, max_params=max_params, licences=licences)
-    return rank_backbones(recipe, cards, progress=_now_and_then(say))
+    return rank_backbones(recipe, cards, progress=every_few_seconds(say))
 
 
 def pick_cards(
@@ -185,23 +196,11 @@ def _described(name: str, zoo: dict[str, Card]) -> Card:
 
 def _measure(card: Card, images: Path, say: Say) -> "SourceStatistics":
     from finetune.features.source_statistics import measure_statistics
-    from finetune.machine import tune_process
+    from finetune.machine import every_few_seconds, tune_process
 
     tune_process()
-    tell = _now_and_then(say)
+    tell = every_few_seconds(say)
     return measure_statistics(card, images, progress=lambda done, total: tell(card.name, done, total))
-
-
-def _now_and_then(say: Say) -> Callable[[str, int, int], None]:
-    """A line every few seconds."""
-    last = [time.perf_counter()]
-
-    def progress(what: str, done: int, total: int) -> None:
-        if time.perf_counter() - last[0] > SECONDS_BETWEEN_LINES:
-            last[0] = time.perf_counter()
-            say(f"{what}: {done:,} of {total:,} images")
-
-    return progress
 
 
 def _write_statistics(folder: Path, found: "SourceStatistics") -> None:

@@ -8,11 +8,12 @@ import yaml
 from safetensors.torch import load_file
 
 import finetune as ft
-from finetune.errors import BackboneError
+from finetune.errors import BackboneError, RecipeError, RunError
 from finetune.evaluation.prediction import load_final
 from finetune.models.backbones import load_backbone
 from finetune.pipeline import plan
 from finetune.recipe.cards import read_card
+from finetune.recipe.resumption import another_wish, record_root
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.shelf import read_zoo, short_name
 
@@ -185,3 +186,86 @@ def test_what_no_training_can_begin_from_is_refused_by_what_it_is(shapes, first,
     with pytest.raises(BackboneError, match=r"is not there. .*Nearest: half"):
         start(shapes, tmp_path / "runs", f"backbone={tmp_path}/hal")
     assert not (tmp_path / "runs").exists()
+
+
+def test_more_epochs_of_a_finished_run_are_another_run_from_its_weights(first):
+    before, lines = sorted(path.name for path in first.path.iterdir()), []
+    again = ft.resume(first.path, ["train.epochs=3"], say=lines.append)
+    assert again.path.parent == first.path.parent
+    assert again.path != first.path
+    assert "this is another run" in lines[0]
+    old, new = (yaml.safe_load(run.file("recipe.yaml").read_text()) for run in (first, again))
+    assert new == {**old, "backbone": str(first.path), "train": {**old["train"], "epochs": 3}}
+    assert again.plan.split_digest == first.plan.split_digest
+    assert again.plan.stages[0].epochs == 3
+    assert not [line for line in again.read_json("facts.json")["warnings"] if "were seen" in line]
+    assert sorted(path.name for path in first.path.iterdir()) == before
+
+
+def test_what_began_from_nothing_goes_on_from_what_it_became(first, tmp_path):
+    run = RunFolder(shutil.copytree(first.path, tmp_path / "control"))
+    recipe = yaml.safe_load(run.file("recipe.yaml").read_text())
+    wish = {**recipe, "pretrained": False, "head": {"init": "zero"}, "train": {**recipe["train"], "reinit": 1}}
+    run.write_text("recipe.yaml", yaml.safe_dump(wish))
+    found = another_wish(run, ["train.epochs=3"])
+    assert (found.pretrained, found.head.init, found.train.reinit, found.train.epochs) == (True, None, 0, 3)
+    assert another_wish(run, ["head.init=zero"]).head.init == "zero"
+
+
+def test_the_plan_of_an_unfinished_run_does_not_change_on_the_way(first, tmp_path):
+    run = RunFolder(shutil.copytree(first.path, tmp_path / "half"))
+    run.file("scores.json").unlink()
+    with pytest.raises(RunError, match=r"is not finished, and its plan cannot change .*train.epochs=9` starts anew"):
+        ft.resume(run.path, ["train.epochs=9"], say=quiet)
+
+
+def test_images_that_have_moved_are_named_and_found_by_their_content(shapes, first, tmp_path):
+    run = RunFolder(shutil.copytree(first.path, tmp_path / "run"))
+    where = [f"data.root={tmp_path / 'there'}"]
+    gone, there = shutil.copytree(shapes, tmp_path / "gone"), tmp_path / "there"
+    record_root(run, str(gone))
+    gone.rename(there)
+    for walk in (ft.resume, ft.evaluate):
+        with pytest.raises(RunError, match=r"gone is not there, .*`finetune resume .*run data.root=FOLDER` makes sure"):
+            walk(run.path, say=quiet)
+    run.file("scores.json").unlink()  # it was stopped before it was judged
+    assert ft.resume(run.path, where, say=quiet).path == run.path
+    assert run.read_json("scores.json") == first.read_json("scores.json")
+    assert run.plan.data.root == str(there)
+    assert yaml.safe_load(run.file("recipe.yaml").read_text())["data"]["root"] == str(there)
+    assert ft.evaluate(run.path, views="five", say=quiet)["views"] == "five"
+
+
+def test_other_images_are_not_taken_for_those_that_have_moved(others, first, tmp_path):
+    run = RunFolder(shutil.copytree(first.path, tmp_path / "run"))
+    plan_before = run.file("plan.yaml").read_bytes()
+    with pytest.raises(RunError, match="the images have changed since the plan was made"):
+        ft.resume(run.path, [f"data.root={others}"], say=quiet)
+    assert run.file("plan.yaml").read_bytes() == plan_before
+    assert str(others) not in run.file("recipe.yaml").read_text()
+
+
+def test_a_run_given_as_images_is_told_for_what_it_is(first):
+    with pytest.raises(RecipeError, match=r"holds a run, no images. `finetune resume .*backbone="):
+        ft.load_recipe(str(first.path))
+
+
+def test_a_run_is_added_to_the_zoo_with_what_its_card_names(first, tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETUNE_ZOO", str(tmp_path))
+    card = ft.zoo.add_card(first.path)
+    assert sorted(path.name for path in (tmp_path / first.path.name).iterdir()) == [
+        "card.yaml",
+        "classes.txt",
+        "model.safetensors",
+        "seen.npz",
+    ]
+    assert load_backbone(card.name, zoo=read_zoo()).digest == load_backbone(str(first.path), zoo={}).digest
+    assert ft.zoo.card_fault(card) is None
+
+
+def test_a_run_without_a_card_is_not_added_to_the_zoo(first, tmp_path):
+    run = RunFolder(shutil.copytree(first.path, tmp_path / "half"))
+    for name in ("card.yaml", "scores.json"):
+        run.file(name).unlink()
+    with pytest.raises(BackboneError, match="is a run that is not trained to its end"):
+        ft.zoo.add_card(run.path)

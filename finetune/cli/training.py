@@ -49,9 +49,20 @@ def plan(
     finish(found, as_json, f"{facts_text(facts)}\n{plan_text(decided)}")
 
 
-def resume(run: Run, as_json: Json = False) -> None:
-    """Go on with a stopped run, to the same end."""
+def resume(
+    run: Run,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="data.root=FOLDER where the images have moved; other keys, such as train.epochs=40, make another run "
+            "that begins from the weights of a finished one.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Go on with a stopped run, to the same end; or from a finished one, as another run."""
     from finetune.pipeline import resume as go_on
     from finetune.pipeline import summarize
 
-    finish(summarize(go_on(run)), as_json, "")
+    finish(summarize(go_on(run, overrides or ())), as_json, "")

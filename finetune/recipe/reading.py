@@ -29,6 +29,7 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     text, where = "", "the command line"
     wish: dict[str, Any] = {}
     if source is not None:
+        _refuse_run(Path(source).expanduser())
         path = find_recipe(str(source))
         if path is None:
             wish = {"data": {"root": str(source)}}
@@ -47,6 +48,15 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
     if faults:
         raise RecipeError(hide_logins("\n".join(faults)))
     return recipe
+
+
+def _refuse_run(path: Path) -> None:
+    if (path / "recipe.yaml").exists():
+        raise RecipeError(
+            f"{path} holds a run, no images. `finetune resume {path}` goes on with it; with train.epochs=N "
+            f"added, or as `finetune train IMAGES backbone={path}`, another run begins from its weights; and "
+            f"`finetune train {path}/recipe.yaml` trains by its recipe again."
+        )
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -1,32 +1,87 @@
 """What must be as it was where a run goes on: images, weights, view, the user's own change of images, its teacher."""
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from finetune.errors import RunError
 from finetune.recipe.distillation import refuse_other_teacher
 from finetune.recipe.facts import Facts
 from finetune.recipe.plan import Plan
-from finetune.recipe.reading import load_recipe
+from finetune.recipe.reading import load_recipe, recipe_text
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.schema import Recipe
 
 Vary = Callable[..., Any]
 
 
-def read_wish(run: RunFolder) -> Recipe:
+def read_wish(run: RunFolder, root: str | None = None) -> Recipe:
     """The recipe of `run`. A backbone that it left open is the one that was chosen, once there is a plan.
 
+    Args:
+        run: has a recipe.
+        root: where its images are now; None: where they were.
+
     Raises:
-        RunError: if there is no recipe.
+        RunError: if there is no recipe, or nothing where its images are said to be.
     """
-    if not run.file("recipe.yaml").exists():
-        raise RunError(f"{run.path} holds no recipe.yaml, so it is no run. `finetune train` makes one.")
-    recipe = load_recipe(run.file("recipe.yaml"))
+    recipe = _read_recipe(run, root)
+    if recipe.data.root is not None and not Path(recipe.data.root).expanduser().exists():
+        raise RunError(
+            f"{recipe.data.root} is not there, where the images of {run.path} are said to be. Where they have moved, "
+            f"`finetune resume {run.path} data.root=FOLDER` makes sure that they are the same, and remembers the place."
+        )
     if recipe.backbone is None and run.file("plan.yaml").exists():
         return recipe.model_copy(update={"backbone": run.plan.backbone})
     return recipe
+
+
+def _read_recipe(run: RunFolder, root: str | None = None) -> Recipe:
+    if not run.file("recipe.yaml").exists():
+        raise RunError(f"{run.path} holds no recipe.yaml, so it is no run. `finetune train` makes one.")
+    moved = [] if root is None else [f"data.root={json.dumps(str(Path(root).expanduser().absolute()))}"]
+    return load_recipe(run.file("recipe.yaml"), moved)
+
+
+def record_root(run: RunFolder, root: str) -> None:
+    """Write where the images are now into the recipe and the plan; for whoever knows that they are the same."""
+    if _read_recipe(run).data.root != root:
+        run.write_text("recipe.yaml", recipe_text(_read_recipe(run, root)))
+    if run.file("plan.yaml").exists() and (plan := run.plan).data.root != root:
+        moved = plan.model_copy(update={"data": plan.data.model_copy(update={"root": root})})
+        run.write_text("plan.yaml", moved.to_yaml())
+
+
+def moved_to(overrides: Sequence[str]) -> str | None:
+    """The new place of the images, where that is all that is said."""
+    key, _, value = overrides[0].partition("=") if len(overrides) == 1 else ("", "", "")
+    return value if key.strip() == "data.root" else None
+
+
+def another_wish(run: RunFolder, overrides: Sequence[str]) -> Recipe:
+    """The recipe of another run: that of the finished `run`, begun from its weights, with `overrides`.
+
+    Raises:
+        RunError: if the run is not finished: what its plan says cannot change on the way.
+        RecipeError: if an override is wrong.
+    """
+    recipe, said = _read_recipe(run), " ".join(overrides)
+    if not run.file("scores.json").exists():
+        raise RunError(
+            f"{run.path} is not finished, and its plan cannot change on the way: with {said} the result would follow "
+            f"no recipe. `finetune resume {run.path}` finishes it, and this command then makes another run from its "
+            f"weights; `finetune train {run.path}/recipe.yaml {said}` starts anew."
+        )
+    begins = [f"backbone={json.dumps(str(run.path.absolute()))}"]
+    if not recipe.pretrained:
+        begins.append("pretrained=true")  # as the weights of the run now are
+    if recipe.train.reinit:
+        begins.append("train.reinit=0")  # what was drawn anew has been trained since
+    if recipe.head.init is not None:
+        begins.append("head.init=null")  # the probe on these weights, and no new beginning
+    return load_recipe(run.file("recipe.yaml"), [*begins, *overrides])
 
 
 def refuse_other_beginning(run: RunFolder, facts: Facts, vary: Vary | None) -> None:

@@ -112,7 +112,7 @@ def card_at(name: str) -> "Card | None":
     if (folder := folder_of_backbone(name)) is None:
         return None
     if not (folder / "card.yaml").exists():
-        raise BackboneError(f"backbone: {folder} {_why_no_card(folder)}")
+        raise BackboneError(f"backbone: {folder} {why_no_card(folder)}")
     return replace(read_card(folder / "card.yaml"), name=name)
 
 
@@ -133,7 +133,8 @@ def short_name(backbone: str) -> str:
     return (card.arch if card is not None else backbone).replace("/", "_")
 
 
-def _why_no_card(folder: Path) -> str:
+def why_no_card(folder: Path) -> str:
+    """What a folder without a card is, and what to do, as the rest of a sentence."""
     if (folder / "ensemble.json").exists():
         return f"averages several networks, and no training can begin from them all; name one of {folder}/members/."
     if (folder / "scores.json").exists():
