@@ -30,12 +30,18 @@ from finetune.features.image_facts import band_warnings, image_facts, range_warn
 from finetune.features.measuring import PROBE_BYTES, Material, measure
 from finetune.features.probing import Probe
 from finetune.features.surgery import relative_gradients
-from finetune.features.viewing import choose_view, fast_precision, measure_machine, refuse_size, whose_constants
+from finetune.features.viewing import (
+    backbone_facts,
+    choose_view,
+    fast_precision,
+    measure_machine,
+    refuse_size,
+    whose_constants,
+)
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.models.classifier import Classifier
 from finetune.models.frozen import FrozenBackbone
 from finetune.recipe.facts import (
-    BackboneFacts,
     BadFile,
     Facts,
     Findings,
@@ -163,7 +169,7 @@ def look(
             *range_warnings(found.facts, source.items, work.view, work.value_range),
             *work.unkept(),
         ),
-        backbone=_backbone_facts(work.backbone),
+        backbone=backbone_facts(work.backbone),
         view=work.view,
         crop_pct=recipe.data.crop_pct or work.backbone.card.crop_pct,
         normalize=work.normalize,
@@ -385,21 +391,3 @@ def _split_facts(split: Split, val_labels: torch.Tensor) -> dict[str, Any]:
         "images_per_class": PerClass(min=min(per_class), median=median(per_class), max=max(per_class)),
         "majority": commonest,
     }
-
-
-def _backbone_facts(backbone: Backbone) -> BackboneFacts:
-    card = backbone.card
-    arch, options = backbone.network
-    return BackboneFacts(
-        name=card.name,
-        arch=arch,
-        arch_kwargs=options,
-        params_m=round(sum(p.numel() for p in backbone.parameters()) / 1e6, 3),
-        num_features=backbone.num_features,
-        stages=backbone.stages,
-        pretrained_on=card.pretrained_on,
-        input_size=card.input_size[1],
-        licence=card.licence,
-        weights_digest=backbone.digest,
-        has_batch_norm=any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in backbone.modules()),
-    )

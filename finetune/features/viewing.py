@@ -10,7 +10,7 @@ from finetune.machine import num_cores
 from finetune.models.backbones import Backbone
 from finetune.recipe.addresses import uri_from_environment
 from finetune.recipe.cards import Card, View
-from finetune.recipe.facts import MachineFacts
+from finetune.recipe.facts import BackboneFacts, MachineFacts
 from finetune.recipe.schema import Recipe
 
 _OVERRIDES = ("image_size", "crop_pct", "interpolation", "mean", "std")
@@ -86,3 +86,22 @@ def measure_machine(wish: str) -> MachineFacts:
 def fast_precision(machine: MachineFacts) -> str:
     """The fastest arithmetic that a frozen backbone looks in well, here."""
     return "bf16" if machine.has_bf16 else "fp16" if machine.has_fp16 else "32"
+
+
+def backbone_facts(backbone: Backbone) -> BackboneFacts:
+    """What the facts say of a backbone."""
+    card = backbone.card
+    arch, options = backbone.network
+    return BackboneFacts(
+        name=card.name,
+        arch=arch,
+        arch_kwargs=options,
+        params_m=round(sum(p.numel() for p in backbone.parameters()) / 1e6, 3),
+        num_features=backbone.num_features,
+        stages=backbone.stages,
+        pretrained_on=card.pretrained_on,
+        input_size=card.input_size[1],
+        licence=card.licence,
+        weights_digest=backbone.digest,
+        has_batch_norm=any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in backbone.modules()),
+    )
