@@ -2,7 +2,7 @@
 
 A row is `| what it looks like | what happens |`. Its case is the function below that `@case` names with the row's first
 cell, to the letter; it builds the layout below a folder and gives back what `open_source` needs beside that folder, or
-nothing (`patch` names something to be replaced meanwhile). The second cell says `Taken: N classes, splits A, B` (or
+nothing (`patch` names something to be replaced meanwhile, `file` a table to be given instead of the folder). The second cell says `Taken: N classes, splits A, B` (or
 `no splits`) or `Refused:`, and each text in double quotes must be said, in a warning or in the error. A row without a
 case fails, and so does a case without a row.
 """
@@ -100,6 +100,7 @@ def test_what_the_page_says_is_so(row, tmp_path, monkeypatch):
     promise, options = ROWS[row], CASES[row](root) or {}
     if patch := options.pop("patch", None):
         monkeypatch.setattr(*patch)
+    root = root / options.pop("file", ".")
     quoted = re.findall(r'"(.+?)"', promise)
     if promise.startswith("Refused"):
         assert quoted, "a refusal says something"
@@ -211,6 +212,11 @@ def _(root):
     tree(root, "train", "test", "more")
 
 
+@case("`train/`, `test/`, and folders beside them named like the classes inside")
+def _(root):
+    tree(root, "train", "test", ".")
+
+
 @case("a class called `test` beside others")
 def _(root):
     tree(root, classes=("control", "test"))
@@ -310,6 +316,12 @@ def _(root):
     flat(root / "test_images", "4.png", "5.png")
     write(root / "train.csv", "image_id,label\n1.png,0\n2.png,1\n3.png,1\n")
     write(root / "sample_submission.csv", "image_id,label\n4.png,4\n")
+
+
+@case("the same, given as `cassava/train.csv`")
+def _(root):
+    CASES["Kaggle's Cassava: that and `sample_submission.csv`, names in `train.csv` without their folder"](root)
+    return {"file": "train.csv"}
 
 
 @case("`images/` and `labels.csv`")

@@ -147,7 +147,7 @@ def _take_splits(root: Path, layout: Layout, inside: dict[Path, list[Path]], rol
             )
     classes = {one.name for folder, role in roles.items() if role == "train" for one in inside[folder]}
     for other in (one for one in inside if one not in roles):
-        if len(roles) == 1 or classes & {one.name for one in inside[other]}:
+        if len(roles) == 1 or classes & {other.name, *(one.name for one in inside[other])}:
             raise unknown_split(other.name, str(other))
         layout.notes.append(f"{other} stands beside {_names(roles)} and is none of them; its images were left.")
     for folder, role in roles.items():

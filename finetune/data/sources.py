@@ -7,7 +7,7 @@ tells which output belongs to which class.
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from finetune.data.labels import spelling_warnings
 from finetune.data.layouts import classes_in, find_layout, given_folder, lone_folders, subfolders
 from finetune.data.parquet_files import find_shards, parquet_images
 from finetune.data.shards import read_row
-from finetune.data.split_names import Splits, few, item_name
+from finetune.data.split_names import Splits, few, item_name, role_of
 from finetune.data.table_files import table_images
 from finetune.data.walking import Left, image_files, listed
 from finetune.errors import DataError, names_beside, nearest
@@ -115,17 +115,28 @@ def _listed_images(
         if len(holding) != 1:
             raise
         raise DataError(f"{fault} Or give {holding[0]}, which holds class folders.") from fault
-    return replace(listing, warnings=(*listing.warnings, *_unlisted(top, listing.items)))
+    return replace(listing, warnings=(*listing.warnings, *_unlisted(top, tables, listing.items)))
 
 
-def _unlisted(folder: Path, items: Items) -> list[str]:
-    """A line on the images in a folder that its tables do not list."""
+def _unlisted(folder: Path, tables: Collection[Path], items: Items) -> list[str]:
+    """A line on the images in a folder that its tables do not list.
+
+    Raises:
+        DataError: if they lie in a folder named like a split, and the tables were a choice among several.
+    """
     more = Counter(os.path.realpath(file.parent) for file in image_files(folder, Left()))
     more.subtract({os.path.realpath(where): count for where, count in items.counts_by_folder().items()})
     held = {where: count for where, count in sorted(more.items()) if count > 0}
     if not held:
         return []
     told = [f"{count} in {item_name(Path(where), folder.resolve())}" for where, count in held.items()]
+    present = [f for f in listed(folder) if f.suffix.lower() in TABLE_DELIMITERS]
+    if len(present) > len(tables) and any(role_of(Path(where).name) for where in held):
+        raise DataError(
+            f"data.root: {folder} holds {len(present)} tables ({few([f.name for f in present])}), and images that none "
+            f"of those with labels lists: {few(told)}. If they are to stay out, give the table itself, "
+            f"{next(iter(tables))}: splits are then cut from its rows. `finetune predict` labels the others."
+        )
     return [f"{sum(held.values())} images are in no row of the table and were left: {few(told)}."]
 
 
