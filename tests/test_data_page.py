@@ -2,9 +2,9 @@
 
 A row is `| what it looks like | what happens |`. Its case is the function below that `@case` names with the row's first
 cell, to the letter; it builds the layout below a folder and gives back what `open_source` needs beside that folder, or
-nothing (`patch` names something to be replaced meanwhile, `file` a table to be given instead of the folder). The second cell says `Taken: N classes, splits A, B` (or
-`no splits`) or `Refused:`, and each text in double quotes must be said, in a warning or in the error. A row without a
-case fails, and so does a case without a row.
+nothing (`patch` names something to be replaced meanwhile, `file` a table to be given instead of the folder). The second
+cell says `Taken: N classes, splits A, B` (or `no splits`) or `Refused:`, and each text in double quotes must be said in
+a warning or in the error. A row without a case fails, and so does a case without a row.
 """
 
 import io
