@@ -761,6 +761,11 @@ def _(root):
     shard(root / "train.parquet", label="fine_label", coarse_label=[0, 1])
 
 
+@case("one shard with a column `split`")
+def _(root):
+    shard(root / "all.parquet", labels=(0, 1, 0, 1), split=["train", "train", "test", "test"])
+
+
 @case("test shards without labels")
 def _(root):
     shard(root / "train.parquet")

@@ -123,7 +123,7 @@ def test_test_shards_without_labels_are_left_out_aloud(tmp_path):
     plain(tmp_path / "train.parquet")
     plain(tmp_path / "test.parquet", (-1, -1))
     source = open_source(tmp_path)
-    assert len(source.items) == 3 and "2 rows of this test shard have no label and are not used" in told(source)
+    assert len(source.items) == 3 and "2 test rows have no label and are not used" in told(source)
     plain(tmp_path / "validation.parquet", (0, None))
     with pytest.raises(DataError, match=r"validation.parquet: 1 rows have no label in \[0, 2\); the first is row 1"):
         open_source(tmp_path)
@@ -148,3 +148,35 @@ def test_test_shards_without_labels_are_left_out_aloud(tmp_path):
 def test_what_is_not_one_image_and_one_class_in_a_row_is_refused_in_words(tmp_path, columns, message):
     with pytest.raises(DataError, match=message):
         open_source(write(tmp_path / "train.parquet", {name: pa.array(own) for name, own in columns.items()}))
+
+
+def test_a_column_names_the_split_where_the_shards_names_do_not(tmp_path):
+    columns = {"image": structs(4), "label": pa.array(["a", "b", "a", "b"])}
+    table = write(
+        tmp_path / "a" / "all.parquet", columns | {"subset": pa.array(["training", "training", "dev", "test"])}
+    )
+    source = open_source(table)
+    assert [item.role for item in source.items] == ["train", "train", "val", "test"]
+    assert "the split is that of column `subset`" in told(source) and "not used" not in told(source)
+    table = write(tmp_path / "b" / "all.parquet", columns | {"is_valid": pa.array([False, False, True, True])})
+    assert [item.role for item in open_source(table).items] == ["train", "train", "val", "val"]
+    table = write(tmp_path / "c" / "all.parquet", columns | {"fold": pa.array([0, 0, 1, 2])})
+    source = open_source(table)
+    assert {item.role for item in source.items} == {None} and told(source).count("`fold`") == 1
+    source = open_source(table, {"val": ("1",), "train": ("0",)}, {"split": "fold"})
+    assert [item.role for item in source.items] == ["train", "train", "val"] and "1 rows are not used" in told(source)
+
+
+def test_the_split_of_shards_names_is_not_overruled_in_silence(tmp_path):
+    plain(tmp_path / "train.parquet")
+    plain(tmp_path / "test.parquet")
+    with pytest.raises(DataError, match=r"data\.columns\.split=fold: the shards' names say the split already"):
+        open_source(tmp_path, columns={"split": "fold"})
+    assert {item.role for item in open_source(tmp_path, {}).items} == {None}
+
+
+def test_a_number_that_is_no_class_is_refused_in_the_test_part_too(tmp_path):
+    plain(tmp_path / "train.parquet")
+    plain(tmp_path / "test.parquet", (0, 7))
+    with pytest.raises(DataError, match=r"1 labels are no number in \[0, 2\), such as 7"):
+        open_source(tmp_path)

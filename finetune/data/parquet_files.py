@@ -16,6 +16,8 @@ from typing import Any
 from finetune.data.columns import Columns, find_column, listed_names, missing_column, taken_note
 from finetune.data.items import Found, Items, Listing
 from finetune.data.labels import NO_LABEL, NO_MULTI_LABEL, check_labels
+from finetune.data.shard_splits import find_row_split, row_roles
+from finetune.data.split_columns import LEFT_OUT, SplitRule
 from finetune.data.split_names import Splits, item_name, name_parts, normal_text, role_of, unknown_split
 from finetune.data.walking import is_hidden
 from finetune.errors import DataError
@@ -36,6 +38,8 @@ class _Shard:
     label: str
     names: tuple[str, ...]
     """Of the classes, by number, where the schema has them."""
+    header: tuple[str, ...]
+    """Names of all columns."""
     notes: tuple[str, ...]
 
 
@@ -84,16 +88,23 @@ def parquet_images(
             f"{odd[0].path}: images are in column `{odd[0].image}`, but in {read[0].path.name} they are in "
             f"`{read[0].image}`. Give the shards of one set."
         )
+    split, header = _row_split(root, read, columns or {}, splits), read[0].header
     unlabelled: Counter[str] = Counter()
+    others: Counter[str] = Counter()
 
     def find() -> Iterator[Found]:
         for shard in read:
             name = item_name(shard.path, base)
-            for row, label in enumerate(_labels(shard)):
-                if label is None:
+            labels = _labels(shard)
+            own = row_roles(shard.path, header, split, len(labels)) if split.meanings else [shard.role] * len(labels)
+            _refuse_unlabelled(shard, labels, own)
+            for row, (label, role) in enumerate(zip(labels, own, strict=True)):
+                if role == LEFT_OUT:
+                    others[str(shard.path)] += 1
+                elif label is None:
                     unlabelled[str(shard.path)] += 1
                 else:
-                    yield Found(f"{name}#{row}", label, shard.role, shard.path, row)
+                    yield Found(f"{name}#{row}", label, role, shard.path, row)
 
     items = Items(find(), column=read[0].image)
     totals: Counter[str] = Counter()
@@ -101,23 +112,48 @@ def parquet_images(
         totals.update(held)
     if not any(shard.names for shard in read):
         check_labels(totals, str(root))
-    notes = [*dict.fromkeys(note for shard in read for note in shard.notes)]
+    said, used = " ".join(split.notes), {read[0].image, read[0].label, *(header[place] for place in split.meanings)}
+    notes = [*dict.fromkeys(note for shard in read for note in shard.notes), *split.notes]
     notes += [
-        f"{path}: {num} rows of this test shard have no label and are not used. `finetune predict` labels images."
+        f"column `{name}` of the parquet shards is not used."
+        for name in dict.fromkeys(name for shard in read for name in shard.header)
+        if name not in used and f"column `{name}`" not in said
+    ]
+    notes += [
+        f"{path}: {num} test rows have no label and are not used. `finetune predict` labels images."
         for path, num in unlabelled.items()
+    ]
+    notes += [
+        f"{path}: {num} rows are not used, for data.splits does not name what their split column holds."
+        for path, num in others.items()
     ]
     return Listing(kind="parquet", items=items, warnings=tuple(notes))
 
 
+def _row_split(root: Path, shards: Sequence[_Shard], wish: Columns, splits: Splits | None) -> SplitRule:
+    """The split by a column, where the shards' names say none."""
+    first = shards[0]
+    if not any(shard.role for shard in shards):
+        paths, taken = [shard.path for shard in shards], {first.image, first.label}
+        return find_row_split(paths, first.header, taken, wish, splits, where=str(root))
+    if "split" in wish:
+        raise DataError(
+            f"{root}: data.columns.split={wish['split']}: the shards' names say the split already. Leave it out."
+        )
+    return SplitRule()
+
+
 def _roles(base: Path, shards: Sequence[Path], splits: Splits | None) -> dict[Path, str | None]:
     """Of each shard, by its name or by that of a folder around it; of one shard alone, only where a name says so."""
-    roles = {}
+    roles: dict[Path, str | None] = dict.fromkeys(shards)
+    if splits is not None and not splits:  # the recipe says that nothing is a split
+        return roles
     for path in shards:
         words = [path.name.split(".")[0], re.split(r"[-.]", path.name)[0], *reversed(path.relative_to(base).parts[:-1])]
         roles[path] = next((role for word in words if (role := role_of(word, splits))), None)
     odd = [path for path, role in roles.items() if role is None]
-    are_named = any(roles.values()) or splits is not None
-    if len(shards) > 1 and odd and (are_named or not all(_is_numbered(path) for path in odd)):
+    are_odd = splits is None and not all(_is_numbered(path) for path in odd)
+    if len(shards) > 1 and odd and (any(roles.values()) or are_odd):
         raise unknown_split(re.split(r"[-.]", odd[0].name)[0], str(odd[0]), splits)
     return roles
 
@@ -155,15 +191,14 @@ def _understand(path: Path, role: str | None, wish: Columns) -> _Shard:
         )
     if pa.types.is_struct(kind) or label in images:
         raise DataError(f"{where}: column `{header[label]}` is {kind}; a label is a number or a text.")
-    used = {header[image], header[label]}
     notes = [taken_note(f"parquet shards in {path.parent}", header, {"image": image, "label": label})]
-    notes += [f"column `{name}` of the parquet shards is not used." for name in header if name not in used]
     return _Shard(
         path=path,
         role=role,
         image=header[image],
         label=header[label],
         names=tuple(_stored_names(schema.metadata or {}, header[label])),
+        header=tuple(header),
         notes=tuple(note for note in notes if note),
     )
 
@@ -190,10 +225,10 @@ def _no_images(schema: Any, image: int | None, wish: Columns, where: str) -> Dat
 
 
 def _labels(shard: _Shard) -> list[str | None]:
-    """The class name of every row; the number itself where the schema names no classes; None: a test row without one.
+    """The class name of every row; the number itself where the schema names no classes; None where there is none.
 
     Raises:
-        DataError: if rows that are not for testing have no label.
+        DataError: if the shard cannot be read, or holds numbers that are no class's.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -204,16 +239,20 @@ def _labels(shard: _Shard) -> list[str | None]:
             values = file.read(columns=[shard.label], use_threads=False).column(shard.label).to_pylist()
     except pa.ArrowException as fault:
         raise DataError(f"{shard.path} is no parquet file we can read ({fault}). Fetch it again.") from fault
-    told = [_label(value, names) for value in values]
-    wrong = [row for row, label in enumerate(told) if label is None]
-    stray = [row for row in wrong if values[row] not in (None, -1)] if names else []
-    if wrong and (shard.role != "test" or stray):
-        first = (stray or wrong)[0]
+    stray = [value for value in values if names and isinstance(value, int) and value not in range(-1, len(names))]
+    if stray:
+        raise DataError(f"{shard.path}: {len(stray)} labels are no number in [0, {len(names)}), such as {stray[0]}.")
+    return [_label(value, names) for value in values]
+
+
+def _refuse_unlabelled(shard: _Shard, labels: Sequence[str | None], roles: Sequence[str | None]) -> None:
+    """Rows without a label are harmless in the test part alone, where they can be left."""
+    wrong = [row for row, label in enumerate(labels) if label is None and roles[row] not in ("test", LEFT_OUT)]
+    if wrong:
         raise DataError(
-            f"{shard.path}: {len(wrong)} rows have no label in [0, {len(names) or '...'}); the first is row {first}, "
-            f"with {values[first]!r}. Take them away, or give the labels."
+            f"{shard.path}: {len(wrong)} rows have no label in [0, {len(shard.names) or '...'}); the first is row "
+            f"{wrong[0]}. Take them away, or give the labels."
         )
-    return told
 
 
 def _label(value: Any, names: Sequence[str]) -> str | None:

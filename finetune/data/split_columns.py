@@ -37,9 +37,9 @@ class SplitRule:
     """By column, what each cell says: a role, `REST` or `LEFT_OUT`. No column: no row has a role."""
     notes: tuple[str, ...] = ()
 
-    def role(self, row: Sequence[str]) -> str | None:
-        """One of the roles, `LEFT_OUT`, or None where the table names none."""
-        said = [meaning[row[place] if place < len(row) else ""] for place, meaning in self.meanings.items()]
+    def role(self, row: Mapping[int, str]) -> str | None:
+        """One of the roles, `LEFT_OUT`, or None where the table names none, by the row's cells of `meanings`."""
+        said = [meaning[row[place]] for place, meaning in self.meanings.items()]
         return next((one for one in said if one != REST), "train") if said else None
 
 
@@ -81,6 +81,11 @@ def find_split(header: Sequence[str], values: Values, wish: Columns, splits: Spl
     if flags == places:
         return _flag_rule(header, values, flags, where)
     return _word_rule(header[places[0]], places[0], values[places[0]], splits, where)
+
+
+def is_split_name(name: str) -> bool:
+    """Whether a column of this name may hold a split."""
+    return squeezed(name) == "split" or squeezed(name) in _NAMES or squeezed(name) in _FLAGS
 
 
 def _by_name(header: Sequence[str], values: Values, splits: Splits | None) -> list[int]:

@@ -229,7 +229,8 @@ def _find(table: _Table, left: _Left, root: Path) -> Iterator[Found]:
         text, label = cells[table.image], normal_text(cells[table.label])
         if "\n" in text or "\n" in label:
             raise DataError(f"{table.rows.path}: a quote is opened but not closed in the row that ends in line {line}.")
-        role = table.role or table.split.role(row)
+        words = {place: row[place] if place < len(row) else "" for place in table.split.meanings}
+        role = table.role or table.split.role(words)
         if role == LEFT_OUT:
             left.add("other", line)
         elif not text or (label.casefold() in NO_LABEL and role != "test"):
