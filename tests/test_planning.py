@@ -411,3 +411,30 @@ def test_the_plan_says_that_a_login_is_not_kept_and_what_gives_it_back():
     assert spec.uri == "http://host"
     assert "MLFLOW_TRACKING_PASSWORD" in said["tracking login"] and "~/.mlflow/credentials" in said["tracking login"]
     assert "secret" not in str(spec) + str(said)
+
+
+@pytest.mark.parametrize("mode", ["train", "statistics"])
+def test_batch_norm_on_single_images_is_refused_with_what_to_set(mode):
+    wishes = ["train.strategy=full", "train.batch_size=1", f"train.batch_norm={mode}"]
+    with pytest.raises(RecipeError, match=r"train.batch_size is 1, .*Set train.batch_size to 2 or more.*frozen"):
+        make_plan(load_recipe(None, wishes), make_facts())
+
+
+def test_random_weights_learn_their_own_statistics_so_single_images_are_refused_there_too():
+    facts = make_facts().model_copy(update={"probe": None, "knn": None, "similarity": None})
+    with pytest.raises(RecipeError, match="train.batch_norm=train"):
+        make_plan(load_recipe(None, ["pretrained=false", "train.batch_size=1"]), facts)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "has_batch_norm"),
+    [
+        (["train.strategy=full", "train.batch_norm=frozen"], True),
+        (["train.strategy=full", "train.batch_norm=train"], False),
+        (["train.strategy=probe", "train.batch_norm=train"], True),
+        (["train.strategy=full", "train.batch_norm=train", "train.batch_size=2"], True),
+    ],
+)
+def test_single_images_are_no_trouble_where_no_batch_norm_trains(wishes, has_batch_norm):
+    plan = make_plan(load_recipe(None, ["train.batch_size=1", *wishes]), make_facts(has_batch_norm=has_batch_norm))
+    assert plan.train.batch_size == (2 if "train.batch_size=2" in wishes else 1)

@@ -31,10 +31,10 @@ class TinyBackbone(nn.Module):
         return self.top(self.norm(self.stem(images)).relu()).mean((2, 3))
 
 
-def tiny_classifier(trainable_stages=2):
+def tiny_classifier(trainable_stages=2, batch_norm="frozen"):
     torch.manual_seed(0)
     classifier = Classifier(TinyBackbone(), nn.Linear(4, 3))
-    classifier.freeze(trainable_stages, batch_norm="frozen")
+    classifier.freeze(trainable_stages, batch_norm=batch_norm)
     return classifier
 
 
@@ -180,6 +180,22 @@ def test_short_memory_halves_the_micro_batch_and_leaves_the_gradient(limit, piec
     assert said[0].startswith("out of memory at 19 images: going on with 9 at a time, 19 per step as planned")
     for one, other in zip(whole.parameters(), cut.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["train", "statistics"])
+def test_where_batch_norm_trains_a_cut_batch_has_another_gradient_so_short_memory_ends_the_run(mode):
+    images, labels = torch.randn(19, 3, 8, 8), torch.arange(19) % 3
+    gradients = []
+    for size in (19, 5):
+        classifier = tiny_classifier(batch_norm=mode)
+        _module(classifier, [])._pieces(images, labels, size)
+        gradients.append(classifier.backbone.stem.weight.grad)  # below the norm
+    assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[0].norm()
+    module = _module(tiny_classifier(batch_norm=mode), said := [])
+    module.classifier = ShortOfMemory(module.classifier, 5)
+    with pytest.raises(RunError, match="out of memory at 19 images, .* batch norm trains.* train.batch_size below 19"):
+        module._accumulate(images, labels)
+    assert module.micro_batch is None and not said
 
 
 def test_memory_too_short_for_one_image_is_said():

@@ -26,6 +26,12 @@ def moving_norms(model: nn.Module) -> tuple[str, ...]:
         return tuple(name for name, module in model.named_modules() if _is_tracked(module) and module.training)
 
 
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """Whether a batch norm normalises by the batch at hand, as the modules' modes are now; so images are not alone."""
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return any(norm.training or norm.running_mean is None for norm in norms)
+
+
 def set_momentum(model: nn.Module, momentum: float, *, names: Collection[str] | None = None) -> None:
     """Let one training step move running statistics by the share `momentum`, as torch counts it.
 

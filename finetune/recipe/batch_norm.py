@@ -1,5 +1,7 @@
 """Batch norm in numbers: how fast its statistics may move, and when a batch is too small to give any."""
 
+from finetune.errors import RecipeError
+
 SMALLEST_BATCH = 16
 """Images per batch below which the mean and the variance of a batch are mostly noise."""
 DEFAULT_MOMENTUM = 0.1
@@ -37,3 +39,28 @@ def small_batch_warning(batch_size: int, num_train: int) -> str | None:
     seen = f"batch norm sees {images} image{'s' if images != 1 else ''} at a time, too few for a mean and a variance"
     remedy = f"train.batch_size {SMALLEST_BATCH} or more, or " if num_train >= SMALLEST_BATCH else ""
     return f"{seen}; use {remedy}train.batch_norm frozen"
+
+
+def refuse_lone_image(mode: str, batch_size: int, num_train: int) -> None:
+    """Nothing, where batch norm is frozen or sees at least two images at a time.
+
+    One image has no variance between images; where its maps have shrunk to one pixel it has none at all, and torch
+    stops. Batches are of one size (what does not fill one waits for the next epoch), so no smaller one follows.
+
+    Args:
+        mode: of `train.batch_norm`.
+        batch_size: images that pass through the network together.
+        num_train: training images.
+
+    Raises:
+        RecipeError: if it trains, or takes its statistics, on single images.
+    """
+    if mode == "frozen" or min(batch_size, num_train) > 1:
+        return
+    has_more = num_train > 1
+    seen = "train.batch_size is 1" if has_more else "there is one training image"
+    remedy = f"Set train.batch_size to 2 or more ({SMALLEST_BATCH} or more is better)" if has_more else "Add images"
+    raise RecipeError(
+        f"{seen}, and with train.batch_norm={mode} batch norm has no variance between images to divide by. {remedy}, "
+        "or set train.batch_norm=frozen."
+    )

@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune.errors import RecipeError
 from finetune.recipe.advice import partial_depth
-from finetune.recipe.batch_norm import small_batch_warning
+from finetune.recipe.batch_norm import refuse_lone_image, small_batch_warning
 from finetune.recipe.distillation import decide_distillation, idle_distillation, inherit_imbalance, teacher_faults
 from finetune.recipe.facts import Facts
 from finetune.recipe.imbalance import uneven
@@ -76,6 +76,8 @@ def decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, decid
     }
     decided |= _decide_keeping(wish, facts, decided["schedule"], epochs, quiet)
     decided["batch_norm"] = _decide_batch_norm(recipe, facts, batch, quiet)
+    if strategy != "probe" and facts.backbone.has_batch_norm:
+        refuse_lone_image(decided["batch_norm"], batch, num_train)
     return decided
 
 

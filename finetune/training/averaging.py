@@ -5,7 +5,6 @@ frozen part included. Buffers are not averaged. Counters and tables stay as they
 that belong to other weights are of no use: they are taken anew for the averaged ones.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -15,26 +14,8 @@ from torch import nn
 
 from finetune.models.batch_norm import moving_norms
 
-MEMORY = 0.1
-"""Share of all steps that an exponential average looks back on, where no decay is given."""
 Renew = Callable[[nn.Module], object]
 """Takes batch-norm statistics anew; `lambda model: pooled_statistics(model, batches, device=device)`, for one."""
-
-
-def ema_decay(steps: int) -> float:
-    """The decay whose memory is a tenth of `steps`: exp(-1 / (0.1 steps)).
-
-    A fixed decay suits one length of training only: after 500 steps at 0.9999 the average still is the start, to 95 %.
-
-    Args:
-        steps: of the whole training.
-
-    Raises:
-        ValueError: if there is no step.
-    """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
-    return math.exp(-1 / (MEMORY * steps))
 
 
 class WeightAverage:
@@ -51,7 +32,7 @@ class WeightAverage:
         Args:
             classifier: what is trained; it is not held on to.
             kind: of average.
-            decay: d, in (0, 1), with `ema` only; such as `ema_decay(steps)`.
+            decay: d, in (0, 1), with `ema` only.
 
         Raises:
             ValueError: if the kind is unknown, the decay does not go with it, or nothing trains.

@@ -1,8 +1,9 @@
 """One optimizer step over one batch, however little memory there is.
 
-Optimization is manual so that a batch can be cut into micro-batches whose gradients add up to exactly
-that of the whole: running out of memory halves the micro-batch and repeats the same batch, and the
-effective batch, the schedule and the number of steps stay what the plan says.
+Optimization is manual so that a batch can be cut into micro-batches whose gradients add up to that of the
+whole: running out of memory halves the micro-batch and repeats the same batch, and the effective batch, the
+schedule and the number of steps stay what the plan says. Batch norm that takes its statistics from the batch
+knows no such sum: a piece is normalised by itself. There, running out of memory is an error.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetune.errors import RunError
+from finetune.models.batch_norm import uses_batch_statistics
 from finetune.models.classifier import Classifier
 from finetune.recipe.schedules import Plateau
 from finetune.scores.calibration import fit_temperature
@@ -187,7 +189,11 @@ class Finetuning(pl.LightningModule):
             self.totals[name] = self.totals.get(name, 0.0) + value
 
     def _accumulate(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[float, int]:
-        """Gradient of the mean loss over the batch, in as many pieces as memory asks for; loss and hits."""
+        """Gradient of the mean loss over the batch, in as many pieces as memory asks for; loss and hits.
+
+        Raises:
+            RunError: if memory is too short for one image, or for a batch that may not be cut.
+        """
         while True:
             self._optimizer.zero_grad(set_to_none=True)
             try:
@@ -198,6 +204,12 @@ class Finetuning(pl.LightningModule):
                 size = min(self.micro_batch or len(targets), len(targets))
             if size <= 1:
                 raise RunError("one single image does not fit in memory; use a smaller data.image_size or backbone.")
+            if uses_batch_statistics(self.classifier):
+                raise RunError(
+                    f"out of memory at {size} images, and a batch cannot be cut where batch norm trains: each piece "
+                    "would be normalised by its own statistics, and the gradient would be another. Start a new run "
+                    f"with a train.batch_size below {size}, or with train.batch_norm=frozen."
+                )
             self.micro_batch = size // 2
             if images.is_cuda:
                 torch.cuda.empty_cache()
