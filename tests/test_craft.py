@@ -11,11 +11,15 @@ from torch import nn
 
 import finetune as ft
 from finetune.data.augmentation import Augmentation
+from finetune.data.normalization import fit_color_basis
 from finetune.errors import RecipeError, RunError
 from finetune.evaluation.prediction import load_final, predict_probabilities
 from finetune.features.survey import look
+from finetune.models.heads import PROBE_SOFTENING
 from finetune.models.regularization import FractionalMaxPool
+from finetune.recipe.planning import make_plan
 from finetune.recipe.schedules import rate_factor
+from finetune.training import starting
 from finetune.training.snapshots import read_members
 
 SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=3", "tracking.enabled=false"]
@@ -359,9 +363,8 @@ def test_uneven_classes_change_loss_and_choice(shapes, tmp_path):
     recipe = ft.load_recipe(None, [f"data.root={few}", *SMALL, "train.strategy=full"])
     run = ft.train(recipe, runs=tmp_path / "runs", say=said.append)
     plan = run.plan
-    assert (plan.train.imbalance.kind, plan.train.choose) == ("logits", "balanced")
+    assert (plan.train.imbalance.kind, plan.train.choose) == ("inverse", "balanced")
     assert curve(run, "val/balanced_top1")
-    # the probe's bias gives back the priors that the loss adds, so the first training loss is that of the probe
     assert curve(run, "train/loss")[0] < math.log(3)
 
 
@@ -390,8 +393,9 @@ def test_what_training_sees_is_drawn(shapes, tmp_path):
         ["train.averaging.snapshots=2", "regularization.l2_sp=0.01", "train.batch_norm=train"],
         ["train.averaging.kind=swa", "train.averaging.swa_start=0.3", "train.batch_norm=statistics"],
         ["train.strategy=gradual", "train.optimizer.name=nesterov", "train.imbalance.kind=sampler"],
+        ["head.dropout=0.5"],
     ],
-    ids=["ema", "snapshots", "swa", "gradual"],
+    ids=["ema", "snapshots", "swa", "gradual", "dropout"],
 )
 def test_an_interrupted_training_ends_in_the_same_weights_whatever_its_craft(shapes, tmp_path, wishes):
     wishes = ["train.strategy=full", "train.epochs=4", "train.keep=last", *wishes]
@@ -412,3 +416,37 @@ def test_an_interrupted_training_ends_in_the_same_weights_whatever_its_craft(sha
     assert [m.facts for m in read_members(whole.file("snapshots"))] == [
         m.facts for m in read_members(cut.file("snapshots"))
     ]
+
+
+def test_gradients_are_clipped_to_the_length_that_is_planned(shapes, tmp_path):
+    wishes = ["train.strategy=full", "train.epochs=1", "train.keep=last", "train.optimizer.weight_decay=0"]
+    wishes += ["train.optimizer.name=sgd", "train.optimizer.lr=1"]
+    run = start(shapes, tmp_path, *wishes, "train.clip_norm=1e-7")
+    head = load_file(run.final_weights())["head.linear.weight"]
+    begun = PROBE_SOFTENING * load_file(run.file("probe.safetensors"))["weight"]
+    assert curve(run, "gradient_norm")[0] > 1e-3  # of what comes before clipping
+    assert (head - begun).norm() < 1e-5
+
+
+def test_a_mean_of_weights_begins_where_it_is_planned_to(shapes, tmp_path):
+    wishes = ["train.strategy=full", "train.keep=last", "train.averaging.kind=swa", "train.averaging.keep_last=1"]
+    run = start(shapes, tmp_path, *wishes, "train.averaging.swa_start=0.89")
+    (last,) = read_members(run.file("snapshots"))
+    raw, shipped = load_file(last.path), load_file(run.final_weights())
+    steps = int([row for row in run.file("curves.csv").read_text().splitlines()][-1].split(",")[2])
+    assert round(0.89 * steps) == steps - 1  # so the mean is one of the last step alone
+    assert all(torch.equal(raw[name], shipped[name]) for name in raw)
+
+
+def test_principal_colours_are_those_of_training_images_alone(shapes, monkeypatch):
+    seen = look(ft.load_recipe(None, [f"data.root={shapes}", *SMALL]))
+    plan = make_plan(ft.load_recipe(None, ["train.strategy=full", "augment.pca_color=0.1"]), seen.facts)
+    shown = []
+
+    def fit(store, rows, **rest):
+        shown.extend(rows)
+        return fit_color_basis(store, rows, **rest)
+
+    monkeypatch.setattr(starting, "fit_color_basis", fit)
+    assert starting.make_augmentation(plan, seen) is not None
+    assert {seen.roles[index] for index in shown} == {"train"} and len(shown) == len(seen.indices("train"))

@@ -231,7 +231,7 @@ def curve(drawing, number):
 
 def test_points_rise_with_accuracy_from_the_stem_to_the_top():
     values = (0.42, 0.61, 0.83, 0.91, 0.88)
-    probe = curve(depth_figure(make_profile(values), chance=0.2), 0)
+    probe = curve(depth_figure(make_profile(values), reference=("chance", 0.2)), 0)
     assert [x for x, _ in probe] == sorted(x for x, _ in probe)
     assert sorted(range(5), key=lambda i: -probe[i][1]) == sorted(range(5), key=lambda i: values[i])
     slope = [(probe[i][1] - probe[0][1]) / (values[i] - values[0]) for i in range(1, 5)]
@@ -239,7 +239,7 @@ def test_points_rise_with_accuracy_from_the_stem_to_the_top():
 
 
 def test_the_three_probes_and_chance_are_drawn_on_one_scale():
-    drawing = depth_figure(make_profile((0.5, 0.8)), chance=0.3)
+    drawing = depth_figure(make_profile((0.5, 0.8)), reference=("chance", 0.3))
     heights = [curve(drawing, number)[1][1] for number in range(3)]
     assert heights == sorted(heights)
     share_height = (heights[2] - heights[0]) / 0.12
@@ -272,7 +272,10 @@ LONG = [f"features.a_rather_long_name.{i}.conv" for i in range(48)]
 @pytest.mark.parametrize("value", [0.0, 0.004, 0.5, 0.996, 1.0])
 @pytest.mark.parametrize("chance", [None, 0.0, 0.001, 1.0])
 def test_any_number_of_stages_stays_inside_its_frame(num_stages, value, chance):
-    drawing = depth_figure(make_profile([value] * num_stages, stages=LONG[:num_stages]), chance=chance)
+    drawing = depth_figure(
+        make_profile([value] * num_stages, stages=LONG[:num_stages]),
+        reference=None if chance is None else ("chance", chance),
+    )
     assert_inside(drawing)
     assert len(elements(drawing, "polyline")) == (3 if num_stages > 1 else 0)
     assert len(elements(drawing, "circle")) == 3 * num_stages

@@ -11,7 +11,7 @@ from finetune.data.augmentation import Augmentation
 from finetune.data.loading import Batches, ImageStore, draw_evenly
 from finetune.data.sources import open_source
 from finetune.recipe.cards import View
-from finetune.recipe.imbalance import decide_imbalance, uneven
+from finetune.recipe.imbalance import KIND, decide_imbalance, hides_classes, uneven
 
 VIEW = View(size_pixels=8, shorter_pixels=10, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
 SIZES = [20, 7, 2]
@@ -45,13 +45,20 @@ def labels_of(sizes):
 
 @pytest.mark.parametrize(
     ("counts", "kind"),
-    [([50, 50], "none"), ([299, 100], "none"), ([300, 100], "logits"), ([9, 0, 8], "none"), ([9, 0, 3], "logits"),
+    [([50, 50], "none"), ([299, 100], "none"), ([300, 100], KIND), ([9, 0, 8], "none"), ([9, 0, 3], KIND),
      ([4], "none"), ([0, 0], "none"), ([], "none")],
 )  # fmt: skip
 def test_classes_are_uneven_from_threefold_on(counts, kind):
     decided, why = decide_imbalance(counts)
     assert decided == kind and uneven(counts) == (kind != "none")
     assert "times the images of the smallest" in why
+
+
+@pytest.mark.parametrize(
+    ("counts", "hides"), [([31, 2], True), ([31, 0], True), ([5, 5, 0], True), ([5, 4, 2], False), ([2, 0, 1], False)]
+)
+def test_a_share_of_all_images_hides_classes_that_are_small_or_have_none(counts, hides):
+    assert hides_classes(counts) is hides
 
 
 def test_the_reason_names_the_ratio_and_what_it_costs():

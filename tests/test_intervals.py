@@ -5,7 +5,15 @@ import pytest
 import torch
 from scipy import optimize, stats
 
-from finetune.scores.intervals import Interval, bootstrap_mean, mean_of_shares, paired_difference, wilson
+from finetune.scores.intervals import (
+    Interval,
+    bootstrap_mean,
+    mean_of_differences,
+    mean_of_f1,
+    mean_of_shares,
+    paired_difference,
+    wilson,
+)
 
 Z = 1.959963984540054
 
@@ -126,6 +134,50 @@ def test_the_mean_of_shares_covers_where_a_stratified_bootstrap_does_not():
         theirs += low <= truths.mean() <= high
     assert ours / 300 >= 0.92
     assert theirs / 300 < 0.70
+
+
+def test_a_perfect_f1_keeps_a_width_and_the_value_is_the_formula():
+    assert mean_of_f1([3, 20], [0, 0], 23).value == mean_of_f1([3, 20], [0, 0], 23).high == 1.0
+    assert mean_of_f1([3, 20], [0, 0], 23).low < 0.9
+    found = mean_of_f1([6, 2], [4, 4], 12)
+    assert found.value == pytest.approx((12 / 16 + 4 / 8) / 2) and found.n == 12
+    assert 0 <= found.low < found.value < found.high <= 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "errors"), [([50, 50], (0.1, 0.1)), ([47, 3], (0.01, 0.05)), ([470, 30], (0.05, 0.3))]
+)
+def test_the_interval_of_macro_f1_covers_and_that_of_a_bootstrap_does_not_always(counts, errors):
+    rng, rates, ours, theirs = np.random.default_rng(0), np.array(errors), 0, 0
+
+    def mean_f1(wrong):  # (..., 2): images of each class that were called the other
+        right = np.array(counts) - wrong
+        return (2 * right / (2 * right + wrong.sum(-1, keepdims=True))).mean(-1)
+
+    truth = mean_f1(np.array(counts) * rates)
+    for _ in range(200):
+        wrong = rng.binomial(counts, rates)
+        found = mean_of_f1((np.array(counts) - wrong).tolist(), [int(wrong.sum())] * 2, sum(counts))
+        ours += found.low <= truth <= found.high
+        low, high = np.quantile(mean_f1(rng.binomial(counts, wrong / counts, size=(300, 2))), [0.025, 0.975])
+        theirs += low <= truth <= high
+    assert ours / 200 >= 0.93
+    assert counts != [47, 3] or theirs / 200 < 0.7
+
+
+def test_the_mean_of_differences_is_that_of_the_classes_and_keeps_a_width():
+    one, mean = paired_difference(3, 1, 20), mean_of_differences([3], [1], [20])
+    assert (mean.value, mean.low, mean.high, mean.n) == pytest.approx((one.value, one.low, one.high, one.n))
+    found = mean_of_differences([0, 2], [0, 0], [100, 2])  # the rare class alone has changed
+    assert found.value == pytest.approx(0.5) and -0.2 < found.low < 0.5 < found.high <= 1
+    assert mean_of_differences([0, 0], [0, 0], [5, 5]).low < 0
+
+
+def test_no_mean_of_no_classes():
+    with pytest.raises(ValueError, match="must match and not be 0"):
+        mean_of_f1([], [], 0)
+    with pytest.raises(ValueError, match="there must be one"):
+        mean_of_differences([1], [1, 2], [3])
 
 
 def test_no_mean_of_no_shares():

@@ -15,6 +15,7 @@ from finetune.scores.metrics import (
     expected_calibration_error,
     log_loss,
     log_losses,
+    macro_f1,
     per_class,
     reliability_bins,
     score_predictions,
@@ -114,6 +115,15 @@ def test_precision_of_a_class_never_called_is_none_but_its_f1_is_zero():
     assert scores[1].f1 == 0.0
 
 
+def test_macro_f1_equals_sklearn_and_leaves_out_classes_that_do_not_occur():
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    probabilities, labels = _predictions(n=200)
+    decisions = probabilities.argmax(1)
+    few = (labels < 4) & (decisions < 5)  # class 4 is only called, 5 and 6 do not occur
+    expected = sklearn_metrics.f1_score(labels[few], decisions[few], average="macro", zero_division=0)
+    assert macro_f1(probabilities[few], labels[few]).value == pytest.approx(expected, abs=1e-12)
+
+
 def test_balanced_accuracy_leaves_out_classes_without_images():
     probabilities, labels = torch.eye(3)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1])
     score = balanced_accuracy(probabilities, labels)
@@ -170,8 +180,10 @@ def test_score_predictions_is_the_test_object_of_scores_json():
     probabilities, labels = _predictions(n=60)
     scores = score_predictions(probabilities, labels, list("abcdefg"))
     share = {"value", "low", "high", "n"}
-    assert list(scores) == ["n", "top1", "top5", "balanced_accuracy", "log_loss", "ece", "per_class", "confusion"]
-    for key in ("top1", "top5", "balanced_accuracy", "log_loss", "ece"):
+    shares = ["balanced_accuracy", "macro_f1", "top1", "top5", "log_loss", "ece"]
+    assert list(scores) == ["n", "majority", *shares, "per_class", "confusion"]
+    assert scores["majority"] == int(labels.bincount().max()) / 60
+    for key in shares:
         assert set(scores[key]) == share and scores[key]["n"] == scores["n"] == 60
         assert scores[key]["low"] <= scores[key]["value"] <= scores[key]["high"]
     assert [set(each) for each in scores["per_class"]] == [{"name", "n", "precision", "recall", "f1"}] * 7

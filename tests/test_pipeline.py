@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import draw_shapes
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,6 +23,7 @@ from finetune.errors import BackboneError, DataError, RecipeError, RunError
 from finetune.models.heads import PROBE_SOFTENING
 from finetune.pipeline import extract, plan, summarize
 from finetune.recipe.runs import FILES, RunFolder
+from finetune.scores.calibration import fit_temperature, log_probabilities
 
 SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=3", "tracking.enabled=false"]
 
@@ -83,6 +85,20 @@ def test_scores_say_what_the_stored_predictions_say(full):
 
 @pytest.mark.technique("T006")
 @pytest.mark.technique("T005")
+def test_the_temperature_is_fitted_to_calibration_images_and_to_no_others(tmp_path):
+    drawn = draw_shapes(tmp_path / "drawn", per_class=70)
+    wishes = ["train.strategy=probe", "data.split.calibration=0.5", "data.split.val=0.15", "data.split.test=0.15"]
+    run = start(drawn, tmp_path, *wishes)
+    arrays, found = np.load(run.file("predictions.npz")), run.read_json("scores.json")["temperature"]
+    assert len(arrays["calibration_labels"]) >= 100 and abs(found["value"] - 1) > 0.02
+    left = {}
+    for role in ("val", "calibration"):
+        probabilities, labels = (torch.from_numpy(arrays[f"{role}_{part}"]) for part in ("probabilities", "labels"))
+        left[role] = fit_temperature(log_probabilities(probabilities), labels).value
+    assert left["calibration"] == pytest.approx(1, abs=1e-3)  # nothing more is to be had there
+    assert abs(left["val"] - 1) > 0.02
+
+
 def test_fine_tuning_starts_where_the_probe_ended(full):
     rows = [line.split(",") for line in full.file("curves.csv").read_text().splitlines()[1:]]
     start = {row[3]: float(row[4]) for row in rows if row[1] == "-1"}

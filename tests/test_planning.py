@@ -422,7 +422,7 @@ def test_batch_norm_on_single_images_is_refused_with_what_to_set(mode):
 
 def test_random_weights_learn_their_own_statistics_so_single_images_are_refused_there_too():
     facts = make_facts().model_copy(update={"probe": None, "knn": None, "similarity": None})
-    with pytest.raises(RecipeError, match="train.batch_norm=train"):
+    with pytest.raises(RecipeError, match=r"train\.batch_norm=train"):
         make_plan(load_recipe(None, ["pretrained=false", "train.batch_size=1"]), facts)
 
 

@@ -17,11 +17,11 @@ from finetune.reporting.report import (
     confused_pairs,
     draw_curves,
     find_mistakes,
-    judge,
     plain,
     render_report,
     write_report,
 )
+from finetune.reporting.verdict import judge
 
 FLOWERS = ("daisy", "dandelion", "rose", "sunflower", "tulip")
 NASTY = '<b>&"'

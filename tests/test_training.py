@@ -193,7 +193,7 @@ def test_where_batch_norm_trains_a_cut_batch_has_another_gradient_so_short_memor
     assert (gradients[0] - gradients[1]).norm() > 0.1 * gradients[0].norm()
     module = _module(tiny_classifier(batch_norm=mode), said := [])
     module.classifier = ShortOfMemory(module.classifier, 5)
-    with pytest.raises(RunError, match="out of memory at 19 images, .* batch norm trains.* train.batch_size below 19"):
+    with pytest.raises(RunError, match=r"out of memory at 19 images, .* batch norm trains.* train.batch_size below 19"):
         module._accumulate(images, labels)
     assert module.micro_batch is None and not said
 

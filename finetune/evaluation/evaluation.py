@@ -220,9 +220,7 @@ def _score(
     return {role: score_predictions(probabilities[role], labels[role], classes) for role in JUDGED if len(labels[role])}
 
 
-def _pair(
-    final: torch.Tensor, other: torch.Tensor, labels: torch.Tensor, name: str = "probe"
-) -> dict[str, float | int]:
+def _pair(final: torch.Tensor, other: torch.Tensor, labels: torch.Tensor, name: str = "probe") -> dict[str, Any]:
     """Final minus the other, which is called `name`, on the same images."""
     return answered_right(final, other, labels, ("final", name))
 

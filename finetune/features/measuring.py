@@ -48,11 +48,13 @@ from finetune.recipe.facts import (
     Proportion,
     SimilarityFacts,
 )
+from finetune.recipe.imbalance import hides_classes
 from finetune.recipe.runs import write_whole
 from finetune.recipe.shelf import cache_folder
 from finetune.scores.intervals import paired_difference
+from finetune.scores.metrics import balanced_accuracy, macro_f1
 
-FORMAT = "5"
+FORMAT = "6"
 """Part of the key; raised when what is measured, or how, changes."""
 LEAST_VAL = 100
 """With fewer val images, penalties are chosen by cross-validation on the training images."""
@@ -183,6 +185,7 @@ def _probe(material: Material) -> tuple[Probe, Findings]:
     k = min(NEIGHBOURS, len(train[1]))
     votes = knn_predict(*train, val[0], num_classes=num_classes, k=k)
     logits = probe.logits(val[0])
+    said = logits.softmax(1)
     return probe, Findings(
         probe=ProbeFacts(
             train=proportion(probe.logits(train[0]).argmax(1) == train[1]),
@@ -192,6 +195,8 @@ def _probe(material: Material) -> tuple[Probe, Findings]:
             l2_at_edge=at_edge and probe.l2 in (min(L2_GRID), max(L2_GRID)),
             chosen_by=chosen_by,
             left_out=left_out[0],
+            balanced_accuracy=Measure.model_validate(balanced_accuracy(said, val[1]).as_dict()),
+            macro_f1=Measure.model_validate(macro_f1(said, val[1]).as_dict()),
         ),
         knn=NeighbourFacts(val=proportion(votes == val[1]), k=k, left_out=left_out[1]),
     )
@@ -224,10 +229,16 @@ def _similarity(material: Material, findings: Findings, *, is_whole: bool) -> Si
     value, low, high = (
         similarity_of_shift([stage.mean for stage in shift])
         if shift
-        else similarity_of_probes(*shares, 1 / len(material.classes))
+        else similarity_of_probes(*shares, _guessed(material))
     )
     beside = _beside_similarity(material) if is_whole else {}
     return SimilarityFacts(value=value, low=low, high=high, shift=shift, **beside)
+
+
+def _guessed(material: Material) -> float:
+    """Accuracy without a look at the images: evenly or, where classes are uneven, always the largest one."""
+    counts = material.labels[material.rows("train")].bincount(minlength=len(material.classes)).tolist()
+    return max(counts) / sum(counts) if hides_classes(counts) else 1 / len(counts)
 
 
 def _beside_similarity(material: Material) -> dict[str, Any]:

@@ -85,6 +85,10 @@ class ProbeFacts(_Value):
     """What chose the penalty: `val`, or `cross-validation` on the training images where val is small."""
     left_out: Proportion | None = None
     """Of training images, each judged by a probe that never saw it; measured where val is small."""
+    balanced_accuracy: Measure | None = None
+    """On val: the mean recall of the classes."""
+    macro_f1: Measure | None = None
+    """On val: the mean F1 of the classes."""
 
 
 class DepthFacts(_Value):

@@ -26,7 +26,9 @@ from finetune.reporting.figures import (
     shorten,
 )
 from finetune.reporting.sentences import (
+    Baseline,
     Part,
+    baseline,
     chirality_sentence,
     depth_sentence,
     duration,
@@ -74,7 +76,7 @@ def decision_context(facts: Part, plan: Part) -> dict[str, Any]:
         "why": why[:1].upper() + why[1:],
         "grid": grid_figure(advice) if similarity else Markup(""),
         "forecasts": forecast_rows(advice, chosen=chosen),
-        "profile": depth_figure(profile, chance=facts.get("chance")),
+        "profile": depth_figure(profile, reference=baseline(facts)),
         "depth": depth_sentence(profile),
         "measures": measure_rows(facts) if similarity else [],
         "shift": shift_figure(shift),
@@ -83,8 +85,12 @@ def decision_context(facts: Part, plan: Part) -> dict[str, Any]:
     return {**context, "advice": advice} if any(context.values()) else {}
 
 
-def depth_figure(profile: Part, *, chance: object = None) -> Markup:
-    """Accuracy by depth, from the stem to the top: three probes, the interval of the logistic one as a band."""
+def depth_figure(profile: Part, *, reference: Baseline | None = None) -> Markup:
+    """Accuracy by depth, from the stem to the top: three probes, the interval of the logistic one as a band.
+
+    `reference` is drawn as a level: what can be had without looking.
+    """
+    chance = reference[1] if reference else None
     depths = profile.get("depths") or ()
     if not any(is_number((depth.get("probe") or {}).get("value")) for depth in depths):
         return Markup("")
@@ -111,7 +117,8 @@ def depth_figure(profile: Part, *, chance: object = None) -> Markup:
         body.append(draw_text(left - 8, y(tick) + 4, f"{100 * tick:.0f} %", kind="small", anchor="end"))
     if is_number(chance):
         body.append(draw_line(left, y(chance), right, y(chance), "stage"))  # type: ignore[arg-type]
-        body.append(draw_text(right + 6, y(chance) + 4, "chance", kind="small"))  # type: ignore[arg-type]
+        name = "chance" if reference and reference[0] == "chance" else "majority"
+        body.append(draw_text(right + 6, y(chance) + 4, name, kind="small"))  # type: ignore[arg-type]
     for depth in range(0, len(depths), every):
         turn = f' transform="rotate(-40 {x(depth):.1f} {bottom + 16})"' if is_turned else ""
         whole, anchor = str(depths[depth].get("stage", "")), "end" if is_turned else "middle"

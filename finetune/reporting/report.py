@@ -13,7 +13,6 @@ import math
 import shlex
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,9 @@ from finetune.errors import FinetuneError, RunError
 from finetune.recipe.runs import write_whole
 from finetune.reporting import figures
 from finetune.reporting.decision import decision_context
-from finetune.reporting.figures import Series, is_number, percent, points
+from finetune.reporting.figures import Series, is_number, percent
+from finetune.reporting.sentences import is_uneven
+from finetune.reporting.verdict import judge, judged_role
 
 ReadImage = Callable[[str], bytes]
 """Gives the encoded bytes of an image by the name it has in predictions.npz."""
@@ -38,26 +39,16 @@ MAX_MATRIX_CLASSES = 20
 MAX_ROWS = 40
 """Rows of a table that a reader still reads; above it we show the worst, and the page stays small."""
 MAX_CURVE_POINTS = 300
-FEW_IMAGES = 100
 
+BALANCED = (("balanced_accuracy", "Balanced accuracy", True), ("macro_f1", "Macro F1", True))
+"""Rows of the table of scores that weight classes alike: where they are uneven, the first."""
 METRICS = (
     ("top1", "Top-1 accuracy", True),
     ("top5", "Top-5 accuracy", True),
-    ("balanced_accuracy", "Balanced accuracy", True),
+    *BALANCED,
     ("log_loss", "Log loss", False),
     ("ece", "Calibration error (ECE)", True),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What the numbers allow us to say, in sentences."""
-
-    tone: str
-    """better | worse | undecided | probe | alone (nothing to compare with) | none (no scores)."""
-    headline: str
-    comparison: str
-    notes: tuple[str, ...]
 
 
 def write_report(run_folder: Path, *, read_image: ReadImage | None = None) -> Path:
@@ -97,15 +88,10 @@ def render_report(run_folder: Path, *, read_image: ReadImage | None = None) -> s
             )
         bins = figures.reliability_bins(probabilities, labels)
         mistakes = find_mistakes(probabilities, labels, names, classes)
-    chance = next(
-        ((n, facts[k]) for k, n in (("majority", "largest class"), ("chance", "chance")) if facts.get(k)), None
-    )
     per_class = sorted(final.get("per_class") or (), key=lambda c: _value(c.get("recall"), missing=2.0))
     confusion = final.get("confusion") or []
     fits_matrix = 2 <= len(confusion) <= MAX_MATRIX_CLASSES and len(confusion) == len(classes)
-    rows = [("probe" if is_probe_only else "final", final.get("top1") or {})]
-    if not is_probe_only:
-        rows.append(("probe alone", probe.get("top1") or {}))
+    metrics = (*BALANCED, *(m for m in METRICS if m not in BALANCED)) if is_uneven(final) else METRICS
     return _template().render(
         figures=figures,
         run_name=run_folder.resolve().name,
@@ -120,8 +106,8 @@ def render_report(run_folder: Path, *, read_image: ReadImage | None = None) -> s
         probe={} if is_probe_only else probe,
         is_probe_only=is_probe_only,
         verdict=judge(scores, is_probe_only=is_probe_only),
-        strip=figures.score_strip(rows, reference=chance),
-        metrics=[m for m in METRICS if is_number(_value(final.get(m[0]))) or is_number(_value(probe.get(m[0])))],
+        strip=_draw_strip(final, None if is_probe_only else probe, facts),
+        metrics=[m for m in metrics if is_number(_value(final.get(m[0]))) or is_number(_value(probe.get(m[0])))],
         per_class=per_class[:MAX_ROWS],
         num_hidden_classes=max(0, len(per_class) - MAX_ROWS),
         stage_keys=list(dict.fromkeys(key for stage in plan.get("stages") or () for key in stage if key != "name")),
@@ -136,69 +122,17 @@ def render_report(run_folder: Path, *, read_image: ReadImage | None = None) -> s
     )
 
 
-def judged_role(scores: Mapping[str, Any]) -> str:
-    """`test` where test images were scored, otherwise `val`."""
-    return "test" if (scores.get("test") or {}).get("n") else "val"
-
-
-def judge(scores: Mapping[str, Any], *, is_probe_only: bool) -> Verdict:
-    """The verdict on the test images, or on the validation images where there is no test set."""
-    role = judged_role(scores)
-    final, word = scores.get(role) or {}, {"test": "test", "val": "validation"}[role]
-    top1, n = final.get("top1") or {}, final.get("n") or 0
-    if not n or not is_number(top1.get("value")):
-        return Verdict(tone="none", headline="This run was not scored on any image.", comparison="", notes=())
-    headline = f"{percent(top1['value'])} of {n:,} {word} images right"
-    if is_number(top1.get("low")) and is_number(top1.get("high")):
-        headline += f" (95 % interval {_between(top1)})"
-    probe = ((scores.get("probe") or {}).get(role) or {}).get("top1") or {}
-    paired = (scores.get("paired") or {}).get(role) or {}
-    tone, comparison = _compare(paired, probe, role=word, is_probe_only=is_probe_only)
-    notes = (_role_note(role), _few_images_note(n), _weakest_class_note(final.get("per_class") or ()))
-    return Verdict(tone=tone, headline=headline + ".", comparison=comparison, notes=tuple(n for n in notes if n))
-
-
-def _compare(paired: Mapping[str, Any], probe: Mapping[str, Any], *, role: str, is_probe_only: bool) -> tuple[str, str]:
-    if is_probe_only:
-        return "probe", "This is the probe itself: a linear classifier on the frozen backbone. Nothing was fine-tuned."
-    if not (is_number(probe.get("value")) and all(is_number(paired.get(k)) for k in ("difference", "low", "high"))):
-        return "alone", "No probe was scored beside it, so what fine-tuning added is not known."
-    alone = f"The probe alone gets {percent(probe['value'])}; "
-    if paired.get("only_final_right") == 0 and paired.get("only_probe_right") == 0:
-        return "undecided", alone + "fine-tuning answered exactly the same images rightly, so it changed nothing here."
-    by = f"{points(abs(paired['difference']), signed=False)} points"
-    interval = f"({points(paired['low'])} to {points(paired['high'])})"
-    if paired["low"] > 0:
-        return "better", f"{alone}fine-tuning raised that by {by} {interval}, more than chance explains."
-    if paired["high"] < 0:
-        return "worse", f"{alone}fine-tuning lowered that by {by} {interval}, so the probe is the better model here."
-    change = f"fine-tuning changed that by {points(paired['difference'])} points {interval}"
-    return "undecided", f"{alone}{change}, so on this {role} set the difference cannot be told from chance."
-
-
-def _role_note(role: str) -> str:
-    if role == "test":
-        return ""
-    return "No test images were set aside. Validation images also guided training, so this score is optimistic."
-
-
-def _few_images_note(n: int) -> str:
-    if n >= FEW_IMAGES:
-        return ""
-    return f"With only {n} images, one image more or less moves the score by {100 / n:.1f} points: read it as a sketch."
-
-
-def _weakest_class_note(per_class: Sequence[Mapping[str, Any]]) -> str:
-    known = [c for c in per_class if c.get("n") and is_number(_value(c.get("recall")))]
-    if len(known) < 2:
-        return ""
-    weakest = min(known, key=lambda c: (c["recall"]["value"], -c["n"]))
-    recall = weakest["recall"]
-    if recall["value"] >= 1:
-        return "Every image of every class was recognised."
-    interval = f" ({_between(recall)})" if is_number(recall.get("low")) else ""
-    share = f"{percent(recall['value'])} of its {weakest['n']:,} images{interval}"
-    return f"The weakest class is “{figures.shorten(str(weakest['name']), 60)}”: {share} recognised."
+def _draw_strip(final: Mapping[str, Any], probe: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> Markup:
+    """The main score of the final model and of the probe, None where they are one; and what the largest class gives."""
+    key = "balanced_accuracy" if is_uneven(final) else "top1"
+    reference = next(
+        ((n, facts[k]) for k, n in (("majority", "largest class"), ("chance", "chance")) if facts.get(k)), None
+    )
+    if is_uneven(final):
+        reference = ("largest class", 1 / max(1, sum(1 for row in final["per_class"] if row["n"])))
+    rows = [("probe" if probe is None else "final", final.get(key) or {})]
+    rows += [] if probe is None else [("probe alone", probe.get(key) or {})]
+    return figures.score_strip(rows, reference=reference)
 
 
 def find_mistakes(

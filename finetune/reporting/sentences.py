@@ -6,12 +6,15 @@ Shared by the page and the terminal. A measure that is not there gives no senten
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.recipe.imbalance import hides_classes
 from finetune.reporting.figures import interval_text, is_number, percent, points, shorten
 
 Part = Mapping[str, Any]
+Baseline = tuple[str, float]
+"""A name and an accuracy that nothing need be learned for."""
 
 MAX_NAMED = 5
-"""Source classes and pairs of mirrored classes told by name."""
+"""Source classes and pairs of mirrored classes told by name; so are classes that were not found."""
 
 
 def earlier_depth(profile: Part) -> int | None:
@@ -20,6 +23,48 @@ def earlier_depth(profile: Part) -> int | None:
     if not isinstance(best, int) or not (is_number(lead) and is_number(error)):
         return None
     return best if best < len(profile.get("depths") or ()) - 1 and lead > error else None  # type: ignore[operator]
+
+
+def baseline(facts: Part) -> Baseline | None:
+    """What needs no look at the images: guessing evenly or, where classes are uneven, always naming the largest one."""
+    counts = facts.get("counts") or {}
+    name, key = "chance", "chance"
+    if any(hides_classes(counts.get(role) or ()) for role in ("train", "val")):
+        name, key = "always naming the largest class", "majority"
+    return (name, float(facts[key])) if is_number(facts.get(key)) else None
+
+
+def is_uneven(score: Part) -> bool:
+    """Whether the images of one entry of `scores.json` are spread so unevenly that shares of all of them mislead."""
+    return bool(score.get("balanced_accuracy")) and hides_classes([row["n"] for row in score.get("per_class") or ()])
+
+
+def majority_sentence(score: Part) -> str:
+    """What always naming the largest class would give on the same images; nothing where they are spread evenly."""
+    if not is_uneven(score):
+        return ""
+    rows = [row for row in score["per_class"] if row["n"]]
+    largest = max(rows, key=lambda row: row["n"])
+    name, share = shorten(str(largest["name"]), 40), largest["n"] / sum(row["n"] for row in rows)
+    alike = f", and balanced accuracy {percent(1 / len(rows))}" if len(rows) > 1 else ""
+    return f"always naming {name}, the largest class, would give top-1 {percent(share)}{alike}"
+
+
+def lost_classes(score: Part) -> str:
+    """Classes that were found no better than by chance: other images were called so as often as theirs might be."""
+    table, told = score.get("confusion") or [], []
+    for place, row in enumerate(score.get("per_class") or ()):
+        if not row.get("n") or not row.get("recall") or len(table) <= place:
+            continue
+        called = sum(line[place] for line in table) - table[place][place]
+        others = sum(map(sum, table)) - row["n"]
+        if others and row["recall"]["low"] <= called / others:
+            name = shorten(str(row["name"]), 40)
+            told.append(f"{name} ({table[place][place]} of {row['n']}, and {called} of {others} others were called so)")
+    if not told:
+        return ""
+    more = f" and {len(told) - MAX_NAMED} classes more" if len(told) > MAX_NAMED else ""
+    return f"found no better than by chance: {', '.join(told[:MAX_NAMED])}{more}"
 
 
 def depth_sentence(profile: Part) -> str:
@@ -51,8 +96,9 @@ def measure_rows(facts: Part) -> list[tuple[str, str]]:
         value = f"{similarity['value']:.2f}{_span(similarity)}"
         rows.append(("Similarity", f"{value}; 1: as the images of pretraining, 0: unlike them"))
     if probe := _share((facts.get("probe") or {}).get("val")):
-        chance = f"; chance is {percent(facts['chance'])}" if is_number(facts.get("chance")) else ""
-        rows.append(("Separability", f"A linear probe gets {probe} of the val images right{chance}"))
+        beside = baseline(facts)
+        told = f"; {beside[0]} {'is' if beside[0] == 'chance' else 'gives'} {percent(beside[1])}" if beside else ""
+        rows.append(("Separability", f"A linear probe gets {probe} of the val images right{told}"))
     if control := _share(similarity.get("control")):
         rows.append(("Random weights", f"On features of the same network, untrained, a probe gets {control} right"))
     rows += _shift_row(similarity.get("shift") or ())

@@ -6,11 +6,20 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from finetune.recipe.advice import UNMEASURED
-from finetune.recipe.facts import Facts, ProfileFacts, Proportion, RangeFacts
+from finetune.recipe.facts import Facts, Measure, ProfileFacts, RangeFacts
 from finetune.recipe.plan import Advice, Plan, Stage
 from finetune.recipe.schedules import draw_curve
 from finetune.reporting.decision import CELLS, forecast_rows
-from finetune.reporting.sentences import chirality_sentence, depth_sentence, measure_rows, memory
+from finetune.reporting.sentences import (
+    baseline,
+    chirality_sentence,
+    depth_sentence,
+    is_uneven,
+    lost_classes,
+    majority_sentence,
+    measure_rows,
+    memory,
+)
 from finetune.scores.comparison import smallest_difference
 
 WIDTH = 100
@@ -28,11 +37,11 @@ Place = tuple[int, int]
 """Row and column in the grid."""
 
 
-def percent(part: Mapping[str, Any] | Proportion | None, *, signed: bool = False) -> str:
+def percent(part: Mapping[str, Any] | Measure | None, *, signed: bool = False) -> str:
     """`95.4 % [90.9, 97.8] of 153`, from a proportion with its interval."""
     if part is None:
         return "-"
-    values = part.model_dump() if isinstance(part, Proportion) else part
+    values = part.model_dump() if isinstance(part, Measure) else part
     value, low, high = (100 * values[key] for key in ("value", "low", "high"))
     sign = "+" if signed else ""
     return f"{value:{sign}.1f} % [{low:{sign}.1f}, {high:{sign}.1f}] of {values['n']}"
@@ -212,13 +221,19 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     if scores.get("views_note"):
         lines.append(f"  {scores['views_note']}")
     for role in ("val", "test"):
-        for name, part in columns.items():
-            if part and role in part:
-                own = part[role]
-                lines.append(
-                    f"  {role:<5} {name:<{narrow}} top-1 {percent(own['top1']):<32} "
-                    f"log loss {own['log_loss']['value']:.3f}   ECE {100 * own['ece']['value']:.1f} %"
-                )
+        shown = {name: part[role] for name, part in columns.items() if part and role in part}
+        lines += [
+            f"  {role:<5} {name:<{narrow}} balanced accuracy {percent(own['balanced_accuracy'])}, "
+            f"macro F1 {_without_count(own.get('macro_f1'))}"
+            for name, own in shown.items()
+            if is_uneven(own)
+        ]
+        lines += [
+            f"  {role:<5} {name:<{narrow}} top-1 {percent(own['top1']):<32} "
+            f"log loss {own['log_loss']['value']:.3f}   ECE {100 * own['ece']['value']:.1f} %"
+            for name, own in shown.items()
+        ]
+    lines += _uneven_lines(scores)
     lines += _difference_lines(scores, teacher)
     if sets := scores.get("conformal", {}).get("test"):
         size = sets["mean_size"]["value"]
@@ -238,18 +253,42 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _without_count(part: Mapping[str, Any] | None) -> str:
+    return percent(part).rpartition(" of ")[0] or "-"
+
+
+def _uneven_lines(scores: Mapping[str, Any]) -> list[str]:
+    """Where classes are uneven: what naming the largest one gives, and which classes are as good as not found."""
+    lines = []
+    for role in ("val", "test"):
+        own = scores.get(role) or {}
+        if said := majority_sentence(own):
+            lost = "" if role == "val" and "test" in scores else lost_classes(own)
+            said = f"{role}: {said}" + (f"; {lost}" if lost else "")
+            lines += textwrap.wrap(_ascii(said), WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
+    return lines
+
+
 def _difference_lines(scores: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
     """What training, a teacher, more views and draws changed on the same test images."""
+
+    uneven = is_uneven(scores.get("test") or {})
 
     def line(what: str, pair: Mapping[str, Any], rest: str = "") -> str:
         told = percent({**pair, "value": pair["difference"]}, signed=True)
         return f"  {what} on test: {told}{_judge(pair)}{rest}"
 
+    def both(what: str, pair: Mapping[str, Any], rest: str = "") -> list[str]:
+        if not (uneven and "balanced" in pair):
+            return [line(what, pair, rest)]
+        told = (line(f"{what} in balanced accuracy", pair["balanced"]), line(f"{what} in top-1", pair, rest))
+        return [part for text in told for part in textwrap.wrap(text, WIDTH, subsequent_indent="    ")]
+
     lines = []
     if pair := scores.get("paired", {}).get("test"):
-        lines.append(line("final minus probe", pair))
+        lines += both("final minus probe", pair)
     if pair := teacher.get("paired", {}).get("test"):
-        lines.append(line("final minus teacher", pair, _passes(teacher)))
+        lines += both("final minus teacher", pair, _passes(teacher))
     for note in filter(None, (teacher.get("note"), teacher.get("views_note"))):
         lines += textwrap.wrap(f"teacher: {note}", WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
     if gain := (scores.get("views_gain") or {}).get("test"):
@@ -280,11 +319,12 @@ def _member_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def elsewhere_text(found: Mapping[str, Any]) -> str:
     """A run, or a backbone as it came, on images of another folder."""
     own = found["scores"]
+    balanced = f"balanced accuracy {percent(own['balanced_accuracy'])}; " if is_uneven(own) else ""
     part = "the images of role test" if found["role"] == "test" else "all images"
     lines = [
         f"{found.get('run') or found.get('backbone')} on {part} of {found['data']}",
-        f"  {found['views']} view; top-1 {percent(own['top1'])} (95 %); log loss {own['log_loss']['value']:.3f}; "
-        f"ECE {100 * own['ece']['value']:.1f} %",
+        f"  {found['views']} view; {balanced}top-1 {percent(own['top1'])} (95 %); "
+        f"log loss {own['log_loss']['value']:.3f}; ECE {100 * own['ece']['value']:.1f} %",
     ]
     if found.get("own_test"):
         lines.append(f"  at home, on its own test images: top-1 {percent(found['own_test'])}")
@@ -300,7 +340,7 @@ def elsewhere_text(found: Mapping[str, Any]) -> str:
 def _measures(facts: Facts) -> list[tuple[str, str]]:
     rows = []
     if facts.probe:
-        rows.append(("probe", f"{percent(facts.probe.val)} val images right; chance {100 * facts.chance:.1f} %"))
+        rows.append(("probe", _probe_words(facts)))
     if facts.knn:
         rows.append(("neighbours", f"{percent(facts.knn.val)} val images right (k = {facts.knn.k})"))
     if facts.similarity:
@@ -317,6 +357,19 @@ def _measures(facts: Facts) -> list[tuple[str, str]]:
         hits, misses, size = (facts.features.get(key, 0) for key in ("hits", "misses", "bytes"))
         rows.append(("features", f"{hits:,} from the cache, {misses:,} computed; {memory(size / 1e6)}"))
     return rows
+
+
+def _probe_words(facts: Facts) -> str:
+    """How the probe fares on val beside what needs no look at the images."""
+    assert facts.probe is not None
+    right = f"{percent(facts.probe.val)} val images right"
+    name, share = baseline({"counts": facts.counts, "chance": facts.chance, "majority": facts.majority}) or ("", 0.0)
+    if name == "chance":
+        return f"{right}; chance {100 * share:.1f} %"
+    return (
+        f"balanced accuracy {percent(facts.probe.balanced_accuracy)} val images, macro F1 "
+        f"{percent(facts.probe.macro_f1)}; {right}, where {name} gives {100 * share:.1f} %"
+    )
 
 
 def _with_interval(row: Mapping[str, str]) -> str:

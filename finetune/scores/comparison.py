@@ -8,10 +8,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist, mean, stdev
+from typing import Any
 
 import torch
 
-from finetune.scores.intervals import Interval, bootstrap_mean, paired_difference
+from finetune.scores.intervals import Interval, bootstrap_mean, mean_of_differences, paired_difference
 from finetune.scores.metrics import decide
 
 LEVEL = 0.05
@@ -72,8 +73,10 @@ def adjust(p_values: Sequence[float]) -> list[float]:
 
 def answered_right(
     first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, names: tuple[str, str]
-) -> dict[str, float | int]:
+) -> dict[str, Any]:
     """First minus second in accuracy on the same images, with its paired 95 % interval; ready for JSON.
+
+    So is `balanced`, the same of balanced accuracy.
 
     Args:
         first: probabilities (N, K).
@@ -82,13 +85,19 @@ def answered_right(
         names: of both, for the counts of images that one alone answers rightly.
     """
     right, other_right = decide(first) == labels, decide(second) == labels
-    only_first, only_second = int((right & ~other_right).sum()), int((~right & other_right).sum())
+    alone, other_alone, counts = (
+        rows.bincount(minlength=first.shape[1])
+        for rows in (labels[right & ~other_right], labels[~right & other_right], labels)
+    )
+    only_first, only_second, seen = int(alone.sum()), int(other_alone.sum()), counts > 0
     interval = paired_difference(only_first, only_second, len(labels))
+    balanced = mean_of_differences(alone[seen].tolist(), other_alone[seen].tolist(), counts[seen].tolist())
     return {
         "difference": interval.value,
         "low": interval.low,
         "high": interval.high,
         "n": interval.n,
+        "balanced": {"difference": balanced.value, "low": balanced.low, "high": balanced.high, "n": balanced.n},
         f"only_{names[0]}_right": only_first,
         f"only_{names[1]}_right": only_second,
     }

@@ -15,6 +15,7 @@ from finetune.scores.intervals import (
     Interval,
     bootstrap,
     bootstrap_mean,
+    mean_of_f1,
     mean_of_shares,
     percentiles,
     wilson,
@@ -95,6 +96,14 @@ def balanced_accuracy(probabilities: torch.Tensor, labels: torch.Tensor) -> Inte
     counts = table.sum(dim=1)
     present = counts > 0
     return mean_of_shares(table.diagonal()[present].tolist(), counts[present].tolist())
+
+
+def macro_f1(probabilities: torch.Tensor, labels: torch.Tensor) -> Interval:
+    """Mean F1 over the classes that occur as truth or as decision, each counting alike; `n` counts images."""
+    table = confusion(probabilities, labels)
+    hits, sums = table.diagonal(), table.sum(dim=0) + table.sum(dim=1)
+    seen = sums > 0
+    return mean_of_f1(hits[seen].tolist(), (sums - 2 * hits)[seen].tolist(), len(labels))
 
 
 def per_class(probabilities: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> tuple[ClassScore, ...]:
@@ -186,19 +195,22 @@ def score_predictions(
 ) -> dict[str, Any]:
     """One split's entry of `scores.json`, ready for JSON: every score with its 95 % interval and n.
 
-    `top5` is None for five classes or fewer, where it could not fail. In `per_class`, what has no
-    denominator (precision of a class never called, recall of a class without images) is None.
+    `majority` is the share of the largest class here: the top-1 accuracy of naming it always. `top5` is None for five
+    classes or fewer, where it could not fail. In `per_class`, what has no denominator (precision of a class never
+    called, recall of a class without images) is None.
 
     Raises:
         ValueError: if there is no image, a label outside [0, K), a row that is no distribution, or
             `classes` has not K names.
     """
-    num_classes = probabilities.shape[-1]
+    num_classes, top1 = probabilities.shape[-1], top_k_accuracy(probabilities, labels, 1).as_dict()
     return {
         "n": len(labels),
-        "top1": top_k_accuracy(probabilities, labels, 1).as_dict(),
-        "top5": top_k_accuracy(probabilities, labels, 5).as_dict() if num_classes > 5 else None,
+        "majority": int(labels.bincount().max()) / len(labels),
         "balanced_accuracy": balanced_accuracy(probabilities, labels).as_dict(),
+        "macro_f1": macro_f1(probabilities, labels).as_dict(),
+        "top1": top1,
+        "top5": top_k_accuracy(probabilities, labels, 5).as_dict() if num_classes > 5 else None,
         "log_loss": bootstrap_mean(log_losses(probabilities, labels), seed).as_dict(),
         "ece": calibration_error(probabilities, labels, seed).as_dict(),
         "per_class": [score.as_dict() for score in per_class(probabilities, labels, classes)],

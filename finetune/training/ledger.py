@@ -128,7 +128,9 @@ def final_values(scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     blocks = {"test": scores.get("test"), "final/val": scores.get("val")}
     blocks |= {f"probe/{role}": block for role, block in (scores.get("probe") or {}).items()}
     for prefix, block in blocks.items():
-        for name in ("top1", "top5", "balanced_accuracy", "log_loss", "ece"):
+        if (block or {}).get("majority") is not None:
+            yield f"{prefix}/majority", float(block["majority"])  # type: ignore[index]
+        for name in ("balanced_accuracy", "macro_f1", "top1", "top5", "log_loss", "ece"):
             measure = (block or {}).get(name) or {}
             for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
                 if measure.get(part) is not None:

@@ -19,7 +19,7 @@ from finetune.models.heads import PROBE_SOFTENING, make_head
 from finetune.models.initialization import reinitialize_stages
 from finetune.models.regularization import insert_channel_dropout, insert_fractional_pooling, set_stochastic_depth
 from finetune.recipe.plan import Plan
-from finetune.training.losses import log_priors
+from finetune.training.losses import Kind, log_priors
 
 Vary = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 """A user's own view: an image (H, W, 3) uint8 and a generator to an image of the same shape."""
@@ -56,9 +56,7 @@ def make_classifier(
     if any(stage.trains == "lora" for stage in plan.stages):
         add_lora(backbone, rank=train.lora_rank)
     init, head = str(plan.head.init), plan.head
-    start = dict(probe) if init == "probe" else {}
-    if start and train.imbalance.kind == "logits":  # the loss adds the priors that the probe's bias already holds
-        start["bias"] = start["bias"] - log_priors(num_images) / PROBE_SOFTENING
+    start = soften_probe(probe, train.imbalance.kind or "none", num_images) if init == "probe" else {}
     made = make_head(
         backbone.num_features,
         len(plan.classes),
@@ -69,11 +67,30 @@ def make_classifier(
         hidden_bias=head.bias,
         dropout=head.dropout,
         drop_connect=head.drop_connect,
-        weight=start["weight"] * PROBE_SOFTENING if start else None,
-        bias=start["bias"] * PROBE_SOFTENING if start else None,
+        weight=start.get("weight"),
+        bias=start.get("bias"),
         arch_rule=backbone.new_classifier,
     )
     return Classifier(backbone, made).to(memory_format=torch.channels_last)
+
+
+def soften_probe(probe: Mapping[str, torch.Tensor], kind: Kind, num_images: Sequence[int]) -> dict[str, torch.Tensor]:
+    """`weight` and `bias` of a first head that decides as the probe does, but is less sure.
+
+    With `logits` the loss adds the priors, and what is judged has none. So they are taken from the probe first, and
+    what is judged decides as the probe with its priors taken away does (Menon et al., ICLR 2021, section 4,
+    https://arxiv.org/abs/2007.07314). Softened is then only what images say; the loss adds the priors whole. Taken
+    away whole from a probe that was softened before, they would leave their own reverse in what is judged.
+
+    Args:
+        probe: `weight` (K, D) and `bias` (K,), solved plainly.
+        kind: one of `ImbalanceSpec.kind`.
+        num_images: training images of each of the K classes.
+    """
+    bias = probe["bias"]
+    if kind == "logits":
+        bias = bias - log_priors(num_images).to(bias)
+    return {"weight": PROBE_SOFTENING * probe["weight"], "bias": PROBE_SOFTENING * bias}
 
 
 def make_augmentation(plan: Plan, seen: Look, vary: Vary | None = None) -> Augmentation | None:
