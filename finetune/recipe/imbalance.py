@@ -38,7 +38,7 @@ def decide_imbalance(counts: Sequence[int]) -> tuple[str, str]:
     if not uneven(counts):
         return "none", f"the largest class has {ratio:.1f} times the images of the smallest, below {UNEVEN_RATIO:g}"
     return KIND, (
-        f"the largest class has {ratio:.1f} times the images of the smallest ({UNEVEN_RATIO:g} or more): an image counts "
-        "the more the rarer its class, which gains balanced accuracy for some log loss; choose none if only overall "
-        "accuracy counts and images to come are as uneven"
+        f"the largest class has {ratio:.1f} times the images of the smallest ({UNEVEN_RATIO:g} or more): an image "
+        "counts more the rarer its class, which raises balanced accuracy at some cost in overall accuracy and log "
+        "loss; choose none if only these count and images to come are as uneven"
     )
