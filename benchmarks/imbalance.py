@@ -1,6 +1,7 @@
 """What to do about uneven classes: every kind of loss on linear heads over cached features of long-tailed sets.
 
     python benchmarks/imbalance.py [--shared ../shared] [--work benchmarks/imbalance]     # minutes; a table
+    python benchmarks/imbalance.py --tuned                                                # the same, fine-tuned
 
 A set is cut so that its classes fall off exponentially from the largest to the smallest (Cui et al., CVPR 2019,
 https://arxiv.org/abs/1901.05555, section 5.1), with another order of the classes for every seed, and judged on a
@@ -12,9 +13,11 @@ from its bias.
 import argparse
 import os
 import statistics
+from itertools import product
 from pathlib import Path
 
 import advice
+import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +30,8 @@ KINDS = ("none", "shifted", "inverse", "effective", "sampler", "logits", "focal"
 RATIOS = (1, 2, 3, 10, 50)
 SEEDS = (0, 1, 2)
 LARGEST, BATCH, RATE = 400, 64, 1e-3
+TUNED, TEST = {"flowers5": 150, "malaria": 200, "sign_digits": 100}, 60
+"""Images of the largest class, by set, and test images per class, where a network is fine-tuned."""
 
 
 def read_features(name: str, shared: Path, work: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -107,6 +112,52 @@ def compare(name: str, parts: list[tuple[torch.Tensor, torch.Tensor]], ratio: in
     print(f"| `{name}`, {ratio} | {len(rows)} | {' | '.join(cells)} |", flush=True)
 
 
+def tail_table(name: str, largest: int, ratio: int, shared: Path, work: Path) -> tuple[Path, dict[str, int]]:
+    """A table of a long tail and of even test images, and how many images of each class train."""
+    base = advice.cell_table(name, largest, 0, shared, work)
+    rows = [line.rsplit(",", 2) for line in base.read_text().splitlines()[1:]]
+    names, counts, lines = sorted({row[1] for row in rows}), {}, ["image,label,split"]
+    for place, label in enumerate(np.random.default_rng(0).permutation(len(names)).tolist()):
+        own = {role: [row for row in rows if row[1:] == [names[label], role]] for role in ("train", "test")}
+        few = max(2, round(len(own["train"]) * ratio ** (-place / (len(names) - 1))))
+        counts[names[label]] = few
+        lines += [",".join(row) for row in (*own["train"][:few], *own["test"][:TEST])]
+    path = work / "tails" / f"{name}-{largest}-{ratio}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path, counts
+
+
+def judge_answers(probabilities: np.ndarray, labels: np.ndarray, share: np.ndarray) -> str:
+    """Balanced accuracy, accuracy at the proportions `share` of the classes, and log loss at those."""
+    losses = -np.log(probabilities[np.arange(len(labels)), labels].clip(1e-12))
+    is_right = probabilities.argmax(1) == labels
+    recalls, means = (np.array([one[labels == k].mean() for k in range(len(share))]) for one in (is_right, losses))
+    return f"{100 * recalls.mean():.1f}, {100 * recalls @ share:.1f}, {means @ share:.2f}"
+
+
+def tune(name: str, largest: int, ratio: int, epochs: int, strategy: str, shared: Path, work: Path) -> None:
+    """Print one row: probe, probe without its priors, and the fine-tuned network by kind of loss."""
+    import finetune as ft
+
+    path, counts = tail_table(name, largest, ratio, shared, work)
+    wishes = [f"data.root={path}", "backbone=tiny_resnet18.cifar10", "data.image_size=32", "data.invariances=[hflip]"]
+    wishes += ["data.split.calibration=0", "evaluate.calibrate=false", "tracking.enabled=false"]
+    wishes += [f"train.strategy={strategy}", f"train.epochs={epochs}"]
+    cells: list[str] = []
+    for kind in ("none", "logits", "inverse"):
+        recipe = ft.load_recipe(None, [*wishes, f"train.imbalance.kind={kind}"])
+        run = ft.train(recipe, runs=work / "runs", say=lambda text: None)
+        arrays, share = np.load(run.file("predictions.npz")), np.array([counts[label] for label in run.plan.classes])
+        share, labels = share / share.sum(), arrays["test_labels"]
+        if not cells:
+            probe = arrays["probe_test_probabilities"].astype(float)
+            adjusted = (probe / share) / (probe / share).sum(1, keepdims=True)
+            cells = [judge_answers(answers, labels, share) for answers in (probe, adjusted)]
+        cells.append(judge_answers(arrays["test_probabilities"].astype(float), labels, share))
+    print(f"| `{name}`, {ratio}, {epochs} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=HERE.parents[1] / "shared")
@@ -114,10 +165,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--ratios", type=int, nargs="+", default=RATIOS)
     parser.add_argument("--decay", type=float, default=0.01)
+    parser.add_argument("--tuned", action="store_true", help="fine-tune the bundled backbone instead")
     options = parser.parse_args()
     os.environ["FINETUNE_ZOO"] = str(options.shared / "zoo")
     os.environ.setdefault("FINETUNE_CACHE", str(options.work.resolve() / "cache"))
     torch.set_num_threads(1)
+    if options.tuned:
+        print(f"| set, ratio, epochs | probe | adjusted | none | logits | inverse |\n|{'---|' * 6}", flush=True)
+        for name, largest in TUNED.items():
+            for ratio, (epochs, strategy) in product((10, 100), ((3, "full"), (10, "partial"))):
+                tune(name, largest, ratio, epochs, strategy, options.shared.resolve(), options.work.resolve())
+        return
     print(f"| set, ratio | images | {' | '.join(KINDS)} |\n|{'---|' * (len(KINDS) + 2)}", flush=True)
     for name in SETS:
         parts = read_features(name, options.shared.resolve(), options.work.resolve())
