@@ -152,7 +152,6 @@ def look(
     gradients: dict[str, float] = {}
     if recipe.train.strategy == "surgical" and probe is not None:
         gradients = work.measure_gradients(roles, labels, probe)
-    overlap = overlap_warnings(work.backbone.card, roles, work.digests) if recipe.pretrained else []
     facts = Facts(
         root=str(source.root),
         kind=source.kind,
@@ -164,7 +163,7 @@ def look(
             *work.format_warnings,
             *split.warnings,
             *_partly(findings, split),
-            *overlap,
+            *overlap_warnings(work.backbone.card, roles, work.digests),
             *band_warnings(found.facts, work.bad.values()),
             *range_warnings(found.facts, source.items, work.view, work.value_range),
             *work.unkept(),

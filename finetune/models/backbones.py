@@ -315,7 +315,7 @@ def _timm_card(name: str, contract: Any, model: nn.Module) -> Card:
 
 
 def _as_random(card: Card) -> Card:
-    return replace(card, pretrained_on="nothing (random weights)", weights=None, sha256=None, top1=None)
+    return replace(card, pretrained_on="nothing (random weights)", weights=None, sha256=None, top1=None, images=None)
 
 
 def _build_timm(name: str, **options: Any) -> nn.Module:
