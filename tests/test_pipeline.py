@@ -291,7 +291,7 @@ def test_no_images_to_choose_by_is_said(shapes, tmp_path):
 
 def test_a_network_of_one_size_says_which(shapes, tmp_path):
     with pytest.raises(BackboneError, match=r"does not take images of 96 px(.|\n)*data\.image_size to 224"):
-        start(shapes, tmp_path, "backbone=vit_tiny_patch16_224", "pretrained=false", "data.image_size=96")
+        start(shapes, tmp_path, "backbone=mixer_s32_224", "pretrained=false", "data.image_size=96")
 
 
 def test_nothing_is_made_where_there_are_no_images(tmp_path):

@@ -247,14 +247,14 @@ def test_weights_that_are_not_at_hand_are_listed_with_the_reason(own_zoo, shapes
 def test_a_size_that_a_candidate_does_not_take_is_a_reason(own_zoo, shapes, tmp_path):
     import timm
 
-    state = timm.create_model("test_vit", num_classes=10).state_dict()
+    state = timm.create_model("mixer_s32_224", num_classes=10, img_size=64).state_dict()
     cards = cards_of(own_zoo, "good") | {
         "fixed": write_card(
             tmp_path / "fixed",
             state,
-            arch="test_vit",
-            input_size=[3, 160, 160],
-            arch_kwargs={"dynamic_img_size": False},
+            arch="mixer_s32_224",
+            input_size=[3, 64, 64],
+            arch_kwargs={"img_size": 64},
         )
     }
     found = rank_backbones(recipe_for(shapes), cards)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.errors import BackboneError, RunError
+from finetune.features.viewing import fit_size
 from finetune.models.adapters import merge_lora
 from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
@@ -179,7 +180,8 @@ def load_start(run: RunFolder) -> Classifier:
             f"{run.path} {what}, so there is no working network at its start to go back to. "
             "Train with head.init=probe and without train.reinit, and mix that run with its start."
         )
-    backbone = load_backbone(plan.backbone, zoo=read_zoo())
+    backbone = load_backbone(plan.backbone, zoo=read_zoo()).eval()
+    fit_size(backbone, plan.view.size_pixels)
     if backbone.digest != plan.weights_digest:
         raise BackboneError(
             f"{plan.backbone} now has weights {backbone.digest[:12]}, but {run.path} began from "

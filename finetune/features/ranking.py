@@ -30,8 +30,8 @@ from finetune.features.survey import Progress, divide
 from finetune.features.viewing import (
     choose_view,
     fast_precision,
+    fit_size,
     measure_machine,
-    refuse_size,
     whose_constants,
 )
 from finetune.models.backbones import Backbone, load_backbone
@@ -164,9 +164,10 @@ class _Images:
             self._value_range = (found.low, found.high)
         return draw_sample(train, self.labels, self.digests, most=most, seed=self.recipe.seed)
 
-    def view(self, card: Card, rows: Sequence[int]) -> View:
+    def view(self, backbone: Backbone, rows: Sequence[int]) -> View:
         """How a candidate sees; constants of the images themselves where the recipe asks for them."""
-        view, _ = choose_view(self.recipe, card)
+        size, _ = fit_size(backbone, self.recipe.data.image_size)
+        view, _ = choose_view(self.recipe, backbone, size)
         view = replace(view, value_range=self._value_range)
         if not (kind := whose_constants(self.recipe)).startswith("channel"):
             return view
@@ -200,8 +201,7 @@ def _look(
     images: _Images, rows: Sequence[int], backbone: Backbone, progress: Callable[[int, int], None]
 ) -> Seen | None:
     """What one candidate came to; None where files turned out broken."""
-    view = images.view(backbone.card, rows)
-    refuse_size(backbone, view.size_pixels, images.device)
+    view = images.view(backbone, rows)
     frozen = FrozenBackbone(backbone, size_pixels=view.size_pixels, device=images.device)
     cache = FeatureCache(backbone.digest, view.digest, images.precision)
     found = extract(
@@ -273,7 +273,7 @@ def _measure(
         params_m=round(sum(parameter.numel() for parameter in backbone.parameters()) / 1e6, 3),
         num_features=backbone.num_features,
         image_size=size,
-        source_size=card.input_size[1],
+        source_size=backbone.source_size,
         pretrained_on=card.pretrained_on,
         licence=card.licence,
         top1=card.top1,

@@ -34,8 +34,8 @@ from finetune.features.viewing import (
     backbone_facts,
     choose_view,
     fast_precision,
+    fit_size,
     measure_machine,
-    refuse_size,
     whose_constants,
 )
 from finetune.models.backbones import Backbone, load_backbone
@@ -168,15 +168,8 @@ def look(
             *range_warnings(found.facts, source.items, work.view, work.value_range),
             *work.unkept(),
         ),
-        backbone=backbone_facts(work.backbone),
-        view=work.view,
-        crop_pct=recipe.data.crop_pct or work.backbone.card.crop_pct,
-        normalize=work.normalize,
-        normalized_images=work.normalized_images,
-        overridden=work.overridden,
-        value_range=work.value_range,
-        machine=work.machine,
         seconds=seconds,
+        **work.settled(),
         **_split_facts(split, labels[[index for index, role in enumerate(roles) if role == "val"]]),
         **image_facts(found.facts),
         features={"hits": found.hits, "misses": found.misses, "bytes": work.cache.num_bytes if work.cache else 0},
@@ -209,8 +202,8 @@ class _Survey:
         self.machine = measure_machine(recipe.hardware.devices)
         self.backbone = load_backbone(name, zoo=read_zoo(), pretrained=recipe.pretrained).eval()
         self.backbone.to(self.machine.device).to(memory_format=torch.channels_last)
-        self.view, self.overridden = choose_view(recipe, self.backbone.card)
-        refuse_size(self.backbone, self.view.size_pixels, self.machine.device)
+        size, self.size_note = fit_size(self.backbone, recipe.data.image_size)
+        self.view, self.overridden = choose_view(recipe, self.backbone, size)
         self.cache: FeatureCache | None = None
         self._frozen: FrozenBackbone | None = None
         self.normalize, self.normalized_images = whose_constants(recipe), 0
@@ -322,6 +315,20 @@ class _Survey:
             seed=self.recipe.seed,
             batch_size=self.recipe.train.batch_size,
         )
+
+    def settled(self) -> dict[str, Any]:
+        """The fields of `Facts` on the backbone, and on how it sees images."""
+        return {
+            "backbone": backbone_facts(self.backbone),
+            "view": self.view,
+            "crop_pct": self.recipe.data.crop_pct or self.backbone.card.crop_pct,
+            "size_note": self.size_note,
+            "normalize": self.normalize,
+            "normalized_images": self.normalized_images,
+            "value_range": self.value_range,
+            "overridden": self.overridden,
+            "machine": self.machine,
+        }
 
     def measure_gradients(self, roles: tuple[str, ...], labels: torch.Tensor, probe: Probe) -> dict[str, float]:
         """How large the gradients of the probe's loss are for the weights of each stage, on training images."""

@@ -8,38 +8,72 @@ from finetune.data.value_range import FULL_RANGE
 from finetune.errors import BackboneError, RecipeError
 from finetune.machine import num_cores
 from finetune.models.backbones import Backbone
+from finetune.models.image_sizes import nearest_size, size_unit, takes_size
 from finetune.recipe.addresses import uri_from_environment
-from finetune.recipe.cards import Card, View
+from finetune.recipe.cards import View
 from finetune.recipe.facts import BackboneFacts, MachineFacts
 from finetune.recipe.schema import Recipe
 
+LARGE_PIXELS = 512
+"""Transformers pretrained at this size or above, such as DINOv2's 518, cost more than people can train at."""
+TRAINABLE_PIXELS = 224
+"""What these take instead, to the nearest multiple of their patches."""
 _OVERRIDES = ("image_size", "crop_pct", "interpolation", "mean", "std")
 
 
-def refuse_size(backbone: Backbone, size_pixels: int, device: str) -> None:
-    """Some networks take images of one size only; better said now than after the images are decoded.
+def fit_size(backbone: Backbone, wish: int | None) -> tuple[int, str]:
+    """The size at which a backbone looks, for which it is changed in place, and a word on it where there is one to say.
+
+    Transformers take multiples of their patches and windows; position embeddings are resampled by timm. At the size
+    of pretraining nothing is changed.
+
+    Args:
+        backbone: in evaluation mode.
+        wish: pixels; None leaves it to us: the size of pretraining, or of large transformers one people can train at.
 
     Raises:
-        BackboneError: if this one does not take images of `size_pixels`.
+        BackboneError: if it does not take images of this size.
     """
-    own = backbone.card.input_size[1]
-    if size_pixels == own:
-        return
+    name, own = backbone.card.name, backbone.card.input_size[1]
+    unit = size_unit(backbone.model, own)
+    if wish is None and (unit == 1 or own < LARGE_PIXELS):
+        return own, ""
+    size = nearest_size(TRAINABLE_PIXELS if wish is None else wish, unit)
+    told = [f"{own} px, the size of pretraining, makes each step of {name} cost too much"] if wish is None else []
+    if wish not in (None, size):
+        told.append(f"{name} takes multiples of {unit} px, so {wish} px became {size}")
+    if size != own and (fault := takes_size(backbone, size)) is not None:
+        fault = _resized(backbone, size, fault)
+        if fault is not None:
+            said = (str(fault).splitlines() or [type(fault).__name__])[0]
+            raise BackboneError(
+                f"{name} does not take images of {size} px ({said}). "
+                f"Set data.image_size to {own}, the size it was pretrained at, or leave it null."
+            ) from fault
+        told.append(f"what {name} knows of positions was resampled from {own} px")
+    return size, "; ".join(told)
+
+
+def _resized(backbone: Backbone, size: int, fault: Exception) -> Exception | None:
+    """What the backbone still raises once timm has set it to `size`; `fault` where timm cannot."""
+    if not hasattr(backbone.model, "set_input_size"):
+        return fault
     try:
-        with torch.inference_mode():
-            backbone(torch.zeros(1, 3, size_pixels, size_pixels, device=device))
-    except (AssertionError, RuntimeError, ValueError) as fault:
-        said = (str(fault).splitlines() or [type(fault).__name__])[0]
-        raise BackboneError(
-            f"{backbone.card.name} does not take images of {size_pixels} px ({said}). "
-            f"Set data.image_size to {own}, the size it was pretrained at, or leave it null."
-        ) from fault
+        backbone.set_image_size(size)
+    except (AssertionError, RuntimeError, ValueError, TypeError) as other:
+        return other
+    return takes_size(backbone, size)
 
 
-def choose_view(recipe: Recipe, card: Card) -> tuple[View, tuple[str, ...]]:
-    """The view of the weights with the recipe's overrides, and the names of those that differ."""
-    wish = recipe.data
-    size = wish.image_size or card.input_size[1]
+def choose_view(recipe: Recipe, backbone: Backbone, size: int) -> tuple[View, tuple[str, ...]]:
+    """The view of the weights with the recipe's overrides, and the names of those that differ.
+
+    Args:
+        recipe: may override any part.
+        backbone: its card says how it was pretrained.
+        size: pixels, as `fit_size` settled them.
+    """
+    wish, card = recipe.data, backbone.card
     view = View(
         size_pixels=size,
         shorter_pixels=max(size, int(size / (wish.crop_pct or card.crop_pct))),
@@ -49,7 +83,7 @@ def choose_view(recipe: Recipe, card: Card) -> tuple[View, tuple[str, ...]]:
         value_range=wish.value_range or FULL_RANGE,
         frame=wish.frame,
     )
-    own = {**{key: getattr(card, key) for key in _OVERRIDES if key != "image_size"}, "image_size": card.input_size[1]}
+    own = {**{key: getattr(card, key) for key in _OVERRIDES if key != "image_size"}, "image_size": backbone.source_size}
     differ = [key for key in _OVERRIDES if getattr(wish, key) is not None and getattr(wish, key) != own[key]]
     return view, tuple(differ)
 
@@ -89,7 +123,7 @@ def fast_precision(machine: MachineFacts) -> str:
 
 
 def backbone_facts(backbone: Backbone) -> BackboneFacts:
-    """What the facts say of a backbone."""
+    """What `Facts` say of a backbone."""
     card = backbone.card
     arch, options = backbone.network
     return BackboneFacts(
@@ -100,7 +134,7 @@ def backbone_facts(backbone: Backbone) -> BackboneFacts:
         num_features=backbone.num_features,
         stages=backbone.stages,
         pretrained_on=card.pretrained_on,
-        input_size=card.input_size[1],
+        input_size=backbone.source_size,
         licence=card.licence,
         weights_digest=backbone.digest,
         has_batch_norm=any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in backbone.modules()),

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from finetune.errors import BackboneError, nearest
+from finetune.models.image_sizes import set_image_size
 from finetune.models.stages import divide_into_stages, num_parameters
 from finetune.models.weights import fetch_from_hub, fetch_from_url, load_strictly, read_card_weights, read_checkpoint
 from finetune.recipe.cards import Card
@@ -40,6 +41,8 @@ class Backbone(nn.Module):
         card = replace(card, params_m=card.params_m or round(num_parameters(model) / 1e6, 3))
         classifier = _take_classifier(model, card)
         self.card = card
+        self.source_size = card.input_size[1]
+        """Pixels at which it came; `set_image_size` leaves it."""
         self.model = model
         self._build = build
         # In a tuple, so that nn.Module does not count, move, freeze or save it with the features.
@@ -53,6 +56,16 @@ class Backbone(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Map images (B, 3, H, W) to pooled pre-classifier features (B, D)."""
         return _forward_features(self.model, images)
+
+    def set_image_size(self, size_pixels: int) -> None:
+        """Take images of another size: a network of timm with its position embeddings or windows resampled.
+
+        Raises:
+            AssertionError, RuntimeError, ValueError or TypeError: as timm, where the size does not fit.
+        """
+        set_image_size(self.model, size_pixels)
+        self._build = partial(self._build, resized_to=size_pixels)
+        self.card = replace(self.card, input_size=(3, size_pixels, size_pixels))
 
     @property
     def source_head(self) -> nn.Module | None:
@@ -201,6 +214,7 @@ def _load_card(card: Card, zoo: Mapping[str, Card], pretrained: bool) -> Backbon
     if pretrained and card.weights is None:  # a card that only adds knowledge to a timm or torchvision name
         found = load_backbone(card.arch, zoo={}, pretrained=True)
         found.card = replace(card, params_m=card.params_m or found.card.params_m)
+        found.source_size = card.input_size[1]
         return found
     if card.arch.startswith(TORCHVISION):
         build: Build = partial(_build_torchvision, card.arch.removeprefix(TORCHVISION), **card.arch_kwargs)
@@ -318,10 +332,13 @@ def _as_random(card: Card) -> Card:
     return replace(card, pretrained_on="nothing (random weights)", weights=None, sha256=None, top1=None, images=None)
 
 
-def _build_timm(name: str, **options: Any) -> nn.Module:
+def _build_timm(name: str, resized_to: int | None = None, **options: Any) -> nn.Module:
     import timm
 
-    return timm.create_model(name, **options)
+    model = timm.create_model(name, **options)
+    if resized_to is not None:
+        set_image_size(model, resized_to)
+    return model
 
 
 def _build_torchvision(arch: str, **options: Any) -> nn.Module:

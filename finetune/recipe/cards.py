@@ -25,7 +25,7 @@ ARCH_KWARGS = frozenset([
     # size and shape of what comes in
     "img_size", "image_size", "in_chans", "patch_size", "window_size", "pad_type", "dynamic_img_size",
     "dynamic_img_pad", "strict_img_size", "always_partition", "output_stride", "stem_width", "stem_type", "stem_chs",
-    "stem_size", "fix_stem",
+    "stem_size", "fix_stem", "resized_to",
     # depth and width
     "depth", "depths", "embed_dim", "embed_dims", "dim", "dims", "num_heads", "mlp_ratio", "mlp_ratios", "channels",
     "layers", "width_mult", "width_factor", "hidden_dim", "mlp_dim", "num_layers", "num_features", "head_hidden_size",

@@ -360,6 +360,8 @@ class Facts(Findings):
     """Where mean and std come from: weights, channel_mean, channel_mean_std, or recipe."""
     normalized_images: int = 0
     """Training images that the constants were measured on; 0 where none were."""
+    size_note: str = ""
+    """What was done to the size of images, or to the backbone for it, that the recipe does not say."""
     overridden: tuple[str, ...] = ()
     """Parts of the weights' own view that the recipe replaced."""
     chance: float

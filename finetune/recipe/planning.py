@@ -191,7 +191,13 @@ def _swap_faults(recipe: Recipe, facts: Facts) -> list[str]:
 def _decide_data(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
     wish, view = recipe.data, facts.view
     own = f"as {facts.backbone.name} was pretrained"
-    size = decide("data.image_size", wish.image_size, view.size_pixels, f"{own} ({facts.backbone.input_size} px)")
+    if facts.size_note and wish.image_size is not None:
+        size = decide(
+            "data.image_size", None, view.size_pixels, f"the recipe says {wish.image_size}; {facts.size_note}"
+        )
+    else:
+        why = facts.size_note or f"{own} ({facts.backbone.input_size} px)"
+        size = decide("data.image_size", wish.image_size, view.size_pixels, why)
     for key in facts.overridden:
         if key != "image_size":
             decide(f"data.{key}", getattr(view, key, getattr(wish, key, None)), None, "")

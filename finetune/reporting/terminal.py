@@ -81,6 +81,8 @@ def facts_text(facts: Facts) -> str:
     if facts.normalized_images:
         mean, std = (" ".join(f"{value:.3f}" for value in part) for part in (facts.view.mean, facts.view.std))
         rows.append(("constants", f"mean {mean}, std {std}, measured on {facts.normalized_images:,} training images"))
+    if facts.size_note:
+        rows.append(("image size", facts.size_note))
     if facts.overridden:
         rows.append(("overridden", f"{', '.join(facts.overridden)}: not as the weights were trained"))
     rows += _measures(facts)
