@@ -233,6 +233,18 @@ def _(root):
     tree(root, *TWO, classes=("train", "test"))
 
 
+@case("`daisy/train/`, `roses/train/`, and an empty `test/` in each")
+def _(root):
+    tree(root, *TWO, classes=("train",))
+    for name in TWO:
+        (root / name / "test").mkdir()
+
+
+@case("archives, `train.zip`, or other files alone")
+def _(root):
+    write(root / "train.zip", "PK")
+
+
 @case("a lone folder around it all: `archive/Training/`, `archive/Testing/`")
 def _(root):
     tree(root / "archive", "Training", "Testing")

@@ -67,7 +67,10 @@ def _without_images(root: Path, parent: Path, used: Iterable[Path], class_level:
     """A line on the folders of `parent` in which nothing can be used."""
     told = []
     for folder in listed(parent):
-        if not folder.is_dir() or folder in used or holds_images(folder, root) or holds_runs(folder):
+        if not folder.is_dir() or folder in used or holds_images(folder, root):
+            continue
+        if holds_runs(folder):
+            told.append(f"{item_name(folder, root)} (runs of this tool)")
             continue
         what, is_image_kind = _what_is_there(folder)
         if is_image_kind and parent in class_level:

@@ -67,7 +67,7 @@ def find_layout(root: Path, splits: Splits | None = None) -> Layout:
         layout.folders = [ClassFolder(one, None, one.name) for one in kids]
     elif roles := _roles(layout.top, inside):
         _take_splits(root, layout, inside, roles)
-    elif nested := _splits_inside(inside):
+    elif nested := _splits_inside(kids, root):
         layout.folders = nested
         _refuse_empty_roles(root, layout, [f for one in kids for f in _folders(one)])
     else:
@@ -189,8 +189,9 @@ def _empty_role(folder: Path, role: str) -> DataError:
     )
 
 
-def _splits_inside(inside: dict[Path, list[Path]]) -> list[ClassFolder]:
+def _splits_inside(kids: Sequence[Path], root: Path) -> list[ClassFolder]:
     """CLASS/SPLIT instead of SPLIT/CLASS: every folder holds splits only, and one of them train."""
+    inside = {one: subfolders(one, root) for one in kids}
     found = [ClassFolder(sub, role_of(sub.name), one.name) for one, subs in inside.items() for sub in subs]
     named = len(inside) > 1 and all(inside.values()) and all(one.role for one in found)
     return found if named and any(one.role == "train" for one in found) else []

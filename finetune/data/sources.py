@@ -146,6 +146,7 @@ def _source(root: Path, listing: Listing) -> Source:
         raise DataError(
             f"data.root: {root} holds no images. Expected are class folders with {', '.join(sorted(IMAGE_SUFFIXES))} "
             "files (perhaps inside train, val, test), a table with columns image,label, or parquet shards."
+            f"{_what_else(root)}"
         )
     counts = items.counts()
     learned = counts.get("train") or counts.get("all")
@@ -161,6 +162,12 @@ def _source(root: Path, listing: Listing) -> Source:
     warnings += spelling_warnings(learned)
     items.number_classes({name: label for label, name in enumerate(classes)})
     return Source(root=root, kind=listing.kind, classes=classes, items=items, warnings=tuple(warnings))
+
+
+def _what_else(root: Path) -> str:
+    left = Left()
+    list(image_files(root, left) if root.is_dir() else [])
+    return f" There are {', '.join(f'{n} x {kind}' for kind, n in left.kinds.most_common(5))}." if left.kinds else ""
 
 
 def _check_classes(root: Path, classes: Sequence[str], counts: dict[str, dict[str, int]]) -> None:

@@ -95,7 +95,7 @@ def unknown_split(word: str, where: str, splits: Splits | None = None) -> DataEr
     hint = nearest(word.casefold(), known, otherwise=f"Known are {', '.join(known)}.")
     return DataError(
         f"{where}: {word!r} is not the name of a split. {hint} Rename it or take it away, or say which names are "
-        f"which: data.splits: {{train: NAME, test: NAME}}."
+        f"which: data.splits: {{train: NAME, test: NAME}}, or {{}} if nothing is a split."
     )
 
 
