@@ -420,7 +420,9 @@ def test_moving_regions_stand_before_the_last_pooling_and_are_still_at_test(arch
 
 @pytest.mark.technique("T132")
 def test_moving_regions_need_maps_to_move_on():
-    with pytest.raises(ValueError, match=r"needs maps of 2 x 2 or more, but .* pools maps of \(1, 1\) last"):
+    with pytest.raises(
+        ValueError, match=r"moves regions of 2 x 2 in maps of 3 x 3 or more, but .* pools maps of \(1, 1\) last"
+    ):
         insert_fractional_pooling(load_backbone("mobilenetv2_035", zoo={}, pretrained=False), 32)
     with pytest.raises(ValueError, match="has no pooling at its end"):
         insert_fractional_pooling(load_backbone("test_vit", zoo={}, pretrained=False), 160)

@@ -70,9 +70,20 @@ def open_source(root: Path, splits: Splits | None = None, columns: Columns | Non
         hint = nearest(root.name, names_beside(root), otherwise="Check the path.")
         raise DataError(f"data.root: {root} does not exist. {hint}")
     try:
-        return _source(root, _open(root, splits, columns))
+        source = _source(root, _open(root, splits, columns))
     except OSError as fault:
         raise DataError(f"data.root: {fault.filename or root} cannot be read ({fault.strerror or fault}).") from fault
+    _refuse_unused(source, columns or {})
+    return source
+
+
+def _refuse_unused(source: Source, columns: Columns) -> None:
+    """Raises DataError where the recipe names columns and there is no table: a wish is never dropped unsaid."""
+    if columns and source.kind == "folders":
+        raise DataError(
+            f"data.columns names columns of a table ({', '.join(columns.values())}), but {source.root} holds class "
+            "folders. Give the table itself as data.root, or remove the key."
+        )
 
 
 def _open(root: Path, splits: Splits | None, columns: Columns | None) -> Listing:

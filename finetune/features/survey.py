@@ -156,6 +156,7 @@ def look(
         root=str(source.root),
         kind=source.kind,
         classes=source.classes,
+        given_roles=tuple(role for role in source.items.counts() if role in ROLES),
         bad_images=tuple(BadFile(name=source.items[index].name, reason=why) for index, why in sorted(work.bad.items())),
         num_images=len(source.items) - len(work.bad),
         warnings=(

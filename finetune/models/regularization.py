@@ -94,7 +94,7 @@ def insert_fractional_pooling(backbone: Backbone, size_pixels: int) -> str:
         size_pixels: of the images that will come.
 
     Raises:
-        ValueError: if it does not end in a pooling over maps of 2 x 2 or more.
+        ValueError: if it does not end in a pooling over maps of 3 x 3 or more: one region fills smaller ones.
     """
     found: list[tuple[str, tuple[int, ...]]] = []
 
@@ -111,9 +111,12 @@ def insert_fractional_pooling(backbone: Backbone, size_pixels: int) -> str:
         for hook in hooks:
             hook.remove()
         backbone.train(was_training)
-    if not found or len(found[-1][1]) != 2 or min(found[-1][1]) < 2:
+    if not found or len(found[-1][1]) != 2 or min(found[-1][1]) < 3:
         seen = f"pools maps of {found[-1][1]} last" if found else "has no pooling at its end"
-        raise ValueError(f"fractional_pooling needs maps of 2 x 2 or more, but {_name(backbone)} {seen}.")
+        raise ValueError(
+            f"fractional_pooling moves regions of 2 x 2 in maps of 3 x 3 or more, but {_name(backbone)} {seen}; "
+            "a larger data.image_size gives larger maps."
+        )
     name = found[-1][0]  # the outermost is the last to finish
     parent, _, leaf = name.rpartition(".")
     setattr(backbone.get_submodule(parent), leaf, nn.Sequential(FractionalMaxPool(), pools[name]).train(was_training))

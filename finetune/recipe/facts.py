@@ -334,6 +334,8 @@ class Facts(Findings):
     root: str
     kind: str
     classes: tuple[str, ...]
+    given_roles: tuple[str, ...] = ()
+    """Roles that the data themselves name; the others are cut."""
     counts: dict[str, tuple[int, ...]]
     """Images of each class, by role."""
     num_images: int

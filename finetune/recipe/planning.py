@@ -8,9 +8,10 @@ from finetune.recipe.addresses import HOW_TO_LOG_IN, split_login
 from finetune.recipe.advice import advise, is_small
 from finetune.recipe.facts import Facts, ProfileFacts, RangeFacts
 from finetune.recipe.forecasts import with_forecasts
+from finetune.recipe.idle import idle_reasons
 from finetune.recipe.plan import Plan, Reason
 from finetune.recipe.schema import Recipe
-from finetune.recipe.staging import decide_train, epochs_for, idle_keys, make_stages, refuse_depth, training_faults
+from finetune.recipe.staging import decide_train, epochs_for, make_stages, refuse_depth, training_faults
 
 LEAST_CALIBRATION = 100
 """With fewer images a single confident mistake decides the temperature."""
@@ -48,13 +49,6 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
     is_probe = strategy == "probe"
     augment = _decide_augment(recipe, facts, is_probe=is_probe, decide=decide)
     init = decide("head.init", None if is_probe else recipe.head.init, *_first_head(recipe, facts, is_probe))
-    if is_probe:
-        reasons += _inactive(recipe)
-    else:
-        why = "inactive: it is read only with "
-        reasons += [
-            Reason(key=key, value="(as the recipe says)", why=why + needs) for key, needs in idle_keys(recipe, train)
-        ]
     plan = Plan.model_validate(
         {
             **recipe.model_dump(),
@@ -77,7 +71,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
             "reasons": reasons,
         }
     )
-    return plan
+    return plan.model_copy(update={"reasons": (*plan.reasons, *idle_reasons(recipe, plan, facts))})
 
 
 def _propose_cut(profile: ProfileFacts) -> Reason:
@@ -90,16 +84,6 @@ def _propose_cut(profile: ProfileFacts) -> Reason:
         f"cut there, and re-initialise or train hardest {', '.join(names[profile.earlier + 1 :])}"
     )
     return Reason(key="best depth", value=names[profile.earlier], why=why)
-
-
-def _inactive(recipe: Recipe) -> list[Reason]:
-    """What the recipe sets and a probe does not use, said aloud."""
-    set_keys = [f"augment.{key}" for key in sorted(recipe.augment.model_fields_set)]
-    set_keys += [f"head.{key}" for key in sorted(recipe.head.model_fields_set - {"kind"})]
-    set_keys += [f"regularization.{key}" for key in sorted(recipe.regularization.model_fields_set)]
-    set_keys += [f"train.{key}" for key in sorted(recipe.train.model_fields_set - {"strategy"})]
-    why = "inactive: the probe is the model, and it is solved exactly, without steps"
-    return [Reason(key=key, value="(as the recipe says)", why=why) for key in set_keys]
 
 
 def _decide_augment(recipe: Recipe, facts: Facts, *, is_probe: bool, decide: Any) -> dict[str, Any]:

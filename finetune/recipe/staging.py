@@ -7,7 +7,7 @@ from typing import Any
 from finetune.errors import RecipeError
 from finetune.recipe.advice import partial_depth
 from finetune.recipe.batch_norm import refuse_lone_image, small_batch_warning
-from finetune.recipe.distillation import decide_distillation, idle_distillation, inherit_imbalance, teacher_faults
+from finetune.recipe.distillation import decide_distillation, inherit_imbalance, teacher_faults
 from finetune.recipe.facts import Facts
 from finetune.recipe.imbalance import uneven
 from finetune.recipe.plan import Stage
@@ -342,29 +342,3 @@ def refuse_depth(recipe: Recipe, strategy: str, why: str) -> None:
             f"train.distillation.teacher needs something that trains, but the advice is probe: {why}. "
             "Set train.strategy, such as full."
         )
-
-
-def idle_keys(recipe: Recipe, train: dict[str, Any]) -> list[tuple[str, str]]:
-    """Keys that the recipe sets and that nothing of the decided training reads, each with what would."""
-    wish, rule = recipe.train, train["optimizer"]["name"]
-    average, balance = (
-        f"train.averaging.kind {train['averaging']['kind']}",
-        f"train.imbalance.kind {train['imbalance']['kind']}",
-    )
-    read_with = {
-        "train.averaging": (wish.averaging, {"ema_decay": "ema", "swa_start": "swa", "swa_lr": "swa"}, average),
-        "train.imbalance": (wish.imbalance, {"gamma": "focal", "beta": "effective"}, balance),
-        "train": (wish, {"lora_rank": "lora"}, f"train.strategy {train['strategy']}"),
-        "head": (recipe.head, dict.fromkeys(("hidden", "activation", "bias"), "mlp"), f"head.kind {recipe.head.kind}"),
-    }
-    idle = idle_distillation(wish.distillation)
-    for prefix, (section, keys, now) in read_with.items():
-        parent, _, value = now.partition(" ")
-        idle += [(f"{prefix}.{key}", f"{parent} {needs}") for key, needs in keys.items()
-                 if key in section.model_fields_set and needs != value]  # fmt: skip
-    if train["keep"] == "last" and "patience" in wish.model_fields_set:
-        idle.append(("train.patience", "train.keep settled or best"))
-    if rule == "lbfgs":
-        set_keys = wish.optimizer.model_fields_set & {"backbone_lr_ratio", "layer_decay", "momentum", "betas"}
-        idle += [(f"train.optimizer.{key}", "another optimizer") for key in sorted(set_keys)]
-    return idle
