@@ -11,6 +11,7 @@ import textwrap
 import threading
 import time
 import warnings
+from contextlib import suppress
 
 import pytest
 
@@ -224,6 +225,69 @@ def test_an_answer_that_is_lost_leaves_no_row_twice_and_no_second_run(run, empty
     assert steps_of(run) == list(range(1300))
     assert len(client_of(run).search_runs(["1"])) == 1
     assert len(said) == 2
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.slow
+def test_a_sender_killed_before_or_after_any_of_its_steps_leaves_each_row_once(tmp_path, empty_store, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    shutil.copy(empty_store, tmp_path / "runs")
+    mlflow_store.prepare_mlflow()
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(tracking, "CHUNK_ROWS", 4)
+    steps = [(MlflowClient, name) for name in ("create_run", "log_batch", "set_terminated")]
+    steps += [(ledger.SentState, "save")]
+    left = [0, False]  # steps until the kill, and whether it comes after the step
+
+    def deadly(method):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0 and not left[1]:
+                raise Killed
+            answer = method(*args, **kwargs)
+            if left[0] == 0:
+                raise Killed
+            return answer
+
+        return call
+
+    for home, name in steps:
+        monkeypatch.setattr(home, name, deadly(getattr(home, name)))
+    kills = 0
+    for number in range(1, 100):
+        for comes_after in (False, True):
+            folder = tmp_path / "runs" / f"killed-{number}-{comes_after}"
+            folder.mkdir()
+            (folder / "curves.csv").write_text(HEADER + rows_of("train/loss", range(10)))
+            (folder / "scores.json").write_text(json.dumps(SCORES))
+            left[:] = [0, False]
+            tracker = tracker_of(folder, [])
+            tracker._save()
+            tracker._end("FINISHED")
+            left[:] = [number, comes_after]
+            with suppress(Killed):
+                tracker._attempt(is_last=True, reopens=True)
+            is_over = left[0] > 0
+            kills += not is_over
+            left[:] = [0, False]
+            os.utime(folder / "curves.csv", (1, 1))  # a later look at the file sees another time
+            assert not send_remaining(folder, pytest.fail)
+            client, state = client_of(folder), state_of(folder)
+            assert steps_of(folder) == list(range(10)), (number, comes_after)
+            assert len(client.get_metric_history(state["mlflow_run_id"], "test/top1")) == 1
+            assert client.get_run(state["mlflow_run_id"]).info.status == "FINISHED"
+        if is_over:
+            break
+    assert kills > 20
+    assert len(client.search_runs([state_id(client)], max_results=1000)) == kills + 2
+
+
+def state_id(client):
+    return client.get_experiment_by_name("flowers").experiment_id
 
 
 def test_a_store_made_anew_gets_the_whole_run_again(run, empty_store):
