@@ -147,7 +147,7 @@ def test_a_password_is_used_and_seen_by_nobody_and_the_environment_gives_it_back
     done = finetune(tmp_path, *words, **ascii_only)
     answer = json.loads(done.stdout)
     assert answer["plan"]["tracking"]["uri"] == f"http://127.0.0.1:{server.server_port}"
-    folder, state = bring_the_rest(server, tmp_path, **ascii_only, **logged_in)
+    folder, _ = bring_the_rest(server, tmp_path, **ascii_only, **logged_in)
     assert list(server.folder.glob("artifacts/**/report.html"))
 
     (folder / "curves.csv").write_text((folder / "curves.csv").read_text() + "1-full,1,99,val/extra,0.5\n")
