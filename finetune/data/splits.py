@@ -122,6 +122,29 @@ def refuse_lost(items: Items, classes: Sequence[str], bad: Mapping[int, str]) ->
         )
 
 
+def refuse_idle(roles: Sequence[str], given: Sequence[str | None], val: float) -> None:
+    """Nothing, if there are images to train on and images to choose by.
+
+    Args:
+        roles: of every image, as it was divided.
+        given: the role that the source itself names, or None.
+        val: the share that was to be cut.
+
+    Raises:
+        DataError: saying what is missing and what would help.
+    """
+    for role in ("train", "val"):
+        if role in roles:
+            continue
+        if role in given:
+            do = f"those that are given as {role} cannot be read; mend them, or take them away and let a part be cut"
+        elif role == "val" and val == 0:
+            do = "data.split.val is 0; raise it, 0.15 is usual"
+        else:
+            do = f"{len(roles)} images are too few to cut a part from; add images, three or more of each class"
+        raise DataError(f"no images play the role {role}: {do}.")
+
+
 def draw_sample(
     indices: Iterable[int], labels: Sequence[int], digests: Sequence[str], *, most: int, seed: int
 ) -> list[int]:

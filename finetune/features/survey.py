@@ -19,7 +19,7 @@ from finetune.data.items import ROLES, Items
 from finetune.data.loading import Batches, ImageStore
 from finetune.data.normalization import measure_constants
 from finetune.data.sources import Source, open_source
-from finetune.data.splits import Split, cut_split, refuse_lost
+from finetune.data.splits import Split, cut_split, refuse_idle, refuse_lost
 from finetune.data.training_range import RangeMeter
 from finetune.data.value_range import FULL_RANGE
 from finetune.errors import DataError, RecipeError
@@ -72,8 +72,8 @@ def survey_part(
     """
     survey = _Survey(recipe, progress, ROLES)
     found = survey.extract_part(part, parts)
-    if unkept := survey.unkept():
-        raise DataError(f"a part of the images is looked at for later: {unkept[0]}")
+    if survey.cache is not None and survey.cache.warnings:
+        raise DataError(f"a part of the images is looked at for later: {survey.cache.warnings[0]}")
     return found
 
 
@@ -133,10 +133,8 @@ def look(
     began = time.perf_counter()
     work = _Survey(recipe, progress, roles_seen)
     roles, split, found = work.divide_and_extract()
-    for role in ("train", "val"):
-        if role not in roles:
-            raise DataError(f"no images play the role {role}; raise data.split.{role} or add images.")
     source = work.source
+    refuse_idle(roles, [item.role for item in source.items], recipe.data.split.val)
     seconds = {"images": round(time.perf_counter() - began, 3)}
     labels = torch.from_numpy(source.items.labels).long()
     probe, findings, began = None, Findings(), time.perf_counter()
@@ -167,7 +165,7 @@ def look(
             *overlap_warnings(work.backbone.card, roles, work.digests),
             *band_warnings(found.facts, work.bad.values()),
             *range_warnings(found.facts, source.items, work.view, work.value_range),
-            *work.unkept(),
+            *(work.cache.warnings if work.cache else ()),
         ),
         seconds=seconds,
         **work.settled(),
@@ -219,10 +217,6 @@ class _Survey:
         self._meter = RangeMeter(self.source.items, self.digests, self.view.frame, recipe.seed)
         given = recipe.data.value_range
         self.value_range = None if given is None else RangeFacts(low=given[0], high=given[1], why="the recipe says so")
-
-    def unkept(self) -> tuple[str, ...]:
-        """That features are not kept for the next look, and why, or nothing."""
-        return self.cache.warnings if self.cache is not None else ()
 
     def extract_part(self, part: int, parts: int) -> Extraction:
         """Look at every image of one part of the list, whatever its role; nothing is divided or measured."""
