@@ -12,9 +12,9 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from finetune.data.items import ROLES
-from finetune.errors import DataError, FinetuneError, RecipeError, RunError, explain_os_error
+from finetune.errors import DataError, FinetuneError, RecipeError, RunError, names_beside, nearest
 from finetune.evaluation.evaluation import evaluate_run
 from finetune.evaluation.page_images import seen_images, stored_images
 from finetune.evaluation.teaching import find_teacher, load_teacher
@@ -38,7 +38,7 @@ from finetune.recipe.distillation import name_teacher, teacher_faults
 from finetune.recipe.facts import Facts, Ranking
 from finetune.recipe.plan import Plan
 from finetune.recipe.planning import make_plan
-from finetune.recipe.reading import recipe_text
+from finetune.recipe.reading import Wish, as_recipe, recipe_text
 from finetune.recipe.resumption import (
     another_wish,
     moved_to,
@@ -48,7 +48,7 @@ from finetune.recipe.resumption import (
     refuse_changes,
     refuse_other_beginning,
 )
-from finetune.recipe.runs import Clock, RunFolder, append, runs_folder, sweep, write_whole
+from finetune.recipe.runs import Clock, RunFolder, append, faults_told, runs_folder, sweep, write_whole
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shelf import name_backbone, short_name
 from finetune.reporting.report import write_report
@@ -121,21 +121,32 @@ def extract(recipe: Recipe, part: str, say: Say = say_on_stderr) -> dict[str, An
     return {"hits": seen.hits, "misses": seen.misses, "bad": len(seen.bad)}
 
 
-def train(recipe: Recipe, *, runs: Path | None = None, vary: Vary | None = None, say: Say = say_on_stderr) -> RunFolder:
+def train(
+    recipe: Wish,
+    overrides: Sequence[str] = (),
+    *,
+    runs: str | Path | None = None,
+    vary: Vary | None = None,
+    say: Say = say_on_stderr,
+) -> RunFolder:
     """A new run of `recipe`, from images to a report; its folder.
 
     Args:
-        recipe: what to do; what it leaves open is decided from what is measured.
+        recipe: what to do; what it leaves open is decided from what is measured. A file, a shipped name or a folder of
+            images stands for the recipe that `load_recipe` makes of it with `overrides`.
+        overrides: `section.key=value`.
         runs: where the run folder is made; None: FINETUNE_RUNS, or `runs` here.
         vary: your own change of training images: an image (H, W, 3) uint8 and a numpy generator to an image of the
             same shape, the label left true. Resuming needs it again.
         say: gets every line for people; `log.txt` gets them too.
     """
+    recipe = as_recipe(recipe, overrides)
     if recipe.data.root is None:
         raise RecipeError("no images are named. Give a folder: `finetune train FOLDER`, or set data.root.")
     root = Path(recipe.data.root).expanduser().absolute()  # so that a run can be resumed from anywhere
     if not root.exists():
-        raise DataError(f"data.root: {root} does not exist.")
+        hint = nearest(root.name, names_beside(root), otherwise="Check the path.")
+        raise DataError(f"data.root: {root} does not exist. {hint}")
     recipe = name_teacher(recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})}))
     find_teacher(recipe.train.distillation.teacher)  # a wrong one leaves no run folder
     tune_process()
@@ -143,9 +154,11 @@ def train(recipe: Recipe, *, runs: Path | None = None, vary: Vary | None = None,
     recipe = name_backbone(recipe)
     named, ranking = _with_backbone(recipe, say)
     name = recipe.name or root.name
-    run = RunFolder.create(runs or runs_folder(), name=name, backbone=short_name(str(named.backbone)))
+    run = RunFolder.create(
+        Path(runs or runs_folder()).expanduser(), name=name, backbone=short_name(str(named.backbone))
+    )
     try:
-        with _explained(run, named):
+        with faults_told(run, named.data.root):
             run.write_text("recipe.yaml", recipe_text(recipe))
         return _walk(run, named, say, ranking, vary)
     except FinetuneError:
@@ -155,7 +168,7 @@ def train(recipe: Recipe, *, runs: Path | None = None, vary: Vary | None = None,
 
 
 def resume(
-    path: str | Path, overrides: Sequence[str] = (), *, vary: Vary | None = None, say: Say = say_on_stderr
+    path: str | PathLike[str], overrides: Sequence[str] = (), *, vary: Vary | None = None, say: Say = say_on_stderr
 ) -> RunFolder:
     """Go on with a run that was stopped, wherever it was; the result is that of an undisturbed run.
 
@@ -172,7 +185,7 @@ def resume(
     Raises:
         RunError: if `path` is no run, another process works on it, or images or weights have changed.
     """
-    run, root = RunFolder(Path(path)), moved_to(overrides)
+    run, root = RunFolder(Path(path).expanduser()), moved_to(overrides)
     if overrides and root is None:
         recipe = another_wish(run, overrides)
         say(f"{run.path} is finished, so this is another run: it begins from those weights, and its rates start anew.")
@@ -183,7 +196,7 @@ def resume(
     return _walk(run, recipe, say, ranking, vary)
 
 
-def evaluate(path: str | Path, *, views: str | None = None, say: Say = say_on_stderr) -> dict[str, Any]:
+def evaluate(path: str | PathLike[str], *, views: str | None = None, say: Say = say_on_stderr) -> dict[str, Any]:
     """Judge a finished run again, perhaps in other views; the scores, which the run folder then holds."""
     tune_process()
     run = RunFolder.open(path)
@@ -198,7 +211,7 @@ def evaluate(path: str | Path, *, views: str | None = None, say: Say = say_on_st
     return scores
 
 
-def report(path: str | Path, *, say: Say = say_on_stderr) -> Path:
+def report(path: str | PathLike[str], *, say: Say = say_on_stderr) -> Path:
     """Write a run's page again, and send to MLflow what could not be sent before; the page."""
     run = RunFolder.open(path)
     run.read_json("scores.json")
@@ -238,7 +251,7 @@ def _walk(
     run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None = None, vary: Vary | None = None
 ) -> RunFolder:
     tune_process()
-    with _explained(run, recipe), run.lock():
+    with faults_told(run, recipe.data.root), run.lock():
         sweep(run.path)
         voice = _logged(run, say)
         voice(f"run folder: {run.path}")
@@ -248,19 +261,6 @@ def _walk(
             voice(f"stopped. `finetune resume {run.path}` goes on from here.")
             raise
     return run
-
-
-@contextmanager
-def _explained(run: RunFolder, recipe: Recipe) -> Iterator[None]:
-    """A full disk, a file that somebody removed and the like as a fault that the user can mend, and how to go on."""
-    try:
-        yield
-    except OSError as fault:
-        if (told := explain_os_error(fault, [run.path, Path(str(recipe.data.root))])) is None:
-            raise
-        if run.file("plan.yaml").exists():
-            told += f" Then `finetune resume {run.path}` goes on from the last whole epoch."
-        raise RunError(told) from fault
 
 
 def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, vary: Vary | None) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from finetune.errors import BackboneError, nearest
+from finetune.errors import BackboneError, names_beside, nearest
 from finetune.recipe.cards import Card, read_card
 from finetune.recipe.runs import write_whole
 from finetune.recipe.shelf import read_zoo, user_zoo, why_no_card, zoo_folders
@@ -74,6 +74,8 @@ def add_card(path: Path, *, statistics: Path | None = None, say: Say = say_on_st
         weights = show_card(str(path)).weights
         assert weights is not None
         folder = weights.parent
+    if not folder.exists():
+        raise BackboneError(f"{folder} is not there. {nearest(folder.name, names_beside(folder))}".rstrip())
     if (folder / "recipe.yaml").exists() and not (folder / "card.yaml").exists():
         raise BackboneError(f"{folder} {why_no_card(folder)}")
     if not (folder / "card.yaml").exists():

@@ -36,7 +36,7 @@ def test_the_version_and_the_lists_answer(tmp_path):
         (["train", "/nowhere"], "neither a file, a folder, nor a shipped recipe"),
         (["train", "quick"], "no images are named"),
         (["train", "quick", "probe"], "one recipe or folder at a time"),
-        (["resume", "/nowhere"], "holds no recipe.yaml"),
+        (["resume", "/nowhere"], "is no folder. Runs are kept under"),
         (["zoo", "show", "tiny_resnet18.cifar"], "Nearest: tiny_resnet18.cifar10"),
         (["zoo", "rank", "--among", "tiny_resnet18.cifar1"], "Nearest: tiny_resnet18.cifar10"),
         (["zoo", "add", "tiny_resnet18.cifar1", "--statistics", "/nowhere"], "Nearest: tiny_resnet18.cifar10"),

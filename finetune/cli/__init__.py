@@ -10,7 +10,7 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tuning without surprises: measured choices, right defaults, honest scores.",
 )
 for verb in (
@@ -55,7 +56,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="finetune", standalone_mode=False)
     except FinetuneError as fault:
         _leave(str(fault))
     except (KeyboardInterrupt, typer.Abort):
@@ -65,7 +66,10 @@ def main() -> None:
         sys.exit(0)
     except Exception as fault:  # noqa: BLE001 - whatever else there is, is ours
         if hasattr(fault, "format_message"):  # a wrong word on the command line, as click reports it
-            _leave(f"{fault.format_message()} `finetune --help` lists the verbs.")
+            if type(fault).__name__ == "NoArgsIsHelpError":
+                print(fault.format_message())
+                sys.exit(0)
+            _leave(_about_words(fault))
         if isinstance(fault, OSError) and (told := explain_os_error(fault, _named())):
             _hush()
             _leave(told)
@@ -75,6 +79,16 @@ def main() -> None:
         print("finetune: this is our bug; please report it with the lines above.", file=sys.stderr)
         sys.exit(3)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _about_words(fault: Any) -> str:
+    """What is wrong with a word of the command line, and where to look."""
+    context = getattr(fault, "ctx", None)
+    here = context.command_path if context is not None else "finetune"
+    told = fault.format_message()
+    if context is not None and context.parent is None and hasattr(fault, "option_name"):
+        told = f"{told} Options of a verb stand behind it: `finetune VERB {fault.option_name}`."
+    return f"{told} `{here} --help` {'lists the verbs' if here == 'finetune' else 'says what it takes'}."
 
 
 def _leave(told: str) -> NoReturn:

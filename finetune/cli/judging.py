@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -113,10 +113,17 @@ def predict(
         for answer in answers:  # as they come
             faults += answer.fault is not None
             several = "" if answer.labels is None else "\t{" + ", ".join(answer.labels) + "}"
-            told = answer.fault if answer.fault is not None else f"{answer.probability:.4f}{several}"
-            tell(f"{answer.name}\t{answer.label or '-'}\t{told}")
+            told = f"-\t{answer.fault}" if answer.fault is not None else f"{_likeliest(answer, top)}{several}"
+            tell(f"{answer.name}\t{told}")
     if faults:
         raise typer.Exit(1)
+
+
+def _likeliest(answer: Any, top: int | None) -> str:
+    """The class and its probability; where more are asked for, those that follow behind it."""
+    if top is None:
+        return f"{answer.label}\t{answer.probability:.4f}"
+    return "\t".join(f"{label}\t{share:.4f}" for label, share in answer.probabilities.items())
 
 
 def report(run: Run, as_json: Json = False) -> None:

@@ -4,7 +4,20 @@ from typing import Annotated
 
 import typer
 
-from finetune.cli.words import Json, Run, Runs, Wish, finish, read_wish
+from finetune.cli.words import (
+    Backbone,
+    Epochs,
+    ImageSize,
+    Json,
+    Rate,
+    Run,
+    Runs,
+    Seed,
+    Strategy,
+    Wish,
+    finish,
+    read_wish,
+)
 
 
 def demo(as_json: Json = False, runs: Runs = None) -> None:
@@ -14,9 +27,22 @@ def demo(as_json: Json = False, runs: Runs = None) -> None:
     finish(run_demo(runs), as_json, "")
 
 
-def train(wish: Wish = None, as_json: Json = False, runs: Runs = None) -> None:
+def train(
+    wish: Wish = None,
+    backbone: Backbone = None,
+    strategy: Strategy = None,
+    epochs: Epochs = None,
+    lr: Rate = None,
+    image_size: ImageSize = None,
+    seed: Seed = None,
+    as_json: Json = False,
+    runs: Runs = None,
+) -> None:
     """From images to a scored, tracked, reported run."""
-    recipe = read_wish(wish)
+    view = {"data__image_size": image_size, "seed": seed}
+    recipe = read_wish(
+        wish, backbone=backbone, train__strategy=strategy, train__epochs=epochs, train__optimizer__lr=lr, **view
+    )
     from finetune.pipeline import summarize
     from finetune.pipeline import train as start
 
@@ -25,6 +51,12 @@ def train(wish: Wish = None, as_json: Json = False, runs: Runs = None) -> None:
 
 def plan(
     wish: Wish = None,
+    backbone: Backbone = None,
+    strategy: Strategy = None,
+    epochs: Epochs = None,
+    lr: Rate = None,
+    image_size: ImageSize = None,
+    seed: Seed = None,
     pilot: Annotated[
         float | None, typer.Option(help="Seconds for short trainings of the closest candidates, which then decide.")
     ] = None,
@@ -34,7 +66,10 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Measure and decide, but do nothing: Facts, and the Plan with its reasons."""
-    recipe = read_wish(wish)
+    view = {"data__image_size": image_size, "seed": seed}
+    recipe = read_wish(
+        wish, backbone=backbone, train__strategy=strategy, train__epochs=epochs, train__optimizer__lr=lr, **view
+    )
     if part is not None:
         from finetune.pipeline import extract
 

@@ -10,7 +10,17 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Wish = Annotated[list[str] | None, typer.Argument(help="A recipe or a folder of images, then section.key=value ...")]
 Run = Annotated[Path, typer.Argument(help="A run folder.")]
-Runs = Annotated[Path | None, typer.Option("--runs", help="Where run folders are kept. [FINETUNE_RUNS, or runs]")]
+Runs = Annotated[
+    Path | None, typer.Option("--runs", "--out", help="Where run folders are kept. [FINETUNE_RUNS, or runs]")
+]
+
+
+Backbone = Annotated[str | None, typer.Option(help="Short for backbone=NAME.")]
+Strategy = Annotated[str | None, typer.Option(help="Short for train.strategy=NAME.")]
+Epochs = Annotated[str | None, typer.Option(metavar="N", help="Short for train.epochs=N.")]
+Rate = Annotated[str | None, typer.Option("--lr", metavar="RATE", help="Short for train.optimizer.lr=RATE.")]
+ImageSize = Annotated[str | None, typer.Option(metavar="PIXELS", help="Short for data.image_size=PIXELS.")]
+Seed = Annotated[str | None, typer.Option(metavar="N", help="Short for seed=N.")]
 
 
 def split_words(text: str) -> list[str]:
@@ -18,18 +28,38 @@ def split_words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def read_wish(wish: list[str] | None) -> Any:
-    """The recipe that a verb's words mean: at most one source, the rest overrides."""
+def read_wish(wish: list[str] | None, **short: str | None) -> Any:
+    """The recipe that a verb's words mean: at most one source, the rest overrides.
+
+    Args:
+        wish: the words.
+        short: values given by the short forms of overrides, by key with __ for each dot.
+    """
     from finetune.errors import RecipeError
     from finetune.recipe.reading import load_recipe
 
-    words = wish or []
-    sources = [word for word in words if "=" not in word]
+    words = list(wish or [])
+    overrides = [word for word in words if "=" in word and not Path(word).exists()]
+    sources = [word for word in words if word not in overrides]
+    overrides += [f"{key.replace('__', '.')}={value}" for key, value in short.items() if value is not None]
+    keys = [word.partition("=")[0].strip() for word in overrides]
+    if "" in keys:
+        raise RecipeError("overrides are written without blanks: section.key=value, such as train.epochs=3.")
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise RecipeError(f"{', '.join(twice)} stands there more than once; keep one.")
+    if bare := [word for word in sources if _is_key(word)]:
+        raise RecipeError(f"{bare[0]} is a key of the recipe and lacks its value: {bare[0]}=VALUE, without blanks.")
     if len(sources) > 1:
         raise RecipeError(
             f"one recipe or folder at a time, got {', '.join(sources)}. Overrides are written section.key=value."
         )
-    return load_recipe(sources[0] if sources else None, [word for word in words if "=" in word])
+    return load_recipe(sources[0] if sources else None, overrides)
+
+
+def _is_key(word: str) -> bool:
+    from finetune.recipe.schema import recipe_keys
+
+    return "." in word and word in recipe_keys() and not Path(word).exists()
 
 
 def finish(answer: Any, as_json: bool, text: str) -> None:

@@ -29,6 +29,8 @@ class Item:
     """Row of the parquet shard `file`; None where `file` is the image."""
     column: str | None = None
     """Column of that shard that holds the images."""
+    data: bytes | None = None
+    """The file itself, where a program holds it in memory."""
 
 
 class Found(NamedTuple):

@@ -47,10 +47,14 @@ def read_bytes(item: Item) -> bytes:
     Raises:
         OSError: if the file or the row cannot be read.
     """
+    if item.data is not None:
+        return item.data
     return item.file.read_bytes() if item.row is None else read_row(item.file, item.row, item.column or "image")
 
 
-def open_source(root: Path, splits: Splits | None = None, columns: Columns | None = None) -> Source:
+def open_source(
+    root: Path, splits: Splits | None = None, columns: Columns | None = None, *, is_learned: bool = True
+) -> Source:
     """The images under `root`, in one of four layouts.
 
     Folders `train`, `val` (`valid`, `validation`), `calibration`, `test` of class folders; one tree of class
@@ -62,6 +66,7 @@ def open_source(root: Path, splits: Splits | None = None, columns: Columns | Non
         root: a folder, or a table or shard.
         splits: the names that mean a split, by role, as `data.splits` gives them; None: `split_names` knows them.
         columns: the columns of a table or shard that are image, label and split, as `data.columns` gives them.
+        is_learned: whether a model is to learn from them, which takes two classes; to judge one, any class will do.
 
     Raises:
         DataError: if there is nothing to learn from, or the layout is ambiguous.
@@ -70,7 +75,7 @@ def open_source(root: Path, splits: Splits | None = None, columns: Columns | Non
         hint = nearest(root.name, names_beside(root), otherwise="Check the path.")
         raise DataError(f"data.root: {root} does not exist. {hint}")
     try:
-        source = _source(root, _open(root, splits, columns))
+        source = _source(root, _open(root, splits, columns), is_learned)
     except OSError as fault:
         raise DataError(f"data.root: {fault.filename or root} cannot be read ({fault.strerror or fault}).") from fault
     _refuse_unused(source, columns or {})
@@ -151,7 +156,7 @@ def _unlisted(folder: Path, tables: Collection[Path], items: Items) -> list[str]
     return [f"{sum(held.values())} images are in no row of the table and were left: {few(told)}."]
 
 
-def _source(root: Path, listing: Listing) -> Source:
+def _source(root: Path, listing: Listing, is_learned: bool) -> Source:
     items, warnings = listing.items, list(listing.warnings)
     if not len(items):
         raise DataError(
@@ -160,6 +165,10 @@ def _source(root: Path, listing: Listing) -> Source:
             f"{_what_else(root)}"
         )
     counts = items.counts()
+    if not is_learned:
+        classes = tuple(sorted({name for held in counts.values() for name in held}))
+        items.number_classes({name: label for label, name in enumerate(classes)})
+        return Source(root=root, kind=listing.kind, classes=classes, items=items, warnings=tuple(warnings))
     learned = counts.get("train") or counts.get("all")
     if not learned:
         raise DataError(f"data.root: {root} names the splits {', '.join(counts)} but no train to learn from. Add it.")

@@ -55,7 +55,7 @@ def evaluate_elsewhere(run: RunFolder, data: Path, *, views: str | None = None) 
 
     Args:
         run: trained and judged.
-        data: a folder of class folders, a table, or parquet shards, of two classes or more.
+        data: a folder of class folders, a table, or parquet shards; one class is enough.
         views: other views than those the run was judged in.
 
     Raises:
@@ -66,7 +66,7 @@ def evaluate_elsewhere(run: RunFolder, data: Path, *, views: str | None = None) 
     plan, known = run.plan, run.read_json("scores.json")
     if not run.final_weights().exists():
         raise RunError(f"{run.path} is not trained to its end. `finetune resume {run.path}` goes on.")
-    source = open_source(Path(data).expanduser())
+    source = open_source(Path(data).expanduser(), is_learned=False)
     columns = _columns_by_name(source, plan.classes, f"the run {run.path}")
     images = _read_images(source, plan.view)
     if images.bad and plan.data.on_bad_image == "fail":
@@ -99,7 +99,7 @@ def evaluate_backbone(name: str, data: Path, *, views: str = "center") -> dict[s
 
     Args:
         name: a card, a timm name, or `torchvision/NAME`.
-        data: a folder of class folders, a table, or parquet shards, of two classes or more.
+        data: a folder of class folders, a table, or parquet shards; one class is enough.
         views: one of `SOURCE_VIEWS`; you must know whether mirror images are of the same class.
 
     Raises:
@@ -113,7 +113,7 @@ def evaluate_backbone(name: str, data: Path, *, views: str = "center") -> dict[s
     card = backbone.card
     if backbone.source_head is None:
         raise BackboneError(f"backbone {name} has no source classifier, so it names no classes. Train a head for it.")
-    source = open_source(Path(data).expanduser())
+    source = open_source(Path(data).expanduser(), is_learned=False)
     columns = _source_columns(source, card)
     images = _read_images(source, card.view())
     logits = source_view_logits(backbone, images.store, images.rows, views=views)  # (V, N, C)

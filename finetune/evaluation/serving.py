@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
+from os import PathLike
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
+from PIL import Image
 
 from finetune.data.decoding import BadImage
 from finetune.data.formats import IMAGE_SUFFIXES
@@ -21,7 +24,7 @@ from finetune.data.items import Item
 from finetune.data.loading import ImageStore
 from finetune.data.tables import write_parquet
 from finetune.data.walking import Left, image_files, is_hidden
-from finetune.errors import DataError, RecipeError, RunError
+from finetune.errors import DataError, RecipeError, RunError, names_beside, nearest
 from finetune.evaluation.prediction import load_final, temper
 from finetune.evaluation.viewing import AnyViewer, open_viewer
 from finetune.evaluation.views import average_views
@@ -61,17 +64,64 @@ class _Wish:
     threshold: float | None
 
 
-def predict(run: RunFolder, paths: Sequence[Path]) -> list[Prediction]:
-    """Predictions for image files, and for the images in folders, in the order of their names.
+class Held(NamedTuple):
+    """An image that a program holds in memory, as the file that it would be."""
+
+    name: str
+    data: bytes
+
+
+Picture = str | PathLike[str] | Image.Image | np.ndarray
+
+
+def predict(run: str | PathLike[str], images: Picture | Iterable[Picture]) -> list[Prediction]:
+    """Predictions for images: files, the images in folders in the order of their names, and images in memory.
+
+    Args:
+        run: a finished run, or its folder.
+        images: one or several paths, Pillow images, or arrays (H, W, 3) or (H, W) in uint8.
 
     Raises:
         DataError: if a path does not exist or no image is found.
+        TypeError: if one of `images` is none.
+        ValueError: if an array is of another shape or kind.
     """
-    return list(predict_stream(run, list(find_images(paths))))
+    several = [images] if isinstance(images, str | PathLike | Image.Image | np.ndarray) else images
+    found: list[Path | Held] = []
+    for number, one in enumerate(several):
+        if isinstance(one, str | PathLike):
+            found += find_images([Path(one).expanduser()])
+        else:
+            found.append(hold(one, f"image {number}"))
+    if not found:
+        raise DataError("no images were given.")
+    return list(predict_stream(RunFolder.open(run), found))
+
+
+def hold(image: Image.Image | np.ndarray, name: str) -> Held:
+    """An image in memory as the file that it would be, none of its values changed.
+
+    Raises:
+        TypeError: if it is no image.
+        ValueError: if an array is not (H, W, 3) or (H, W), or not of uint8.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+            raise ValueError(
+                f"{name} is an array of shape {image.shape} and type {image.dtype}; give (H, W, 3) in RGB, or (H, W), "
+                "of uint8. A batch is given as a list of its images."
+            )
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"{name} is a {type(image).__name__}; give a path, a Pillow image, or an array of uint8.")
+    format = "PNG" if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else "TIFF"
+    file = io.BytesIO()
+    image.save(file, format=format, exif=image.getexif(), **({"compress_level": 1} if format == "PNG" else {}))
+    return Held(name, file.getvalue())
 
 
 def predict_stream(
-    run: RunFolder, names: Iterable[str | Path], *, top_k: int | None = None, coverage: float | None = None
+    run: RunFolder, names: Iterable[str | Path | Held], *, top_k: int | None = None, coverage: float | None = None
 ) -> Iterator[Prediction]:
     """Predictions one by one, in the order of `names`; names are taken, and images read, as they are needed.
 
@@ -81,7 +131,7 @@ def predict_stream(
 
     Args:
         run: judged already.
-        names: as in `expand_names`.
+        names: as in `expand_names`, or images in memory.
         top_k: how many of the likeliest classes to tell; None: all.
         coverage: of the prediction sets, the one the run was judged with; None: no sets.
 
@@ -118,16 +168,23 @@ def _threshold(run: RunFolder, scores: dict[str, Any], coverage: float) -> float
     return float(known["threshold"])
 
 
-def _stream(viewer: AnyViewer, names: Iterable[str | Path], wish: _Wish) -> Iterator[Prediction]:
+def _stream(viewer: AnyViewer, names: Iterable[str | Path | Held], wish: _Wish) -> Iterator[Prediction]:
     paths = expand_names(names)
     with ThreadPoolExecutor(2) as pool:
         while batch := list(islice(paths, viewer.images_at_once)):
             yield from _look_at(viewer, batch, wish, pool)
 
 
-def _look_at(viewer: AnyViewer, paths: Sequence[Path], wish: _Wish, pool: ThreadPoolExecutor) -> list[Prediction]:
+def _look_at(
+    viewer: AnyViewer, images: Sequence[Path | Held], wish: _Wish, pool: ThreadPoolExecutor
+) -> list[Prediction]:
     """Predictions for a batch; its pixels are gone when it returns."""
-    items = [Item(name=str(path), label=0, role=None, file=path) for path in paths]
+    items = [
+        Item(name=one.name, label=0, role=None, file=Path(one.name), data=one.data)
+        if isinstance(one, Held)
+        else Item(name=str(one), label=0, role=None, file=one)
+        for one in images
+    ]
     store = ImageStore(items, viewer.view, limit_bytes=0)
     read = list(pool.map(partial(_read, viewer, store), range(len(items))))
     average = average_views(viewer.judge([found for found in read if not isinstance(found, str)]), wish.average)
@@ -135,11 +192,11 @@ def _look_at(viewer: AnyViewer, paths: Sequence[Path], wish: _Wish, pool: Thread
     # Before the temperature, as the threshold was found: calibration images served to fit that.
     sets = None if wish.threshold is None else prediction_set(average, wish.threshold)  # (B, K)
     answers, row = [], 0
-    for path, found in zip(paths, read, strict=True):
+    for item, found in zip(items, read, strict=True):
         if isinstance(found, str):
-            answers.append(Prediction(name=str(path), label=None, probability=None, probabilities={}, fault=found))
+            answers.append(Prediction(name=item.name, label=None, probability=None, probabilities={}, fault=found))
         else:
-            answers.append(_prediction(str(path), wish, rows[row], None if sets is None else sets[row]))
+            answers.append(_prediction(item.name, wish, rows[row], None if sets is None else sets[row]))
             row += 1
     return answers
 
@@ -156,7 +213,8 @@ def _read(viewer: AnyViewer, store: ImageStore, index: int) -> list[np.ndarray] 
             return f"a folder without images; looked for {', '.join(sorted(IMAGE_SUFFIXES))}"
         if not path.exists() and glob.has_magic(str(path)):
             return "no file is named like this"
-        return fault.strerror or str(fault)
+        near = nearest(path.name, names_beside(path)) if isinstance(fault, FileNotFoundError) else ""
+        return f"{fault.strerror or fault}{f'. {near}' if near else ''}"
 
 
 def _prediction(name: str, wish: _Wish, row: torch.Tensor, chosen: torch.Tensor | None) -> Prediction:
@@ -170,7 +228,7 @@ def _prediction(name: str, wish: _Wish, row: torch.Tensor, chosen: torch.Tensor 
     return Prediction(name=name, label=ranked[0], probability=shares[ranked[0]], probabilities=told, labels=labels)
 
 
-def expand_names(names: Iterable[str | Path]) -> Iterator[Path]:
+def expand_names(names: Iterable[str | Path | Held]) -> Iterator[Path | Held]:
     """Image files by files, folders, patterns and `-`, as they are needed; nothing is opened.
 
     A folder gives the images below it, sorted; a pattern such as `photos/**/*.jpg`, where no file has that very name,
@@ -178,7 +236,9 @@ def expand_names(names: Iterable[str | Path]) -> Iterator[Path]:
     or holds no image comes as it is, so that its fault can be told in its place.
     """
     for name in names:
-        if str(name) == "-":
+        if isinstance(name, Held):
+            yield name
+        elif str(name) == "-":
             yield from (path for line in sys.stdin if line.strip() for path in _expand(line.rstrip("\r\n")))
         else:
             yield from _expand(name)
@@ -209,7 +269,7 @@ def find_images(paths: Sequence[Path]) -> Iterator[Path]:
     found = 0
     for path in paths:
         if not path.exists():
-            raise DataError(f"{path} does not exist.")
+            raise DataError(f"{path} does not exist. {nearest(path.name, names_beside(path))}".rstrip())
         below = _images_below(path) if path.is_dir() else [path]
         found += len(below)
         yield from below

@@ -48,6 +48,7 @@ from finetune.recipe.facts import (
     PerClass,
     RangeFacts,
 )
+from finetune.recipe.reading import Wish, as_recipe
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shelf import default_backbone, read_zoo
 
@@ -108,9 +109,9 @@ class Look:
         return rows if len(rows) else torch.empty(0, self.backbone.num_features)
 
 
-def survey(recipe: Recipe) -> Facts:
-    """What there is to know about the recipe's images and backbone before anything is decided."""
-    return look(recipe).facts
+def survey(recipe: Wish, overrides: Sequence[str] = ()) -> Facts:
+    """What there is to know about a recipe's (or a folder's) images and backbone before anything is decided."""
+    return look(as_recipe(recipe, overrides)).facts
 
 
 def look(

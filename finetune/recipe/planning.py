@@ -10,6 +10,7 @@ from finetune.recipe.facts import Facts, ProfileFacts, RangeFacts
 from finetune.recipe.forecasts import with_forecasts
 from finetune.recipe.idle import idle_reasons
 from finetune.recipe.plan import Plan, Reason
+from finetune.recipe.reading import Wish, as_recipe
 from finetune.recipe.schema import Recipe
 from finetune.recipe.staging import decide_train, epochs_for, make_stages, refuse_depth, training_faults
 
@@ -19,8 +20,8 @@ PRESETS = {"small": "medium", "large": "light"}
 """Augmentation by size: little data needs more variation."""
 
 
-def make_plan(recipe: Recipe, facts: Facts) -> Plan:
-    """The plan for `recipe` on data and backbone as measured in `facts`.
+def make_plan(recipe: Wish, facts: Facts) -> Plan:
+    """The plan for `recipe` (or a folder of images) on data and backbone as measured in `facts`.
 
     Raises:
         RecipeError: if wishes contradict each other or the facts.
@@ -34,6 +35,7 @@ def make_plan(recipe: Recipe, facts: Facts) -> Plan:
         reasons.append(Reason(key=key, value=_words(value), why=why))
         return value
 
+    recipe = as_recipe(recipe)
     _refuse_contradictions(recipe, facts)
     if facts.profile is not None and facts.profile.earlier is not None:
         reasons.append(_propose_cut(facts.profile))

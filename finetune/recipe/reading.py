@@ -1,5 +1,6 @@
 """Reading recipes: strict YAML, `section.key=value` overrides, and every fault at once with its line."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ from finetune.recipe.shelf import find_recipe
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
-def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Recipe:
+Wish = Recipe | str | os.PathLike[str]
+"""A recipe, or what `load_recipe` makes one of."""
+
+
+def load_recipe(source: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that `source` names, with `overrides` laid over it.
 
     Args:
@@ -37,7 +42,7 @@ def load_recipe(source: str | Path | None = None, overrides: Sequence[str] = ())
             text, where = _read(path), str(path)
             wish = _parse(text, where)
     faults, lines = [], _lines(text, where)
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         key, value = _parse_override(override)
         _lay(wish, key.split("."), value)
         lines[key] = f"{override!r}"
@@ -63,6 +68,19 @@ def recipe_text(recipe: Recipe) -> str:
     """What was set, as a recipe file; a key that nobody set is left out, so that reading it again wishes no more."""
     wish = recipe.model_dump(mode="json", exclude_unset=True)
     return yaml.safe_dump(wish, sort_keys=False, allow_unicode=True)
+
+
+def as_recipe(recipe: Wish, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe as it is, or the one that a file, a shipped name or a folder of images stands for; see `load_recipe`.
+
+    Raises:
+        TypeError: if overrides stand beside a recipe that is made already.
+    """
+    if not isinstance(recipe, Recipe):
+        return load_recipe(os.fspath(recipe), overrides)
+    if overrides:
+        raise TypeError("the recipe is made already; give the overrides to load_recipe, which made it.")
+    return recipe
 
 
 def _read(path: Path) -> str:

@@ -11,7 +11,7 @@ from finetune.recipe.distillation import refuse_other_teacher
 from finetune.recipe.facts import Facts
 from finetune.recipe.plan import Plan
 from finetune.recipe.reading import load_recipe, recipe_text
-from finetune.recipe.runs import RunFolder
+from finetune.recipe.runs import RunFolder, no_run
 from finetune.recipe.schema import Recipe
 
 Vary = Callable[..., Any]
@@ -39,6 +39,8 @@ def read_wish(run: RunFolder, root: str | None = None) -> Recipe:
 
 
 def _read_recipe(run: RunFolder, root: str | None = None) -> Recipe:
+    if not run.path.is_dir():
+        raise no_run(run.path)
     if not run.file("recipe.yaml").exists():
         raise RunError(f"{run.path} holds no recipe.yaml, so it is no run. `finetune train` makes one.")
     moved = [] if root is None else [f"data.root={json.dumps(str(Path(root).expanduser().absolute()))}"]

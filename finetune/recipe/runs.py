@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from finetune.errors import RunError, os_error_behind
+from finetune.errors import RunError, explain_os_error, names_beside, nearest, os_error_behind
 from finetune.machine import try_lock
 from finetune.recipe.plan import Plan, read_plan
 
@@ -62,16 +62,23 @@ class RunFolder:
             return cls(path)
         raise RunError(f"{parent} holds a thousand runs named {stem}; move some away.")
 
+    def __fspath__(self) -> str:
+        """So that a run may stand wherever a path may."""
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
     @classmethod
-    def open(cls, path: str | Path) -> "RunFolder":
+    def open(cls, path: "str | os.PathLike[str]") -> "RunFolder":
         """An existing run.
 
         Raises:
             RunError: if there is no folder, or it holds no plan.
         """
-        folder = Path(path)
+        folder = Path(path).expanduser()
         if not folder.is_dir():
-            raise RunError(f"{folder} is no folder. Runs are kept under {os.environ.get('FINETUNE_RUNS', 'runs')}/.")
+            raise no_run(folder)
         if not (folder / "plan.yaml").exists():
             found = (
                 "a run that stopped before its plan: start it again" if (folder / "recipe.yaml").exists() else "no run"
@@ -126,6 +133,33 @@ class RunFolder:
             if not try_lock(handle.fileno()):
                 raise RunError(f"another process is working on {self.path}; wait for it or stop it.")
             yield
+
+
+@contextmanager
+def faults_told(run: RunFolder, images: str | None) -> Iterator[None]:
+    """A full disk, a file that somebody removed and the like as a fault that the user can mend, and how to go on.
+
+    Args:
+        run: may be written to.
+        images: where they lie; None where no recipe says so.
+
+    Raises:
+        RunError: in place of an OSError that is no bug.
+    """
+    try:
+        yield
+    except OSError as fault:
+        if (told := explain_os_error(fault, [run.path, *([Path(images)] if images else [])])) is None:
+            raise
+        if run.file("plan.yaml").exists():
+            told += f" Then `finetune resume {run.path}` goes on from the last whole epoch."
+        raise RunError(told) from fault
+
+
+def no_run(folder: Path) -> RunError:
+    """An error for a run that is not there, with those that are called nearly so."""
+    near = nearest(folder.name, [*names_beside(folder), *names_beside(runs_folder() / "any")])
+    return RunError(f"{folder} is no folder. Runs are kept under {runs_folder()}/. {near}".rstrip())
 
 
 def sweep(folder: Path) -> None:
