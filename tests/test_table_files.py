@@ -430,3 +430,21 @@ def test_images_lie_in_a_folder_for_images_near_the_table_but_in_no_other_data_s
         open_source(table)
     (here.parent / "others").rename(here.parent / "Images")
     assert len(open_source(table).items) == 6
+
+
+def test_a_header_without_the_name_of_the_first_column_is_told_by_the_longer_rows(here):
+    text = "image,label\n" + "".join(
+        f"{number},pics/{name}.jpg,{label}\n" for number, (name, label) in enumerate(PLAIN)
+    )
+    with pytest.raises(DataError, match=r"6 rows have more cells than the header.*the columns that the header lacks"):
+        open_source(write(here, text))
+
+
+def test_cells_separated_by_blanks_are_told(here):
+    with pytest.raises(DataError, match=r"'pics/cat_0.jpg cat', is a single cell\. Separate cells by commas"):
+        open_source(write(here, lines(["pics/cat_0.jpg", "cat"], PLAIN[1:], separator=" ")))
+
+
+def test_capitals_of_file_names_count_and_the_neighbour_is_told(here):
+    with pytest.raises(DataError, match=r"There is cat_0.jpg: capitals count\."):
+        open_source(write(here, lines(["image", "label"], cell="pics/{}.JPG")))

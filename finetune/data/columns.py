@@ -88,6 +88,11 @@ def named_column(what: str, header: Sequence[str], name: str, where: str) -> int
 def missing_column(what: str, header: Sequence[str], where: str) -> DataError:
     """An error that says what is there, and how to say which column it is."""
     named = [name for name in header if name]
+    if len(named) == 1 and " " in named[0]:
+        return DataError(
+            f"{where}: the first line, {named[0]!r}, is a single cell. Separate cells by commas, semicolons, tabs or "
+            "bars, and write the names of the columns as the first line: image,label."
+        )
     hint = nearest(what, named, otherwise="")
     example = next((name for name in named if not is_known(name)), "NAME")
     return DataError(

@@ -182,7 +182,9 @@ def not_found(table: Path, sample: Sequence[Cell]) -> DataError:
     tried += [base.joinpath(*parts) for base in dict.fromkeys((table.parent, table.parent.parent, Path.cwd()))]
     tried += [f / parts[-1] for f in _folders(table.parent)][:3]
     suffix = "" if tried[0].suffix.lower() in IMAGE_SUFFIXES else ", each also with the suffix of an image"
-    hint = nearest(parts[-1], names_beside(tried[0]) + names_beside(tried[-1]), otherwise="")
+    beside = names_beside(tried[0]) + names_beside(tried[-1])
+    alike = [name for name in beside if name.casefold() == parts[-1].casefold()]
+    hint = f"There is {alike[0]}: capitals count." if alike else nearest(parts[-1], beside)
     return DataError(
         f"{table}: no image of its rows was found. For {cell.text!r} in line {cell.line} were tried, among others, "
         f"{', '.join(map(str, dict.fromkeys(tried)))}{suffix}. {hint} ".rstrip()

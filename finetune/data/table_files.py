@@ -169,8 +169,11 @@ def _profile(rows: Rows, image: int, label: int | None) -> _Profile:
     """Read a table once: a sample of its images, and what the columns hold that are neither image nor label."""
     profile, draw = _Profile(), random.Random(0)
     profile.values = {place: {} for place in range(len(rows.header)) if place not in (image, label)}
+    longer = []
     for line, row in rows:
         profile.num_rows += 1
+        if any(row[len(rows.header) :]):
+            longer.append(str(line))
         for place in list(profile.values):
             cells = profile.values[place]
             word = row[place] if place < len(row) else ""
@@ -184,6 +187,11 @@ def _profile(rows: Rows, image: int, label: int | None) -> _Profile:
                 profile.sample.append(cell)
             elif (at := draw.randrange(profile.num_rows)) < _SAMPLE:
                 profile.sample[at] = cell
+    if longer:
+        raise DataError(
+            f"{rows.path}: {len(longer)} rows have more cells than the header (lines {few(longer)}). Put quotes around "
+            "cells that hold the separator, or name the columns that the header lacks."
+        )
     profile.sample.sort()
     return profile
 
@@ -220,11 +228,8 @@ def _unused_columns(header: Sequence[str], used: set[int], said: str) -> list[st
 
 def _find(table: _Table, left: _Left, root: Path) -> Iterator[Found]:
     """The images of one table; what cannot be used is counted in `left`, and refused at the end where it does harm."""
-    width, needed = len(table.rows.header), max(table.image, table.label)
+    needed = max(table.image, table.label)
     for line, row in table.rows:
-        if len(row) > width and any(row[width:]):
-            left.add("long", line)
-            continue
         cells = row + [""] * (needed + 1 - len(row))
         text, label = cells[table.image], normal_text(cells[table.label])
         if "\n" in text or "\n" in label:
@@ -243,15 +248,10 @@ def _find(table: _Table, left: _Left, root: Path) -> Iterator[Found]:
                 file = table.files[0].file(text, label) or root / text
                 left.add("missing", text)
             yield Found(item_name(file, root), label, role, file)
-    for reason, told in _HARMFUL.items():
-        if left.counts[reason]:
-            raise DataError(f"{table.rows.path}: {left.counts[reason]} rows {told.format(lines=left.told(reason))}")
-
-
-_HARMFUL = {
-    "long": "have more cells than the header (lines {lines}). Put quotes around cells that hold the separator.",
-    "short": "lack an image or a label (lines {lines}). Fill or delete them.",
-}
+    if num := left.counts["short"]:
+        raise DataError(
+            f"{table.rows.path}: {num} rows lack an image or a label (lines {left.told('short')}). Fill or delete them."
+        )
 
 
 def _file(rules: Sequence[Rule], text: str, label: str) -> Path | None:
