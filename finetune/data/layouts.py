@@ -82,7 +82,8 @@ def lone_folders(root: Path) -> list[Path]:
     """The root and the lone folders inside it, down to where the first table, shard, split or choice of folders is."""
     here, passed = root, [root]
     while not any(f.suffix.lower() in TABLE_SUFFIXES or is_image(f) for f in listed(here)):
-        inside = subfolders(here, root) or [f for f in _folders(here) if _holds_shards(f, root)]
+        inside = [f for f in subfolders(here, root) if not holds_runs(f)]
+        inside = inside or [f for f in _folders(here) if _holds_shards(f, root)]
         if len(inside) != 1 or role_of(inside[0].name):
             return passed
         here = inside[0]
