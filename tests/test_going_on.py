@@ -1,6 +1,7 @@
 """A finished run is a beginning: its weights in other runs, its folder on other machines, its images elsewhere."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -269,3 +270,14 @@ def test_a_run_without_a_card_is_not_added_to_the_zoo(first, tmp_path):
         run.file(name).unlink()
     with pytest.raises(BackboneError, match="is a run that is not trained to its end"):
         ft.zoo.add_card(run.path)
+
+
+@pytest.mark.parametrize("name", ["test_vit.r160_in1k", "torchvision/shufflenet_v2_x0_5"])
+def test_the_network_that_a_card_names_is_built_again(name):
+    backbone = load_backbone(name, zoo={}, pretrained=False)
+    arch, options = backbone.network
+    card = replace(backbone.card, name="again", arch=arch, arch_kwargs=options)
+    again = load_backbone("again", zoo={"again": card}, pretrained=False)
+    shapes = [{key: t.shape for key, t in one.model.state_dict().items()} for one in (backbone, again)]
+    assert shapes[0] == shapes[1]
+    assert again.network == (arch, options)
