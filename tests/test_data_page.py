@@ -240,6 +240,13 @@ def _(root):
         (root / name / "test").mkdir()
 
 
+@case("one class folder with images, the others empty")
+def _(root):
+    tree(root, classes=("daisy",))
+    for name in ("roses", "tulips"):
+        (root / name).mkdir()
+
+
 @case("archives, `train.zip`, or other files alone")
 def _(root):
     write(root / "train.zip", "PK")

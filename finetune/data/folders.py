@@ -12,6 +12,7 @@ from finetune.data.split_names import few, item_name, normal_text
 from finetune.data.walking import Left, files_below, holds_images, image_files, is_image, listed
 from finetune.errors import DataError
 
+NO_CLASS_NOTE = "hold no image and are no class"
 SNIFFED = 20
 """Files of a folder without images that are opened to say what they are."""
 
@@ -79,7 +80,7 @@ def _without_images(root: Path, parent: Path, used: Iterable[Path], class_level:
                 "take the folder away."
             )
         told.append(f"{item_name(folder, root)} ({what})")
-    return [f"{len(told)} folders hold no image and are no class: {few(told)}."] if told else []
+    return [f"{len(told)} folders {NO_CLASS_NOTE}: {few(told)}."] if told else []
 
 
 def _what_is_there(folder: Path) -> tuple[str, bool]:

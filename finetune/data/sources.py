@@ -14,7 +14,7 @@ from pathlib import Path
 from finetune.data.choosing_tables import choose_tables, not_a_table, outranks, split_tables
 from finetune.data.columns import Columns
 from finetune.data.delimited import TABLE_DELIMITERS
-from finetune.data.folders import folder_images
+from finetune.data.folders import NO_CLASS_NOTE, folder_images
 from finetune.data.formats import IMAGE_SUFFIXES
 from finetune.data.items import Item, Items, Listing
 from finetune.data.labels import spelling_warnings
@@ -173,7 +173,7 @@ def _source(root: Path, listing: Listing, is_learned: bool) -> Source:
     if not learned:
         raise DataError(f"data.root: {root} names the splits {', '.join(counts)} but no train to learn from. Add it.")
     classes = tuple(sorted(learned))
-    _check_classes(root, classes, counts)
+    _check_classes(root, classes, counts, [line for line in warnings if NO_CLASS_NOTE in line])
     for role, held in counts.items():
         if missing := [c for c in classes if c not in held]:
             warnings.append(f"{role} has no image of {len(missing)} of {len(classes)} classes: {few(missing)}.")
@@ -190,7 +190,7 @@ def _what_else(root: Path) -> str:
     return f" There are {', '.join(f'{n} x {kind}' for kind, n in left.kinds.most_common(5))}." if left.kinds else ""
 
 
-def _check_classes(root: Path, classes: Sequence[str], counts: dict[str, dict[str, int]]) -> None:
+def _check_classes(root: Path, classes: Sequence[str], counts: dict[str, dict[str, int]], left: Sequence[str]) -> None:
     faults = [
         f"class {name!r} is in {role} but not in train. {nearest(name, classes)}".strip()
         for role, held in counts.items()
@@ -203,5 +203,5 @@ def _check_classes(root: Path, classes: Sequence[str], counts: dict[str, dict[st
     if len(classes) < 2:
         raise DataError(
             f"data.root: {root} holds one class only ({classes[0]!r}); to tell apart takes two. If the classes lie "
-            "deeper, give the folder that holds the class folders directly."
+            f"deeper, give the folder that holds the class folders directly. {' '.join(left)}".rstrip()
         )
