@@ -20,6 +20,7 @@ from finetune.evaluation.teaching import load_teacher
 from finetune.pipeline import evaluate, plan, show_images
 from finetune.recipe.cards import View
 from finetune.recipe.distillation import inherit_imbalance, read_teacher
+from finetune.recipe.imbalance import KIND
 from finetune.recipe.plan import read_plan
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.schema import OptimizerSpec
@@ -500,7 +501,7 @@ def test_a_probe_was_never_balanced_and_members_that_differ_are_not_followed(poo
     assert kind == "none" and why.endswith(
         "its teacher's networks differ in this (logits, none), so it sets no example"
     )
-    assert inherit_imbalance(known, [99, 9])[0] == "logits"
+    assert inherit_imbalance(known, [99, 9])[0] == KIND
     assert inherit_imbalance(None, [9, 9])[0] == "none"
 
 
