@@ -26,6 +26,7 @@ from finetune.data import decoding, loading
 from finetune.errors import FinetuneError
 from finetune.features.viewing import measure_machine
 from finetune.recipe.schema import Recipe, recipe_keys
+from finetune.training import fitting
 from finetune.training.tracking import default_uri
 
 BASE = (
@@ -123,10 +124,10 @@ WEIGHTS = [
     *of("weights", "train.averaging.swa_start=0.3", beside="train.epochs=2 train.averaging.kind=swa"),
     *of("weights", "train.averaging.swa_lr=0.1", beside="train.epochs=2 train.averaging.kind=swa"),
     *of("weights", "train.averaging.batch_norm=exact", beside="train.averaging.kind=ema train.batch_norm=train"),
+    *of("weights", "train.imbalance.kind=sampler", beside="data.root={uneven} train.imbalance.kind=none"),
     *of("weights", "train.imbalance.kind=none | data.root={uneven} train.imbalance.kind=logits"),
     *of("weights", "train.imbalance.kind=inverse", beside="data.root={uneven} train.imbalance.kind=none"),
     *of("weights", "train.imbalance.kind=effective", beside="data.root={uneven} train.imbalance.kind=none"),
-    *of("weights", "train.imbalance.kind=sampler", beside="data.root={uneven} train.imbalance.kind=none"),
     *of("weights", "train.imbalance.kind=focal", beside="data.root={uneven} train.imbalance.kind=none"),
     *of("weights", "train.imbalance.kind=logits", beside="data.root={uneven} train.imbalance.kind=none"),
     *of("weights", "train.imbalance.gamma=0.5", beside="train.imbalance.kind=focal"),
@@ -454,6 +455,14 @@ def test_workers_and_kept_images_change_the_work_and_not_the_weights(place, monk
     workers.clear()
     assert weights_of(place.run_anew(["hardware.workers=1"], is_judged=False)) == plain
     assert set(workers) == {1}
+
+
+def test_statistics_of_batch_norm_move_by_the_share_that_the_steps_of_an_epoch_ask_for(place, monkeypatch):
+    steps, plain = [], weights_of(place.run(["train.batch_norm=train"]))
+    monkeypatch.setattr(fitting, "momentum_for", lambda asked: steps.append(asked) or 0.5)
+    moved = weights_of(place.run_anew(["train.batch_norm=train"], is_judged=False))
+    assert steps == [sum(ft.survey(place.recipe([])).counts["train"]) // 8]
+    assert any("running_mean" in name and moved[name] != plain[name] for name in plain)
 
 
 def test_tracking_is_begun_as_the_recipe_says(place, monkeypatch):
