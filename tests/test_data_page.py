@@ -10,11 +10,13 @@ a warning or in the error. A row without a case fails, and so does a case withou
 import io
 import json
 import re
+import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -432,6 +434,56 @@ def _(root):
 def _(root):
     tree(root)
     write(root / "roses" / "broken.jpg", "broken")
+
+
+@case("grey values or colours of 10, 12 or 16 bits in PNG or TIFF")
+def _(root):
+    tree(root)
+    for number, (suffix, top) in enumerate(((".png", 1023), (".tif", 4095), (".png", 65535))):
+        values = np.linspace(0, top, 12 * 16).reshape(12, 16).astype(np.uint16)
+        Image.fromarray(values).save(root / "roses" / f"wide{number}{suffix}")
+        cv2.imwrite(str(root / "daisy" / f"wide{number}{suffix}"), np.stack([values, values // 2, values // 3], axis=2))
+
+
+def four_bands(file, last, **options):
+    """Red, green, blue and `last` as an image that calls it alpha."""
+    colours = np.asarray(Image.open(put(file)).convert("RGB"))
+    Image.fromarray(np.dstack([colours, last])).save(file, **options)
+
+
+@case("transparent PNG: clear or opaque nearly everywhere")
+def _(root):
+    tree(root)
+    alpha = np.zeros((12, 16), np.uint8)
+    alpha[:, 6:] = 255
+    four_bands(root / "roses" / "clear.png", alpha)
+
+
+@case("a class of PNG whose alpha channel is a band")
+def _(root):
+    tree(root, classes=("daisy", "tulips"))
+    for number in range(2):
+        four_bands(root / "roses" / f"{number}.png", np.arange(20, 212).reshape(12, 16).astype(np.uint8))
+
+
+@case("a class of TIFFs of four bands, red, green, blue and near-infrared")
+def _(root):
+    tree(root, classes=("daisy", "tulips"))
+    for number in range(2):
+        file = root / "roses" / f"{number}.tif"
+        four_bands(file, np.full((12, 16), 255, np.uint8))
+        data = file.read_bytes()
+        tag = struct.pack("<HHIHH", 338, 3, 1, 2, 0)  # additional samples: transparency
+        assert tag in data
+        file.write_bytes(data.replace(tag, struct.pack("<HHIHH", 338, 3, 1, 0, 0)))  # unspecified
+
+
+@case("animated GIF, TIFF of several pages")
+def _(root):
+    tree(root)
+    frames = [Image.new("RGB", (16, 12), colour) for colour in ("red", "blue", "green")]
+    for suffix in (".gif", ".tif"):
+        frames[0].save(root / "roses" / f"several{suffix}", save_all=True, append_images=frames[1:])
 
 
 @case("a web page or a Git LFS pointer under `.jpg`")

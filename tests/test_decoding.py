@@ -327,3 +327,14 @@ def test_decoding_in_threads_leaves_the_warning_filters_as_they_were():
     for thread in threads:
         thread.join()
     assert list(warnings.filters) == before
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_of_several_frames_the_middle_or_any_can_be_had_and_that_there_are_several_is_told(kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = packed(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    for frame, colour in (("first", (255, 0, 0)), ("middle", (0, 255, 0)), (2, (0, 0, 255))):
+        pixels, facts = decode(data, shorter_pixels=None, interpolation="nearest", frame=frame)
+        assert tuple(pixels[0, 0]) == colour and facts.has_frames
+    assert not read(packed(frames[0], kind, **options))[1].has_frames
