@@ -95,19 +95,19 @@ def test_an_endless_stream_is_answered_as_it_comes(run, photo):
 
 
 def test_never_more_images_are_decoded_and_held_than_a_batch(run, photo, monkeypatch):
-    alive, most, original = weakref.WeakSet(), 0, loading.decode
+    alive, most, original = weakref.WeakSet(), 0, loading.decode_sizes
 
     class Pixels(np.ndarray):
         __hash__ = object.__hash__
 
     def watched(*args, **kwargs):
         nonlocal most
-        pixels, facts = original(*args, **kwargs)
+        (pixels,), facts = original(*args, **kwargs)
         alive.add(pixels := pixels.view(Pixels))
         most = max(most, len(alive))
-        return pixels, facts
+        return [pixels], facts
 
-    monkeypatch.setattr(loading, "decode", watched)
+    monkeypatch.setattr(loading, "decode_sizes", watched)
     for _ in predict_stream(run, [photo] * 200):
         assert not alive  # gone before the first answer of a batch is given
     assert 0 < most <= BATCH
