@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 
 import pytest
 
@@ -91,10 +92,12 @@ def test_no_verb_asks_for_anybody_else(watched, shapes):
 
 
 def test_the_ui_and_its_workers_ask_for_nobody_else(watched, tmp_path):
-    from finetune.training.mlflow_store import create_store
+    from finetune.training.mlflow_store import create_store, prepare_mlflow
 
     env, hosts = watched
-    create_store(tmp_path / "runs" / "mlflow.db")
+    with warnings.catch_warnings():
+        prepare_mlflow()
+        create_store(tmp_path / "runs" / "mlflow.db")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
