@@ -143,8 +143,8 @@ class Contents:
             return []
         more = f"; and so on in {len(parts) - 5} more" if len(parts) > 5 else ""
         return [
-            f"{wrong.total()} files hold another format than their names say ({'; '.join(parts[:5])}{more}). They "
-            "were read by their content, and none was dropped."
+            f"{'; '.join(parts[:5])}{more}, by content and not by name; none dropped ({wrong.total()} files hold "
+            "another format than their names say)."
         ]
 
     def _lone(self, classes: Sequence[str]) -> list[str]:
