@@ -26,6 +26,7 @@ from PIL import Image
 from finetune.data import formats
 from finetune.data.decoding import BadImage, decode
 from finetune.data.formats import Contents
+from finetune.data.frames import each_frame
 from finetune.data.sources import open_source, read_bytes
 from finetune.data.splits import refuse_lost
 from finetune.errors import DataError
@@ -75,11 +76,13 @@ def write(file: Path, content: bytes | str) -> None:
 
 def look(root: Path, **options: Any) -> tuple[tuple[str, ...], set[str | None], str]:
     """Classes, roles and all that is said, once every file has been listed and decoded."""
-    source, contents, bad = open_source(root, **options), Contents(), {}
+    is_each, contents, bad = options.pop("each", False), Contents(), {}
+    source = open_source(root, **options)
+    source = each_frame(source) if is_each else source
     for index, item in enumerate(source.items):
         try:
             contents.note(item, data := read_bytes(item))
-            decode(data, shorter_pixels=None, interpolation="bilinear")
+            decode(data, shorter_pixels=None, interpolation="bilinear", frame=item.frame or 0)
         except (BadImage, OSError) as fault:
             bad[index] = str(fault)
     refuse_lost(source.items, source.classes, bad)
@@ -484,6 +487,17 @@ def _(root):
     frames = [Image.new("RGB", (16, 12), colour) for colour in ("red", "blue", "green")]
     for suffix in (".gif", ".tif"):
         frames[0].save(root / "roses" / f"several{suffix}", save_all=True, append_images=frames[1:])
+
+
+@case("with `data.frame=each`: an animated GIF that ends too early, a TIFF damaged between its pages")
+def _(root):
+    tree(root)
+    frames = [Image.new("RGB", (16, 12), colour) for colour in ("red", "blue", "green")]
+    for suffix in (".gif", ".tif"):
+        frames[0].save(file := root / "roses" / f"several{suffix}", save_all=True, append_images=frames[1:])
+        whole = file.read_bytes()
+        file.write_bytes(whole[: -15 if suffix == ".gif" else -620])
+    return {"each": True}
 
 
 @case("a web page or a Git LFS pointer under `.jpg`")

@@ -66,7 +66,7 @@ WEIGHTS = [
     *of("weights", "data.interpolation=nearest", "data.interpolation=bicubic"),
     *of("weights", "data.interpolation=bilinear", beside="data.interpolation=nearest"),
     *of("weights", "data.normalize=channel_mean", "data.normalize=channel_mean_std", "data.mean=[0.1,0.2,0.3]"),
-    *of("weights", "data.value_range=[0,900]", "data.frame=middle", beside="data.root={deep}"),
+    *of("weights", "data.value_range=[0,900]", "data.frame=middle", "data.frame=each", beside="data.root={deep}"),
     *of("weights", "data.std=[0.1,0.2,0.3]", "data.normalize=weights | data.normalize=channel_mean"),
     *of("weights", "data.invariances=[hflip]", "data.invariances=[vflip]", beside="augment.preset=light"),
     *of("weights", "data.invariances=[rot90]", "data.label_swap=[[disc,square]]", beside="augment.preset=light"),

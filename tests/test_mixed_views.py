@@ -124,7 +124,7 @@ def test_a_file_is_read_and_decoded_in_one_go_for_all_members(pool, seen, joined
     monkeypatch.setattr(viewing, "decode_sizes", lambda data, wanted: sizes.append(wanted) or decode(data, wanted))
     crops = viewer.read(seen.store, seen.indices("test")[0])
     assert isinstance(viewer, MixedViewer) and len(reads) == 1
-    assert [[size for size, _ in wanted] for wanted in sizes] == [[pool[0].plan.view.shorter_pixels, 60]]
+    assert [[one.shorter_pixels for one in wanted] for wanted in sizes] == [[pool[0].plan.view.shorter_pixels, 60]]
     assert [crop.shape[0] for crop in crops] == [32] * 10 + [48] * 10  # other constants need no pixels of their own
     assert len(viewer.crops) == 10 and viewer.judge([crops]).shape == (10, 1, 3)
 

@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 import finetune as ft
-from finetune.data import loading
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore
 from finetune.data.tables import write_parquet
 from finetune.errors import DataError, RecipeError, RunError
+from finetune.evaluation import viewing
 from finetune.evaluation.prediction import load_final, predict_views
 from finetune.evaluation.serving import (
     Prediction,
@@ -95,7 +95,7 @@ def test_an_endless_stream_is_answered_as_it_comes(run, photo):
 
 
 def test_never_more_images_are_decoded_and_held_than_a_batch(run, photo, monkeypatch):
-    alive, most, original = weakref.WeakSet(), 0, loading.decode_sizes
+    alive, most, original = weakref.WeakSet(), 0, viewing.decode_sizes
 
     class Pixels(np.ndarray):
         __hash__ = object.__hash__
@@ -107,7 +107,7 @@ def test_never_more_images_are_decoded_and_held_than_a_batch(run, photo, monkeyp
         most = max(most, len(alive))
         return [pixels], facts
 
-    monkeypatch.setattr(loading, "decode_sizes", watched)
+    monkeypatch.setattr(viewing, "decode_sizes", watched)
     for _ in predict_stream(run, [photo] * 200):
         assert not alive  # gone before the first answer of a batch is given
     assert 0 < most <= BATCH
@@ -229,7 +229,7 @@ def test_csv_and_lines_of_json_give_back_what_was_written():
     assert [line["labels"] for line in lines] == [["x;y"], None, []]
     assert [line["fault"] for line in lines] == [None, "not an image", None]
     rows = list(csv.DictReader(io.StringIO(handles["csv"].getvalue())))
-    assert list(rows[0]) == ["name", "label", "probability", "probabilities", "labels", "fault"]
+    assert list(rows[0]) == ["name", "label", "probability", "probabilities", "labels", "fault", "note"]
     for row, line in zip(rows, lines, strict=True):
         assert (row["name"], row["label"], row["fault"]) == (line["name"], line["label"] or "", line["fault"] or "")
         assert json.loads(row["probabilities"]) == line["probabilities"]

@@ -14,7 +14,7 @@ from torchvision.transforms import functional
 
 import finetune as ft
 from finetune.data import loading
-from finetune.data.decoding import center_crop, decode
+from finetune.data.decoding import center_crop, decode, decode_sizes
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import open_source
 from finetune.errors import RecipeError, RunError
@@ -391,12 +391,12 @@ def _resized(store, index, scale):
 def test_an_image_is_decoded_once_however_many_views_are_taken(run, classifier, store, monkeypatch, views):
     sides = []
 
-    def counted(data, *, shorter_pixels, interpolation):
-        sides.append(shorter_pixels)
-        return decode(data, shorter_pixels=shorter_pixels, interpolation=interpolation)
+    def counted(data, sizes):
+        sides.extend(one.shorter_pixels for one in sizes)
+        return decode_sizes(data, sizes)
 
-    monkeypatch.setattr(loading, "decode", counted)
-    monkeypatch.setattr(viewing, "decode", counted)
+    monkeypatch.setattr(loading, "decode_sizes", counted)
+    monkeypatch.setattr(viewing, "decode_sizes", counted)
     answers = predict_views(classifier, store, [0, 3, 5], run.plan, views)
     crops = list_crops(views, 32)
     assert answers.shape == (3, len(crops), 3)
@@ -418,7 +418,8 @@ def test_views_of_the_stores_scale_come_out_of_the_store(run, classifier, items,
     view = run.plan.view
     store = ImageStore(items, view, limit_bytes=10**8)
     store.get(0)
-    monkeypatch.setattr(loading, "decode", None)  # would raise if it were called
+    monkeypatch.setattr(loading, "decode_sizes", None)  # would raise if it were called
+    monkeypatch.setattr(viewing, "decode_sizes", None)
     for views in (*ONE_SCALE, "whole", f"five@{view.shorter_pixels}"):
         predict_views(classifier, store, [0], run.plan, views)
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,7 +101,7 @@ def predict(
     from finetune.recipe.runs import RunFolder
 
     tune_process()
-    answers = predict_stream(RunFolder.open(run), images, top_k=top, coverage=sets)
+    answers = _with_notes(predict_stream(RunFolder.open(run), images, top_k=top, coverage=sets))
     if out is not None:
         faults = save_predictions(answers, out)
         finish({"out": str(out), "faults": faults}, as_json, str(out))
@@ -117,6 +118,17 @@ def predict(
             tell(f"{answer.name}\t{told}")
     if faults:
         raise typer.Exit(1)
+
+
+def _with_notes(answers: Iterable[Any]) -> Iterator[Any]:
+    """The answers as they come, and at their end what their notes say, once for all that say the same."""
+    noted: dict[str, list[str]] = {}
+    for answer in answers:
+        if answer.note is not None:
+            noted.setdefault(answer.note, []).append(answer.name)
+        yield answer
+    for note, names in noted.items():
+        print(f"note: {names[0]}{f' and {len(names) - 1:,} more' * (len(names) > 1)}: {note}", file=sys.stderr)
 
 
 def _likeliest(answer: Any, top: int | None) -> str:

@@ -177,6 +177,26 @@ def decode_sizes(data: bytes, sizes: Sequence[Scaling]) -> tuple[list[np.ndarray
     return answers, loaded.facts
 
 
+def count_frames(data: bytes) -> int:
+    """Frames or pages of the file `data`; 1 where it is no image that can be opened, for decoding says why.
+
+    Raises:
+        BadImage: if it can be opened, but its frames cannot be counted.
+    """
+    with _silence():
+        try:
+            return _num_frames(_open(data))
+        except BadImage:
+            return 1
+        except _DAMAGE as fault:
+            raise BadImage(f"damaged ({_short(fault)})") from fault
+
+
+def _num_frames(image: Image.Image) -> int:
+    """How many there are to choose from. A JPEG's others are previews or depths."""
+    return 1 if image.format in ("JPEG", "MPO") else int(getattr(image, "n_frames", 1))
+
+
 def read_levels(data: bytes, frame: str | int = "first") -> Levels | None:
     """The levels of the values in the file `data`; None where it has 8 bits per channel, or cannot be read."""
     with _silence():
@@ -192,8 +212,8 @@ def read_levels(data: bytes, frame: str | int = "first") -> Levels | None:
 
 
 def _seek(image: Image.Image, frame: str | int) -> tuple[int, int]:
-    """Turn to a frame; its number from 0, and how many there are. A JPEG's others are previews or depths."""
-    count = 1 if image.format in ("JPEG", "MPO") else int(getattr(image, "n_frames", 1))
+    """Turn to a frame; its number from 0, and how many there are."""
+    count = _num_frames(image)
     place = frame if isinstance(frame, int) else count // 2 if frame == "middle" else 0
     if place:
         image.seek(place)

@@ -31,6 +31,8 @@ class Item:
     """Column of that shard that holds the images."""
     data: bytes | None = None
     """The file itself, where a program holds it in memory."""
+    frame: int | None = None
+    """Of the several in the file, from 0; None where the file is one image."""
 
 
 class Found(NamedTuple):
@@ -41,6 +43,8 @@ class Found(NamedTuple):
     role: str | None
     file: Path
     row: int | None = None
+    frame: int | None = None
+    """The name is that of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ class Listing:
 
 
 class Items(Sequence[Item]):
-    """Items, sorted by name; rows of one shard by number."""
+    """Items, sorted by name; rows of one shard and frames of one file by number."""
 
     def __init__(self, found: Iterable[Found], column: str | None = None) -> None:
         """Take in what is found, one at a time; classes are numbered by `number_classes`, once all are known.
@@ -67,7 +71,7 @@ class Items(Sequence[Item]):
         self._names, self._files = _Texts(), _Texts()
         folders: dict[str, int] = {}
         classes: dict[str, int] = {}
-        columns = [array("i"), array("i"), array("b"), array("i")]
+        columns = [array("i"), array("i"), array("b"), array("i"), array("i")]
         for one in found:
             folder, name = str(one.file.parent), one.file.name
             self._names.append(one.name)
@@ -76,10 +80,13 @@ class Items(Sequence[Item]):
             columns[1].append(classes.setdefault(one.class_name, len(classes)))
             columns[2].append(-1 if one.role is None else ROLES.index(one.role))
             columns[3].append(-1 if one.row is None else one.row)
+            columns[4].append(-1 if one.frame is None else one.frame)
         self._folders = [Path(folder) for folder in folders]
-        order = self._sorted(columns[3])
+        order = self._sorted(columns[3], columns[4])
         self._names, self._files = self._names.taken(order), self._files.taken(order)
-        self._folder_of, self._class_of, self._role_of, self._row_of = (np.array(one)[order] for one in columns)
+        self._folder_of, self._class_of, self._role_of, self._row_of, self._frame_of = (
+            np.array(one)[order] for one in columns
+        )
         self.class_names = list(classes)
         """As they came, before they are numbered."""
 
@@ -94,8 +101,14 @@ class Items(Sequence[Item]):
         return self._class_of
 
     def name(self, index: int) -> str:
-        """Of one item."""
-        return self._names[index]
+        """Of one item; frames are counted from 1."""
+        frame = self.frame(index)
+        return self._names[index] if frame is None else f"{self._names[index]}#frame-{frame + 1}"
+
+    def frame(self, index: int) -> int | None:
+        """Of the several in an item's file, from 0; None where the file is one image."""
+        frame = int(self._frame_of[index])
+        return None if frame < 0 else frame
 
     def role(self, index: int) -> str | None:
         """Of one item, where the source says so."""
@@ -120,7 +133,7 @@ class Items(Sequence[Item]):
     @property
     def num_bytes(self) -> int:
         """Memory that the columns take."""
-        columns = (self._folder_of, self._class_of, self._role_of, self._row_of)
+        columns = (self._folder_of, self._class_of, self._role_of, self._row_of, self._frame_of)
         return sum(column.nbytes for column in columns) + self._names.num_bytes + self._files.num_bytes
 
     def __eq__(self, other: object) -> bool:
@@ -143,20 +156,21 @@ class Items(Sequence[Item]):
         index %= len(self)
         row = int(self._row_of[index])
         return Item(
-            name=self._names[index],
+            name=self.name(index),
             label=int(self._class_of[index]),
             role=self.role(index),
             file=self._folders[self._folder_of[index]] / self._files[index],
             row=None if row < 0 else row,
             column=None if row < 0 else self._column,
+            frame=self.frame(index),
         )
 
-    def _sorted(self, rows: "array[int]") -> np.ndarray:
-        """Positions in the order of names; of shards by row, for #10 comes after #9."""
+    def _sorted(self, rows: "array[int]", frames: "array[int]") -> np.ndarray:
+        """Positions in the order of names; of shards by row, for #10 comes after #9, and so of files by frame."""
 
-        def key(place: int) -> tuple[str, int]:
-            name = self._names[place]
-            return (name, 0) if rows[place] < 0 else (name.rpartition("#")[0], rows[place])
+        def key(place: int) -> tuple[str, int, int]:
+            name, frame = self._names[place], frames[place]
+            return (name, 0, frame) if rows[place] < 0 else (name.rpartition("#")[0], rows[place], frame)
 
         return np.array(sorted(range(len(rows)), key=key), dtype=np.int64)
 

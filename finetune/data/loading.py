@@ -58,7 +58,8 @@ class ImageStore:
         """
         if (held := self._pixels.get(index)) is not None:
             return held
-        (pixels,), _ = decode_sizes(read_bytes(self.items[index]), [scaling(self.view)])
+        item = self.items[index]
+        (pixels,), _ = decode_sizes(read_bytes(item), [scaling(self.view, item.frame)])
         self.put(index, pixels)
         return pixels
 

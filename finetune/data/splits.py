@@ -43,6 +43,7 @@ def cut_split(
     test: float,
     seed: int,
     max_train_per_class: int | None = None,
+    files: Sequence[str] | None = None,
 ) -> Split:
     """Respect the roles that are given and cut those that are missing, class by class.
 
@@ -52,7 +53,7 @@ def cut_split(
 
     Args:
         labels: per image, index into `classes`.
-        digests: per image, a hash of its bytes; equal ones are copies.
+        digests: per image, a hash of its bytes and of which frame it is; equal ones are copies.
         given: per image, one of `ROLES` or None.
         classes: names, for the warnings.
         val: share in [0, 1); 0 cuts none. Ignored where the role is given; likewise `calibration` and `test`.
@@ -60,12 +61,14 @@ def cut_split(
         test: see `val`.
         seed: another seed, another cut.
         max_train_per_class: surplus train images become "unused"; a smaller limit keeps a subset of a larger one's.
+        files: per image, a hash of the file, whose frames stay on one side; None: every image is a file.
 
     Raises:
         DataError: if fewer than two classes have an image to train on.
         ValueError: if lengths, roles or shares make no sense.
     """
-    if not len(labels) == len(digests) == len(given):
+    files = digests if files is None else files
+    if not len(labels) == len(digests) == len(given) == len(files):
         raise ValueError(f"labels, digests and given differ in length: {len(labels)}, {len(digests)}, {len(given)}.")
     if unknown := set(given) - {None, *ROLES}:
         raise ValueError(f"given names unknown roles {sorted(map(str, unknown))}; known are {', '.join(ROLES)}.")
@@ -75,16 +78,16 @@ def cut_split(
         raise ValueError(f"shares must lie in [0, 1) and leave something to train on, got {wanted}.")
     if max_train_per_class is not None and max_train_per_class < 1:
         raise ValueError(f"max_train_per_class must be at least 1, got {max_train_per_class}.")
-    ranks = {digest: _rank(seed, digest) for digest in set(digests)}
+    ranks = {digest: _rank(seed, digest) for digest in {*digests, *files}}
     roles = [role or "train" for role in given]
     pool = [i for i, role in enumerate(roles) if role == "train"]
-    for role, chosen in _cut(pool, labels, digests, ranks, wanted).items():
+    for role, chosen in _cut(pool, labels, files, ranks, wanted).items():
         for i in chosen:
             roles[i] = role
     if max_train_per_class is not None:
         for i in _surplus(roles, labels, digests, ranks, max_train_per_class):
             roles[i] = UNUSED
-    return _split(roles, labels, digests, given, classes=classes, wanted=wanted)
+    return _split(roles, labels, digests, given, files=files, classes=classes, wanted=wanted)
 
 
 def refuse_lost(items: Items, classes: Sequence[str], bad: Mapping[int, str]) -> None:
@@ -177,17 +180,17 @@ def _rank(seed: int, digest: str) -> bytes:
 def _cut(
     pool: Sequence[int],
     labels: Sequence[int],
-    digests: Sequence[str],
+    files: Sequence[str],
     ranks: Mapping[str, bytes],
     wanted: Mapping[str, float],
 ) -> dict[str, list[int]]:
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for i in pool:
-        groups[digests[i]].append(i)
+        groups[files[i]].append(i)
     homes: defaultdict[int, list[list[int]]] = defaultdict(list)
-    for digest in sorted(groups, key=ranks.__getitem__):
+    for file in sorted(groups, key=ranks.__getitem__):
         # Copies with different labels go together too, counted in the lowest class.
-        homes[min(labels[i] for i in groups[digest])].append(groups[digest])
+        homes[min(labels[i] for i in groups[file])].append(groups[file])
     chosen: dict[str, list[int]] = {role: [] for role in wanted}
     for members in homes.values():
         needs = _needs(sum(map(len, members)), wanted)
@@ -237,6 +240,7 @@ def _split(
     digests: Sequence[str],
     given: Sequence[str | None],
     *,
+    files: Sequence[str],
     classes: Sequence[str],
     wanted: Mapping[str, float],
 ) -> Split:
@@ -247,7 +251,7 @@ def _split(
             f"data.split: {learnable} of {len(classes)} classes have an image to train on; it takes two. "
             "Add images, or ask for smaller shares of val, calibration and test."
         )
-    leaked = _leaked(digests, given)
+    leaked = _leaked(files, given)
     lines = sorted(f"{d}\t{label}\t{role}\n" for d, label, role in zip(digests, labels, roles, strict=True))
     return Split(
         roles=tuple(roles),
@@ -258,10 +262,10 @@ def _split(
     )
 
 
-def _leaked(digests: Sequence[str], given: Sequence[str | None]) -> Counter[str]:
+def _leaked(files: Sequence[str], given: Sequence[str | None]) -> Counter[str]:
     """Per role, the images whose bytes also lie in a role before it."""
     first: dict[str, int] = {}
-    order = [(digest, ROLES.index(role)) for digest, role in zip(digests, given, strict=True) if role]
+    order = [(digest, ROLES.index(role)) for digest, role in zip(files, given, strict=True) if role]
     for digest, at in order:
         first[digest] = min(at, first.get(digest, at))
     return Counter(ROLES[at] for digest, at in order if at > first[digest])

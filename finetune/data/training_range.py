@@ -32,8 +32,8 @@ class RangeMeter:
     def _levels(self, index: int) -> Levels | None:
         if index not in self._known:
             try:
-                data = read_bytes(self._items[index])
+                data = read_bytes(item := self._items[index])
             except OSError:
                 return None  # decoding says why
-            self._known[index] = read_levels(data, self._frame)
+            self._known[index] = read_levels(data, self._frame if item.frame is None else item.frame)
         return self._known[index]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from finetune.data.decoding import BadImage
+from finetune.data.frames import each_frame, open_images
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore
 from finetune.data.sources import Source, open_source
@@ -67,6 +68,7 @@ def evaluate_elsewhere(run: RunFolder, data: Path, *, views: str | None = None) 
     if not run.final_weights().exists():
         raise RunError(f"{run.path} is not trained to its end. `finetune resume {run.path}` goes on.")
     source = open_source(Path(data).expanduser(), is_learned=False)
+    source = each_frame(source) if plan.view.frame == "each" else source
     columns = _columns_by_name(source, plan.classes, f"the run {run.path}")
     images = _read_images(source, plan.view)
     if images.bad and plan.data.on_bad_image == "fail":
@@ -269,7 +271,7 @@ def _fitted_on(run: RunFolder, plan: Plan, temperature: Mapping[str, Any]) -> di
 def _count_seen(plan: Plan, images: _Images) -> dict[str, Any]:
     """How many of the images are, byte for byte, among all those of the run; None where these are not at hand."""
     try:
-        theirs = open_source(Path(str(plan.data.root)).expanduser(), plan.data.splits, plan.data.columns.named).items
+        theirs = open_images(plan.data).items
     except FinetuneError as fault:
         return {"n": None, "note": f"whether the run has seen these images cannot be told: {fault}"}
     ours = [images.source.items[index] for index in images.rows]

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from finetune.data.decoding import BadImage
+from finetune.data.decoding import BadImage, ImageFacts
 from finetune.data.formats import IMAGE_SUFFIXES
+from finetune.data.frames import frames_of
 from finetune.data.items import Item
-from finetune.data.loading import ImageStore
 from finetune.data.tables import write_parquet
 from finetune.data.walking import Left, image_files, is_hidden
 from finetune.errors import DataError, RecipeError, RunError, names_beside, nearest
+from finetune.evaluation.notes import note_on, sum_up
 from finetune.evaluation.prediction import load_final, temper
 from finetune.evaluation.viewing import AnyViewer, open_viewer
 from finetune.evaluation.views import average_views
@@ -47,10 +48,12 @@ class Prediction:
     labels: tuple[str, ...] | None = None
     """The prediction set, the likeliest first; it may be empty. None where no coverage was asked for."""
     fault: str | None = None
+    note: str | None = None
+    """What to know of how the image was read, such as values that were clipped."""
 
 
 _KINDS = {"name": "text", "label": "text", "probability": "number", "probabilities": "numbers"}
-_KINDS |= {"labels": "texts", "fault": "text"}
+_KINDS |= {"labels": "texts", "fault": "text", "note": "text"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,8 @@ class _Wish:
     average: str
     top_k: int | None
     threshold: float | None
+    has_learned_deep: bool
+    """Whether the run learned from images of more than 8 bits per channel, or was told their range."""
 
 
 class Held(NamedTuple):
@@ -125,9 +130,10 @@ def predict_stream(
 ) -> Iterator[Prediction]:
     """Predictions one by one, in the order of `names`; names are taken, and images read, as they are needed.
 
-    An image that cannot be read is told in its place, and the others are predicted. A prediction set holds the true
-    class with probability `coverage`, on average over images like those the run was calibrated on (Angelopoulos and
-    Bates, 2021, https://arxiv.org/abs/2107.07511).
+    An image that cannot be read is told in its place, and the others are predicted. A run that took every frame of a
+    file for an image answers once for a file, with the mean of the probabilities of its frames. A prediction set holds
+    the true class with probability `coverage`, on average over images like those the run was calibrated on
+    (Angelopoulos and Bates, 2021, https://arxiv.org/abs/2107.07511).
 
     Args:
         run: judged already.
@@ -149,6 +155,7 @@ def predict_stream(
         average=scores.get("average") or plan.evaluate.average,
         top_k=top_k,
         threshold=None if coverage is None else _threshold(run, scores, coverage),
+        has_learned_deep=run.read_json("facts.json").get("value_range") is not None,
     )
     return _stream(open_viewer(load_final(run), plan, scores["views"]), names, wish)
 
@@ -169,43 +176,66 @@ def _threshold(run: RunFolder, scores: dict[str, Any], coverage: float) -> float
 
 
 def _stream(viewer: AnyViewer, names: Iterable[str | Path | Held], wish: _Wish) -> Iterator[Prediction]:
-    paths = expand_names(names)
     with ThreadPoolExecutor(2) as pool:
-        while batch := list(islice(paths, viewer.images_at_once)):
-            yield from _look_at(viewer, batch, wish, pool)
+        own: list[_Look] = []
+        for look in _looks(viewer, names, wish, pool):
+            own.append(look)
+            if look.is_last:
+                yield _prediction(wish, own)
+                own = []
+
+
+class _Look(NamedTuple):
+    """What was seen of an image, or of one frame of a file."""
+
+    item: Item
+    is_last: bool
+    """Of the frames in the file."""
+    row: torch.Tensor | None
+    """Probabilities (K,) before any temperature; None where it cannot be read."""
+    told: str | None
+    """Why it cannot be read; else what to know of how it was."""
+
+
+def _looks(
+    viewer: AnyViewer, names: Iterable[str | Path | Held], wish: _Wish, pool: ThreadPoolExecutor
+) -> Iterator[_Look]:
+    """One after the other, a batch at once, so that many frames of a file take no more memory than many files."""
+    items = _items(names, is_each=viewer.view.frame == "each")
+    while batch := list(islice(items, viewer.images_at_once)):
+        yield from _look_at(viewer, batch, wish, pool)
 
 
 def _look_at(
-    viewer: AnyViewer, images: Sequence[Path | Held], wish: _Wish, pool: ThreadPoolExecutor
-) -> list[Prediction]:
-    """Predictions for a batch; its pixels are gone when it returns."""
-    items = [
-        Item(name=one.name, label=0, role=None, file=Path(one.name), data=one.data)
-        if isinstance(one, Held)
-        else Item(name=str(one), label=0, role=None, file=one)
-        for one in images
-    ]
-    store = ImageStore(items, viewer.view, limit_bytes=0)
-    read = list(pool.map(partial(_read, viewer, store), range(len(items))))
-    average = average_views(viewer.judge([found for found in read if not isinstance(found, str)]), wish.average)
-    rows = temper(average, wish.temperature)  # (B, K)
-    # Before the temperature, as the threshold was found: calibration images served to fit that.
-    sets = None if wish.threshold is None else prediction_set(average, wish.threshold)  # (B, K)
-    answers, row = [], 0
-    for item, found in zip(items, read, strict=True):
+    viewer: AnyViewer, batch: Sequence[tuple[Item, bool]], wish: _Wish, pool: ThreadPoolExecutor
+) -> list[_Look]:
+    """What is seen of a batch; its pixels are gone when it returns."""
+    read = list(pool.map(partial(_read, viewer), [item for item, _ in batch]))
+    judged = viewer.judge([found[0] for found in read if not isinstance(found, str)])
+    rows = iter(average_views(judged, wish.average))  # of (K,)
+    looks = []
+    for (item, is_last), found in zip(batch, read, strict=True):
         if isinstance(found, str):
-            answers.append(Prediction(name=item.name, label=None, probability=None, probabilities={}, fault=found))
+            looks.append(_Look(item, is_last, None, found))
         else:
-            answers.append(_prediction(item.name, wish, rows[row], None if sets is None else sets[row]))
-            row += 1
-    return answers
+            told = note_on(found[1], viewer.view, has_learned_deep=wish.has_learned_deep)
+            looks.append(_Look(item, is_last, next(rows), told))
+    return looks
 
 
-def _read(viewer: AnyViewer, store: ImageStore, index: int) -> list[np.ndarray] | str:
-    """The crops of an image, or why there are none."""
-    path = store.items[index].file
+def _items(names: Iterable[str | Path | Held], *, is_each: bool) -> Iterator[tuple[Item, bool]]:
+    for one in expand_names(names):
+        path, data = (Path(one.name), one.data) if isinstance(one, Held) else (one, None)
+        item = Item(name=str(one.name if isinstance(one, Held) else one), label=0, role=None, file=path, data=data)
+        frames = frames_of(item) if is_each else [item]
+        yield from ((frame, frame is frames[-1]) for frame in frames)
+
+
+def _read(viewer: AnyViewer, item: Item) -> tuple[list[np.ndarray], ImageFacts] | str:
+    """The crops of an image and what its file says of itself, or why there are none."""
+    path = item.file
     try:
-        return viewer.read(store, index)
+        return viewer.read_file(item)
     except BadImage as fault:
         return str(fault)
     except OSError as fault:
@@ -217,15 +247,30 @@ def _read(viewer: AnyViewer, store: ImageStore, index: int) -> list[np.ndarray] 
         return f"{fault.strerror or fault}{f'. {near}' if near else ''}"
 
 
-def _prediction(name: str, wish: _Wish, row: torch.Tensor, chosen: torch.Tensor | None) -> Prediction:
-    shares = {label: round(value, 6) for label, value in zip(wish.classes, row.tolist(), strict=True)}
-    ranked = sorted(shares, key=shares.__getitem__, reverse=True)  # of equals the first stays first
+def _prediction(wish: _Wish, looks: Sequence[_Look]) -> Prediction:
+    """The answer for one file, from the one image or the frames in it."""
+    name, rows = looks[0].item.name, [look.row for look in looks if look.row is not None]
+    if not rows:
+        return Prediction(name=name, label=None, probability=None, probabilities={}, fault=looks[0].told)
+    average = torch.stack(rows).mean(0, keepdim=True)  # (1, K)
+    shares = temper(average, wish.temperature)[0].tolist()
+    probabilities = {label: round(value, 6) for label, value in zip(wish.classes, shares, strict=True)}
+    ranked = sorted(probabilities, key=probabilities.__getitem__, reverse=True)  # of equals the first stays first
     labels = None
-    if chosen is not None:
-        members = {label for label, is_in in zip(wish.classes, chosen.tolist(), strict=True) if is_in}
+    if wish.threshold is not None:
+        # Before the temperature, as the threshold was found: calibration images served to fit that.
+        chosen = prediction_set(average, wish.threshold)[0].tolist()
+        members = {label for label, is_in in zip(wish.classes, chosen, strict=True) if is_in}
         labels = tuple(label for label in ranked if label in members)
-    told = shares if wish.top_k is None else {label: shares[label] for label in ranked[: wish.top_k]}
-    return Prediction(name=name, label=ranked[0], probability=shares[ranked[0]], probabilities=told, labels=labels)
+    told = probabilities if wish.top_k is None else {label: probabilities[label] for label in ranked[: wish.top_k]}
+    return Prediction(
+        name=name,
+        label=ranked[0],
+        probability=probabilities[ranked[0]],
+        probabilities=told,
+        labels=labels,
+        note=sum_up([(look.row is not None, look.told) for look in looks]),
+    )
 
 
 def expand_names(names: Iterable[str | Path | Held]) -> Iterator[Path | Held]:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from finetune.data.decoding import ImageFacts, Scaling, decode_sizes, scaling
+from finetune.data.items import Item
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import read_bytes
 from finetune.errors import RecipeError
@@ -85,8 +86,12 @@ class Viewer:
         """
         if self._scales == [self.view.shorter_pixels] and scaling(store.view) == scaling(self.view):
             return self._cut({self._scales[0]: store.get(index)})
-        (pixels,), facts = decode_sizes(read_bytes(store.items[index]), [self.wanted])
-        return self.cut(pixels, facts)
+        return self.read_file(store.items[index])[0]
+
+    def read_file(self, item: Item) -> tuple[list[np.ndarray], ImageFacts]:
+        """As `read`, of an image in no store, and what its file said of itself; errors as there."""
+        (pixels,), facts = decode_sizes(read_bytes(item), [_framed(self.wanted, item)])
+        return self.cut(pixels, facts), facts
 
     @property
     def wanted(self) -> Scaling:
@@ -168,10 +173,14 @@ class MixedViewer:
         Raises:
             As `Viewer.read`.
         """
-        wanted = [viewer.wanted for viewer in self._cutters]
-        images, facts = decode_sizes(read_bytes(store.items[index]), wanted)
+        return self.read_file(store.items[index])[0]
+
+    def read_file(self, item: Item) -> tuple[list[np.ndarray], ImageFacts]:
+        """As `Viewer.read_file`."""
+        wanted = [_framed(viewer.wanted, item) for viewer in self._cutters]
+        images, facts = decode_sizes(read_bytes(item), wanted)
         pairs = zip(self._cutters, images, strict=True)
-        return [crop for viewer, pixels in pairs for crop in viewer.cut(pixels, facts)]
+        return [crop for viewer, pixels in pairs for crop in viewer.cut(pixels, facts)], facts
 
     def judge(self, pictures: Sequence[Sequence[np.ndarray]]) -> torch.Tensor:
         """Probabilities (V, B, K) in float32 on the CPU, averaged over members; before any temperature."""
@@ -180,6 +189,11 @@ class MixedViewer:
             said.append(viewer.judge([crops[place * count : (place + 1) * count] for crops in pictures]))
         rows = torch.stack(said)  # (M, V, B, K)
         return average(rows.flatten(1, 2), self._average, self._weights).view(rows.shape[1:])
+
+
+def _framed(wanted: Scaling, item: Item) -> Scaling:
+    """What is wanted of a file, of the frame of it that an item is."""
+    return wanted if item.frame is None else wanted._replace(frame=item.frame)
 
 
 AnyViewer = Viewer | MixedViewer

@@ -47,7 +47,7 @@ def keep_model(run: RunFolder, look: Look) -> None:
         probe = load_file(run.file("probe.safetensors"))
         tensors |= {f"head.linear.{name}": tensor for name, tensor in probe.items()}
         write_whole(run.file(MODEL), lambda path: save_file(tensors, path))
-    own = {role: [look.digests[index] for index in look.indices(role)] for role in ("train", "val")}
+    own = {role: [look.files[index] for index in look.indices(role)] for role in ("train", "val")}
     record_seen(run.file(SEEN), own if plan.stages else {}, look.backbone.card)
     _write_card(run, _card(run, plan, look))
 

@@ -14,6 +14,7 @@ import torch
 
 from finetune.data.decoding import KINDS, BadImage, ImageFacts, center_crop, decode_sizes, facts_row, scaling
 from finetune.data.formats import Contents
+from finetune.data.frames import is_of_same_file
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import read_bytes
@@ -77,7 +78,10 @@ class Extraction:
 
 
 def digest_images(items: Sequence[Item], contents: Contents | None = None) -> list[str | BadImage]:
-    """Digest of the bytes of every item, or the fault that reading it met; `contents` is told of the bytes, too."""
+    """Digest of the file of every item, or the fault that reading it met; `contents` is told of the bytes, too.
+
+    A file of several frames, which stand one after the other, is read once or, rarely, twice.
+    """
 
     def digest(item: Item) -> str | BadImage:
         try:
@@ -89,10 +93,14 @@ def digest_images(items: Sequence[Item], contents: Contents | None = None) -> li
         return hashlib.blake2b(data, digest_size=16).hexdigest()
 
     def digest_some(first: int) -> list[str | BadImage]:
-        return [digest(item) for item in items[first : first + _AT_ONCE]]
+        found: list[str | BadImage] = []
+        some = items[first : first + _AT_ONCE]
+        for place, item in enumerate(some):
+            found.append(found[-1] if place and is_of_same_file(some[place - 1], item) else digest(item))
+        return found
 
     if len(items) and items[0].row is not None:  # rows of mapped shards: threads would only wait for each other
-        return [digest(item) for item in items]
+        return [own for first in range(0, len(items), _AT_ONCE) for own in digest_some(first)]
     with ThreadPoolExecutor(num_cores()) as pool:  # in parts, for a thread's task costs as much as a small file
         parts = pool.map(digest_some, range(0, len(items), _AT_ONCE))
         return [answer for part in parts for answer in part]
@@ -115,7 +123,7 @@ def extract(
 
     Args:
         items: all images of the source.
-        digests: of the bytes of each item.
+        digests: of the bytes of each item, and of which frame it is.
         indices: which items to look at.
         view: how an image becomes a tensor.
         backbone: makes the network, if any image is to be looked at; None only decodes, to find broken files.
@@ -164,12 +172,12 @@ def _decode_ahead(
 
     def work(index: int) -> tuple[np.ndarray, ImageFacts] | BadImage:
         try:
-            (pixels,), facts = decode_sizes(read_bytes(items[index]), [wanted])
+            item = items[index]
+            (pixels,), facts = decode_sizes(read_bytes(item), [scaling(view, item.frame)])
         except BadImage as fault:
             return fault
         return pixels, facts
 
-    wanted = scaling(view)
     with ThreadPoolExecutor(num_cores()) as pool:
         waiting: deque[tuple[int, Future[tuple[np.ndarray, ImageFacts] | BadImage]]] = deque()
         for index in indices:

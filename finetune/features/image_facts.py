@@ -6,20 +6,23 @@ from typing import Any
 import numpy as np
 
 from finetune.data.decoding import BEYOND, FRAMES, KINDS, ROTATED
-from finetune.data.items import Item
+from finetune.data.items import Item, Items
 from finetune.features.extraction import ImageTable
 from finetune.recipe.cards import View
 from finetune.recipe.facts import RangeFacts
 
 
-def image_facts(seen: ImageTable) -> dict[str, Any]:
-    """The fields of `Facts` on kinds, sizes, turns and frames of the images that were seen."""
+def image_facts(seen: ImageTable, items: Items) -> dict[str, Any]:
+    """The fields of `Facts` on kinds, sizes, turns and frames of those of the images that were seen."""
     widths, heights, kinds, flags = seen.columns()
+    animated = [items[index] for index in seen.having(FRAMES)]
+    frames = [item for item in animated if item.frame is not None]
     held = {KINDS[place]: count for place, count in enumerate(np.bincount(kinds).tolist()) if count}
     return {
         "image_kinds": dict(sorted(held.items())),
         "rotated": int((flags & ROTATED > 0).sum()),
-        "several_frames": int((flags & FRAMES > 0).sum()),
+        "several_frames": len(animated) - len(frames) + len({(item.file, item.row) for item in frames}),
+        "frame_images": len(frames),
         "median_width": float(np.median(widths)),
         "median_height": float(np.median(heights)),
     }

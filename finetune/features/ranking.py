@@ -7,16 +7,15 @@ cannot: between backbones that it does not tell apart on these images. Images of
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 
 from finetune.data.decoding import BadImage, center_crop
+from finetune.data.frames import frame_digests, open_images
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.normalization import measure_constants
-from finetune.data.sources import open_source
 from finetune.data.splits import draw_sample, refuse_lost
 from finetune.data.training_range import RangeMeter
 from finetune.data.value_range import FULL_RANGE
@@ -131,9 +130,10 @@ class _Images:
         if recipe.data.root is None:
             raise RecipeError("no images are named. Give a folder: `finetune zoo rank FOLDER`, or set data.root.")
         self.recipe = recipe
-        self.source = open_source(Path(recipe.data.root).expanduser(), recipe.data.splits, recipe.data.columns.named)
+        self.source = open_images(recipe.data)
         answers = digest_images(self.source.items)
-        self.digests = [answer if isinstance(answer, str) else "" for answer in answers]
+        self.files = [answer if isinstance(answer, str) else "" for answer in answers]
+        self.digests = frame_digests(self.source.items, self.files)
         self.labels = self.source.items.labels.tolist()
         self.bad = {index: str(answer) for index, answer in enumerate(answers) if isinstance(answer, BadImage)}
         self.found_bad = False
@@ -156,13 +156,13 @@ class _Images:
         self.found_bad = False
         kept = [index for index in range(len(items)) if index not in self.bad]
         refuse_lost(items, self.source.classes, self.bad)
-        split = divide(self.recipe, self.source, self.digests, kept)
+        split = divide(self.recipe, self.source, self.digests, self.files, kept)
         lost = f"{len(self.bad)} images cannot be read and were left out."
         self.warnings = (*split.warnings, *([lost] if self.bad else []))
         train = [index for index, role in zip(kept, split.roles, strict=True) if role == "train"]
         if self.recipe.data.value_range is None and (found := self._meter.measure(train, self.labels)) is not None:
             self._value_range = (found.low, found.high)
-        return draw_sample(train, self.labels, self.digests, most=most, seed=self.recipe.seed)
+        return draw_sample(train, self.labels, self.files, most=most, seed=self.recipe.seed)  # one frame of a file
 
     def view(self, backbone: Backbone, rows: Sequence[int]) -> View:
         """How a candidate sees; constants of the images themselves where the recipe asks for them."""

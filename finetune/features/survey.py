@@ -7,7 +7,6 @@ gives the Facts alone.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -15,10 +14,11 @@ import torch
 
 from finetune.data.decoding import BadImage
 from finetune.data.formats import Contents
+from finetune.data.frames import frame_digests, open_images
 from finetune.data.items import ROLES, Items
 from finetune.data.loading import Batches, ImageStore
 from finetune.data.normalization import measure_constants
-from finetune.data.sources import Source, open_source
+from finetune.data.sources import Source
 from finetune.data.splits import Split, cut_split, refuse_idle, refuse_lost
 from finetune.data.training_range import RangeMeter
 from finetune.data.value_range import FULL_RANGE
@@ -41,13 +41,7 @@ from finetune.features.viewing import (
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.models.classifier import Classifier
 from finetune.models.frozen import FrozenBackbone
-from finetune.recipe.facts import (
-    BadFile,
-    Facts,
-    Findings,
-    PerClass,
-    RangeFacts,
-)
+from finetune.recipe.facts import BadFile, Facts, Findings, PerClass, RangeFacts
 from finetune.recipe.reading import Wish, as_recipe
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shelf import default_backbone, read_zoo
@@ -87,7 +81,9 @@ class Look:
     roles: tuple[str, ...]
     """Of each item: train, val, calibration, test, unused or bad."""
     digests: tuple[str, ...]
-    """Of the bytes of each item."""
+    """Of the bytes of each item, and of which frame it is."""
+    files: tuple[str, ...]
+    """Of the bytes of each item's file."""
     cache: FeatureCache | None
     """Holds the features of all items but bad and unused ones; None with random weights."""
     backbone: Backbone
@@ -163,7 +159,7 @@ def look(
             *work.format_warnings,
             *split.warnings,
             *_partly(findings, split),
-            *overlap_warnings(work.backbone.card, roles, work.digests),
+            *overlap_warnings(work.backbone.card, roles, work.files),
             *band_warnings(found.facts, work.bad.values()),
             *range_warnings(found.facts, source.items, work.view, work.value_range),
             *(work.cache.warnings if work.cache else ()),
@@ -171,7 +167,7 @@ def look(
         seconds=seconds,
         **work.settled(),
         **_split_facts(split, labels[[index for index, role in enumerate(roles) if role == "val"]]),
-        **image_facts(found.facts),
+        **image_facts(found.facts, source.items),
         features={"hits": found.hits, "misses": found.misses, "bytes": work.cache.num_bytes if work.cache else 0},
         **{name: getattr(findings, name) for name in Findings.model_fields},
         gradients=gradients,
@@ -182,6 +178,7 @@ def look(
         items=source.items,
         roles=roles,
         digests=tuple(work.digests),
+        files=tuple(work.files),
         cache=work.cache,
         backbone=work.backbone.to("cpu"),
         store=work.store,
@@ -194,9 +191,7 @@ class _Survey:
 
     def __init__(self, recipe: Recipe, progress: Progress, roles_seen: Sequence[str]) -> None:
         self.recipe, self._progress, self._roles_seen = recipe, progress, roles_seen
-        self.source = open_source(
-            Path(str(recipe.data.root)).expanduser(), recipe.data.splits, recipe.data.columns.named
-        )
+        self.source = open_images(recipe.data)
         torch.manual_seed(recipe.seed)  # random weights, where asked for, follow the seed
         name = recipe.backbone or default_backbone()
         self.machine = measure_machine(recipe.hardware.devices)
@@ -213,7 +208,8 @@ class _Survey:
         contents = Contents()
         digests = digest_images(self.source.items, contents)
         self.format_warnings = contents.warnings(self.source.classes)
-        self.digests = [answer if isinstance(answer, str) else "" for answer in digests]
+        self.files = [answer if isinstance(answer, str) else "" for answer in digests]
+        self.digests = frame_digests(self.source.items, self.files)
         self.bad = {index: str(answer) for index, answer in enumerate(digests) if isinstance(answer, BadImage)}
         self._meter = RangeMeter(self.source.items, self.digests, self.view.frame, recipe.seed)
         given = recipe.data.value_range
@@ -226,7 +222,7 @@ class _Survey:
                 "features are kept for pretrained weights with constants known beforehand, not for these."
             )
         kept = self._readable()
-        self._settle_range(kept, divide(self.recipe, self.source, self.digests, kept))
+        self._settle_range(kept, divide(self.recipe, self.source, self.digests, self.files, kept))
         return self._extract([index for index in range(part - 1, len(self.digests), parts) if self.digests[index]])
 
     def _settle_range(self, kept: Sequence[int], split: Split) -> bool:
@@ -260,7 +256,7 @@ class _Survey:
         found = Extraction(ImageTable(len(self.source.items)))
         while True:
             kept = self._readable()
-            split = divide(self.recipe, self.source, self.digests, kept)
+            split = divide(self.recipe, self.source, self.digests, self.files, kept)
             if self._settle_range(kept, split):
                 found = Extraction(ImageTable(len(self.source.items)))
             roles = ["bad"] * len(self.source.items)
@@ -367,7 +363,7 @@ def _partly(findings: Findings, split: Split) -> list[str]:
     return [f"{told}, for the features of all would take over {PROBE_BYTES / 1e9:g} GB."]
 
 
-def divide(recipe: Recipe, source: Source, digests: Sequence[str], kept: Sequence[int]) -> Split:
+def divide(recipe: Recipe, source: Source, digests: Sequence[str], files: Sequence[str], kept: Sequence[int]) -> Split:
     """The split of the items `kept`, by the shares, the seed and the limit of the recipe."""
     spec, limit = recipe.data.split, recipe.data.max_train_per_class
     return cut_split(
@@ -380,6 +376,7 @@ def divide(recipe: Recipe, source: Source, digests: Sequence[str], kept: Sequenc
         test=spec.test,
         seed=recipe.seed if spec.seed is None else spec.seed,
         max_train_per_class=None if limit == "all" else limit,
+        files=[files[index] for index in kept],
     )
 
 

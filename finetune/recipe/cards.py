@@ -66,7 +66,7 @@ class View:
     value_range: tuple[float, float] = (0.0, 65535.0)
     """Values that become 0 and 255, where a file has more than 8 bits per channel."""
     frame: str = "first"
-    """Of several frames or pages in a file: first or middle."""
+    """Of several frames or pages in a file: first or middle; each, where every one is an image."""
 
     @property
     def digest(self) -> str:

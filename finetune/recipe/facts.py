@@ -350,7 +350,9 @@ class Facts(Findings):
     value_range: RangeFacts | None = None
     """None where no training image has more than 8 bits per channel, and the recipe gives no range."""
     several_frames: int = 0
-    """Files that hold several frames or pages, of which one is used."""
+    """Files that hold several frames or pages."""
+    frame_images: int = 0
+    """Images that all of their frames make; 0 where one of each file is used."""
     median_width: float
     median_height: float
     images_per_class: PerClass
@@ -382,3 +384,11 @@ class Facts(Findings):
     features: dict[str, int] = {}
     """Cache hits, misses, and bytes."""
     seconds: dict[str, float] = {}
+
+    @property
+    def frames_text(self) -> str:
+        """What becomes of files of several frames, in words."""
+        told = f"{self.several_frames:,} files hold several frames or pages"
+        if self.frame_images:
+            return f"{told}: {self.frame_images:,} images; the frames of one file stay together"
+        return f"{told}; the {self.view.frame} of each is used"

@@ -201,8 +201,7 @@ def _decide_data(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
     if (found := facts.value_range) is not None:
         decide("data.value_range", wish.value_range, view.value_range, _measured(found))
     if facts.several_frames:
-        why = f"{facts.several_frames:,} files hold several frames or pages, of which one is used"
-        decide("data.frame", None, wish.frame, why)
+        decide("data.frame", None, wish.frame, facts.frames_text)
     invariances = decide("data.invariances", wish.invariances, *_safe_changes(recipe, facts))
     if wish.splits is not None:
         named = [f"{role}: {', '.join(names)}" for role, names in wish.splits.items()]

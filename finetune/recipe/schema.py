@@ -95,8 +95,9 @@ class DataSpec(Section):
     value_range: tuple[float, float] | None = None
     """Values that become 0 and 255 in images of more than 8 bits per channel; null measures them on the training
     images. What lies outside is clipped, and said."""
-    frame: Literal["first", "middle"] = "first"
-    """Which one is used of files that hold several frames or pages."""
+    frame: Literal["first", "middle", "each"] = "first"
+    """Which one is used of files that hold several frames or pages; `each` makes every one an image with the label of
+    its file, and keeps those of a file in one split."""
     invariances: tuple[Invariance, ...] | None = None
     """Changes that leave every label true; flips in training and testing are used only if named here."""
     label_swap: tuple[tuple[Text, Text], ...] = ()

@@ -76,8 +76,7 @@ def facts_text(facts: Facts) -> str:
     if facts.value_range is not None:
         rows.append(("value range", range_text(facts.value_range, facts.image_kinds)))
     if facts.several_frames:
-        told = f"{facts.several_frames:,} files hold several frames or pages; the {facts.view.frame} of each is used"
-        rows.append(("frames", told))
+        rows.append(("frames", facts.frames_text))
     if facts.normalized_images:
         mean, std = (" ".join(f"{value:.3f}" for value in part) for part in (facts.view.mean, facts.view.std))
         rows.append(("constants", f"mean {mean}, std {std}, measured on {facts.normalized_images:,} training images"))
