@@ -4,6 +4,7 @@ import io
 import json
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import finetune as ft
 from finetune.cli import main
 from finetune.data import frames
 from finetune.data.decoding import center_crop, decode
-from finetune.data.items import Item
+from finetune.data.items import Found, Item, Items
 from finetune.data.loading import ImageStore
 from finetune.data.sources import open_source
 from finetune.data.splits import cut_split
@@ -119,6 +120,12 @@ def test_frames_are_sorted_by_number_and_a_file_of_one_keeps_its_name(tmp_path):
     save(tmp_path / "b" / "lone.tif", [draw((50,) * 3, 1)])
     names = [item.name for item in opened(tmp_path).items]
     assert names == [*(f"a/stack.tif#frame-{number}" for number in range(1, 12)), "b/lone.tif"]
+
+
+@pytest.mark.parametrize("row", [None, 3])
+def test_frames_are_sorted_in_whatever_order_they_are_found(row):
+    found = [Found("a.tif" if row is None else f"a#{row}", "x", None, Path("a"), row, frame) for frame in (10, 2, 0)]
+    assert [item.frame for item in Items(found)] == [0, 2, 10]
 
 
 def test_frames_of_a_row_of_a_shard_are_items_too(tmp_path):
@@ -247,10 +254,12 @@ def test_features_are_those_of_each_frame_and_the_facts_say_how_many(moving):
     assert sum(map(sum, seen.facts.counts.values())) == 68
 
 
-def test_files_that_weights_have_seen_are_told_whichever_of_their_frames_are_used(run, moving):
+@pytest.mark.parametrize("frame", ["first", "each"])
+def test_files_that_weights_have_seen_are_told_whichever_of_their_frames_are_used(run, moving, frame):
     before = look(ft.load_recipe(None, wishes(moving)))
     used = {before.files[index] for role in ("train", "val") for index in before.indices(role)}
-    seen = look(ft.load_recipe(None, [f"data.root={moving}", *SMALL, f"backbone={run.path}", "seed=1"]))
+    others = [f"data.frame={frame}", f"backbone={run.path}", "seed=1"]
+    seen = look(ft.load_recipe(None, [f"data.root={moving}", *SMALL, *others]))
     test = [seen.files[index] in used for index in seen.indices("test")]
     assert any(f"{sum(test)} of {len(test)} test images" in line for line in seen.facts.warnings) and sum(test) > 1
 
