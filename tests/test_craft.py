@@ -154,7 +154,7 @@ def test_regions_that_move_in_training_are_in_the_network_that_is_shipped_and_st
 def test_a_recipe_that_uses_every_option_is_checked_and_is_planned(shapes, tmp_path):
     text = f"""
 name: all
-data: {{root: {shapes}, image_size: 64, invariances: [hflip]}}
+data: {{root: {shapes}, image_size: 96, invariances: [hflip]}}
 augment: {{preset: heavy, domain: fine, crop: scale, rotate_degrees: 10, pca_color: 0.1, policy: rand, cutout: 0.2,
           mixup: 0.2, cutmix: 1.0}}
 head: {{kind: mlp, hidden: 32, activation: leaky_relu, init: xavier, bias: 0.01, dropout: 0.5, drop_connect: 0.2}}

@@ -25,7 +25,8 @@ from finetune.pipeline import extract, plan, summarize
 from finetune.recipe.runs import FILES, RunFolder
 from finetune.scores.calibration import fit_temperature, log_probabilities
 
-SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=3", "tracking.enabled=false"]
+TINY = ["data.image_size=32", "train.batch_size=16"]
+SMALL = [*TINY, "train.epochs=3", "tracking.enabled=false"]
 
 
 def quiet(text):
@@ -211,7 +212,15 @@ def test_halves_of_files_that_a_kill_left_are_swept_by_the_resume(shapes, tmp_pa
 
 def test_ctrl_c_leaves_a_resumable_run_and_says_how(shapes, tmp_path):
     env = {**os.environ, "FINETUNE_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
-    words = ["train", f"data.root={shapes}", *SMALL, "train.strategy=full", "train.epochs=300", "train.patience=300"]
+    words = [
+        "train",
+        f"data.root={shapes}",
+        *TINY,
+        "train.strategy=full",
+        "train.epochs=300",
+        "train.patience=300",
+        "tracking.enabled=false",
+    ]
     process = run_in_process(words, env)
     while process.poll() is None and not list((tmp_path / "runs").glob("*/stages/1-full/last.ckpt")):
         time.sleep(0.01)
@@ -409,7 +418,7 @@ def test_bf16_is_not_32_bits(shapes, tmp_path):
 
 def test_a_run_is_tracked_in_the_store_beside_it(shapes, tmp_path):
     env = {**os.environ, "FINETUNE_RUNS": str(tmp_path / "runs")}
-    words = ["train", "--json", f"data.root={shapes}", *SMALL, "train.strategy=full", "tracking.enabled=true"]
+    words = ["train", "--json", f"data.root={shapes}", *TINY, "train.epochs=3", "train.strategy=full"]
     process = run_in_process(words, env)  # a process of its own: MLflow warns, and warnings are errors here
     answer, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
@@ -428,7 +437,7 @@ def test_a_run_is_tracked_in_the_store_beside_it(shapes, tmp_path):
 
 def test_a_dead_tracking_server_costs_one_warning_and_no_score(shapes, tmp_path):
     env = {**os.environ, "FINETUNE_RUNS": str(tmp_path / "runs")}
-    words = ["train", "--json", f"data.root={shapes}", *SMALL, "train.strategy=probe", "tracking.enabled=true"]
+    words = ["train", "--json", f"data.root={shapes}", *TINY, "train.strategy=probe"]
     process = run_in_process([*words, "tracking.uri=http://127.0.0.1:9"], env)
     answer, said = process.communicate(timeout=120)
     assert process.returncode == 0, said

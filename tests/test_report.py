@@ -471,7 +471,7 @@ def test_a_failed_write_leaves_the_old_report_and_no_draft(tmp_path, monkeypatch
     def full_disk(descriptor):
         raise OSError("no space left")
 
-    monkeypatch.setattr("finetune.reporting.report.os.fsync", full_disk)
+    monkeypatch.setattr("finetune.recipe.runs.os.fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         write_report(run)
     assert (run / "report.html").read_bytes() == before

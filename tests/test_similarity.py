@@ -277,5 +277,5 @@ def test_sixteen_bit_grey_pictures_are_surveyed_and_found_far_from_photographs(t
     assert [row.stage for row in found.shift] == list(facts.backbone.stages)
     assert all(math.isfinite(row.mean.value) and row.spread.value > 0 for row in found.shift)
     assert max(row.mean.value for row in found.shift) > 0.2  # photographs of pretraining give about 0
-    assert found.response.named[0][1] > 0.7  # to a classifier of photographs they nearly all look alike
+    assert found.response.named[0][1] > 0.4  # of ten classes of photographs, to one of which they mostly seem to belong
     assert found.control.n == facts.profile.num_images == sum(facts.counts["train"])
