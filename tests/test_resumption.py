@@ -120,3 +120,17 @@ def test_a_backbone_is_chosen_again_where_there_was_no_plan_yet(shapes, tmp_path
     ft.resume(run.path, say=lines.append)
     assert [line for line in lines if line.startswith("backbone:")]
     assert run.plan.backbone in ("twin", "tiny_resnet18.cifar10")
+
+
+def test_a_plan_that_was_made_before_ranges_were_measured_still_predicts_and_resumes(shapes, tmp_path):
+    run = start(shapes, tmp_path, "train.strategy=probe")
+    before = run.file("predictions.npz").read_bytes()
+    plan_file = run.file("plan.yaml")
+    older = yaml.safe_load(plan_file.read_text())
+    del older["data"]["value_range"], older["data"]["frame"], older["arch"], older["arch_kwargs"]
+    plan_file.write_text(yaml.safe_dump(older))
+    image = next(shapes.rglob("*.png"))
+    (answer,) = ft.predict(run.path, image)
+    assert answer.fault is None
+    ft.resume(run.path, say=quiet)
+    assert run.file("predictions.npz").read_bytes() == before

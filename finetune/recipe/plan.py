@@ -33,6 +33,10 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times 
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
+BEFORE_RANGES = {"value_range": [0.0, 65535.0]}
+"""What plans of older versions did and did not say: all 16 bits were mapped to eight."""
+
+
 class Stage(Section):
     """One `Trainer.fit`: what moves, how fast, how long."""
 
@@ -164,7 +168,10 @@ def read_plan(path: Path) -> Plan:
     if not path.exists():
         raise RunError(f"{path} is not there, so this is no run folder. `finetune train` makes one.")
     try:
-        return Plan.model_validate(yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER))
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
+        if isinstance(found, dict) and isinstance(found.get("data"), dict):
+            found["data"] = {**BEFORE_RANGES, **found["data"]}
+        return Plan.model_validate(found)
     except (ValidationError, yaml.YAMLError, ValueError) as fault:
         raise RunError(f"{path} is not a plan of this version: {fault}") from fault
 
