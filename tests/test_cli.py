@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and with which exit code."""
 
+import gc
 import json
 import os
 import shutil
@@ -7,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+
+from finetune.cli import main
 
 
 def finetune(*words, cwd=None, **env):
@@ -45,12 +48,22 @@ def test_the_version_and_the_lists_answer(tmp_path):
         (["evaluate", "/nowhere"], "is no folder"),
     ],
 )
-def test_what_the_user_can_mend_is_one_paragraph_and_code_2(words, message):
-    done = finetune(*words)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+def test_what_the_user_can_mend_is_one_paragraph_and_code_2(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["finetune", *words])
+    monkeypatch.setattr(gc, "set_threshold", lambda number: None)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    with pytest.raises(SystemExit) as leave:
+        main()
+    said = capsys.readouterr()
+    assert leave.value.code == 2
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""
+
+
+def test_a_process_that_is_given_a_wrong_verb_leaves_with_code_2_too():
+    done = finetune("trian")
+    assert done.returncode == 2 and "No such command 'trian'" in done.stderr and done.stdout == ""
 
 
 def test_a_check_that_finds_something_is_code_1(tmp_path):

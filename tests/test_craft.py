@@ -391,9 +391,12 @@ def test_what_training_sees_is_drawn(shapes, tmp_path):
             "train.keep=settled",
         ],
         ["train.averaging.snapshots=2", "regularization.l2_sp=0.01", "train.batch_norm=train"],
-        ["train.averaging.kind=swa", "train.averaging.swa_start=0.3", "train.batch_norm=statistics"],
+        pytest.param(
+            ["train.averaging.kind=swa", "train.averaging.swa_start=0.3", "train.batch_norm=statistics"],
+            marks=pytest.mark.slow,
+        ),
         ["train.strategy=gradual", "train.optimizer.name=nesterov", "train.imbalance.kind=sampler"],
-        ["head.dropout=0.5"],
+        pytest.param(["head.dropout=0.5"], marks=pytest.mark.slow),
     ],
     ids=["ema", "snapshots", "swa", "gradual", "dropout"],
 )

@@ -311,7 +311,9 @@ def test_weight_0_ends_in_the_weights_of_a_run_without_a_teacher(shapes, pool, t
     "wishes",
     [
         ["train.strategy=gradual", "train.epochs=4"],
-        ["train.optimizer.name=lbfgs", "augment.preset=none", "train.batch_size=64"],
+        pytest.param(
+            ["train.optimizer.name=lbfgs", "augment.preset=none", "train.batch_size=64"], marks=pytest.mark.slow
+        ),
         ["hardware.precision=bf16"],
         ["data.normalize=channel_mean_std", "train.averaging.kind=ema"],
         ["pretrained=false"],

@@ -156,6 +156,7 @@ def test_val_chooses_among_members_each_in_its_own_view(pool, seen, tmp_path):
     assert len(score_members(made, look(ft.load_recipe(made.file("recipe.yaml"))))["test"]) >= len(found["members"])
 
 
+@pytest.mark.slow
 def test_it_predicts_is_compared_reported_and_judged_again_like_any_run(pool, joined, photographs):
     with np.load(joined.file("predictions.npz")) as stored:
         names, rows = stored["test_names"], stored["test_probabilities"]

@@ -60,6 +60,7 @@ def test_a_sample_is_within_three_standard_errors_and_seeded(store):
     assert part != measure_constants(store, range(40), size_pixels=16, kind="channel_mean_std", seed=1, limit=20)
 
 
+@pytest.mark.slow
 @pytest.mark.technique("T024")
 def test_noise_in_val_and_test_leaves_the_constants_as_they_were(shapes, tmp_path):
     recipe = ft.load_recipe(

@@ -174,7 +174,7 @@ def kill_when(process, condition):
 @pytest.mark.parametrize(
     "moment",
     [
-        "plan.yaml",
+        pytest.param("plan.yaml", marks=pytest.mark.slow),
         pytest.param("curves.csv", marks=pytest.mark.slow),
         "stages/1-full/last.ckpt",
         pytest.param("stages/1-full/weights.safetensors", marks=pytest.mark.slow),
@@ -448,6 +448,7 @@ def test_a_dead_tracking_server_costs_one_warning_and_no_score(shapes, tmp_path)
     assert not run.read_json("tracking.json")["finished"]
 
 
+@pytest.mark.slow
 def test_parts_of_the_images_looked_at_by_two_processes_make_a_plan_that_looks_at_none(shapes, tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
     wishes = [f"data.root={shapes}", "data.image_size=32", "backbone=tiny_resnet18.cifar10"]

@@ -219,6 +219,7 @@ def test_broken_images_are_left_out(own, shapes, tmp_path):
     assert (found.num_images, found.num_bad) == (72, 1)
 
 
+@pytest.mark.slow
 def test_a_survey_and_a_ranking_tell_the_distance(own, shapes, tmp_path):
     strange = tmp_path / "strange"
     generator = np.random.default_rng(0)

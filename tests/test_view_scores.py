@@ -117,6 +117,7 @@ def test_one_view_has_no_table_and_files_without_views_are_still_compared_and_sh
     assert all(f'<th scope="row">{name}</th>' in page for name in (*view_names("ten"), "average"))
 
 
+@pytest.mark.slow
 def test_of_an_ensemble_every_view_is_the_average_of_its_members(shapes, run, seen, folder):
     wishes = [f"data.root={shapes}", *SMALL, *TEN, "train.strategy=full", "seed=1", "data.split.seed=0"]
     other = ft.train(ft.load_recipe(None, wishes), runs=folder, say=quiet)
