@@ -254,6 +254,14 @@ def test_features_are_those_of_each_frame_and_the_facts_say_how_many(moving):
     assert sum(map(sum, seen.facts.counts.values())) == 68
 
 
+def test_who_judges_an_image_that_is_left_out_has_seen_no_other_frame_of_its_file(moving):
+    seen = look(ft.load_recipe(None, ["data.frame=each", f"data.root={moving}", "data.image_size=32"]))
+    files = {seen.files[index] for index in seen.indices("train")}
+    assert len(files) < len(seen.indices("train"))
+    facts = seen.facts
+    assert facts.probe.left_out.n == facts.knn.left_out.n == facts.profile.num_images == len(files)
+
+
 @pytest.mark.parametrize("frame", ["first", "each"])
 def test_files_that_weights_have_seen_are_told_whichever_of_their_frames_are_used(run, moving, frame):
     before = look(ft.load_recipe(None, wishes(moving)))

@@ -54,7 +54,7 @@ from finetune.recipe.shelf import cache_folder
 from finetune.scores.intervals import paired_difference
 from finetune.scores.metrics import balanced_accuracy, macro_f1
 
-FORMAT = "6"
+FORMAT = "7"
 """Part of the key; raised when what is measured, or how, changes."""
 LEAST_VAL = 100
 """With fewer val images, penalties are chosen by cross-validation on the training images."""
@@ -75,6 +75,8 @@ class Material:
     cache: FeatureCache
     store: ImageStore
     digests: Sequence[str]
+    files: Sequence[str]
+    """Digest of the file of every item; another than its own where it is one of several frames."""
     labels: torch.Tensor
     """(N,) of every item."""
     roles: Sequence[str]
@@ -91,6 +93,15 @@ class Material:
         """Items that play `role`, all or some: which, and in which order, depends on their bytes and the seed alone."""
         found = [index for index, own in enumerate(self.roles) if own == role]
         return sorted(found, key=lambda index: _rank(self.seed, self.digests[index]))[:most]
+
+    def one_of_each_file(self, rows: Sequence[int]) -> list[int]:
+        """`rows` with the first frame alone of every file: near copies would answer for those that are left out."""
+        seen, kept = set[str](), []
+        for index in rows:
+            if self.files[index] == self.digests[index] or self.files[index] not in seen:
+                kept.append(index)
+            seen.add(self.files[index])
+        return kept
 
     def features(self, rows: Sequence[int], depth: int = -1) -> torch.Tensor:
         """(N, D) of items at a depth."""
@@ -177,11 +188,13 @@ def _probe(material: Material) -> tuple[Probe, Findings]:
         probe, sweep = sweep_probe(*train, *val, num_classes=num_classes)
         chosen_by, at_edge = "val", any(row["at_edge"] for row in sweep)
     else:
-        found = cross_validate(*train, num_classes=num_classes, seed=material.seed)
+        alone = material.one_of_each_file(parts["train"][0])
+        known, labels = material.features(alone), material.labels[alone]
+        found = cross_validate(known, labels, num_classes=num_classes, seed=material.seed)
         probe = fit_probe(*train, num_classes=num_classes, l2=found.l2)
         chosen_by, at_edge = "cross-validation", found.at_edge
-        near = neighbours_left_out(*train, num_classes=num_classes, k=min(NEIGHBOURS, len(train[1]) - 1))
-        left_out = (proportion(found.predictions == train[1]), proportion(near == train[1]))
+        near = neighbours_left_out(known, labels, num_classes=num_classes, k=min(NEIGHBOURS, len(labels) - 1))
+        left_out = (proportion(found.predictions == labels), proportion(near == labels))
     k = min(NEIGHBOURS, len(train[1]))
     votes = knn_predict(*train, val[0], num_classes=num_classes, k=k)
     logits = probe.logits(val[0])
@@ -203,7 +216,7 @@ def _probe(material: Material) -> tuple[Probe, Findings]:
 
 
 def _profile(material: Material) -> ProfileFacts:
-    rows = material.rows("train", most=PROFILE_IMAGES)
+    rows = material.one_of_each_file(material.rows("train"))[:PROFILE_IMAGES]
     judges = material.rows("val", most=PROFILE_IMAGES)
     depths = [*range(len(material.backbone.stages) - 1), -1]
     return measure_profile(

@@ -297,6 +297,7 @@ class _Survey:
             cache=self.cache,
             store=self.store,
             digests=self.digests,
+            files=self.files,
             labels=labels,
             roles=roles,
             classes=self.source.classes,
