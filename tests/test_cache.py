@@ -115,6 +115,7 @@ def test_a_bound_holds_while_more_is_put_and_what_is_mapped_stays_readable():
     assert reader.features([digest(0)], 0)[0, 0] == 0  # its file is gone, its mapping is not
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_while_many_images_are_known(tmp_path):
     code = """
 import resource, sys, numpy as np, torch

@@ -136,6 +136,7 @@ def test_every_option_runs_to_its_end_and_predicts_what_it_was_judged_by(shapes,
 
 
 @pytest.mark.technique("T132")
+@pytest.mark.slow
 def test_regions_that_move_in_training_are_in_the_network_that_is_shipped_and_still(shapes, tmp_path):
     wishes = ["data.image_size=160", "regularization.fractional_pooling=true"]
     with pytest.raises(RecipeError, match=r"fractional_pooling is for tops drawn anew; set train\.reinit"):
@@ -151,6 +152,7 @@ def test_regions_that_move_in_training_are_in_the_network_that_is_shipped_and_st
         np.testing.assert_allclose(stored["test_probabilities"], said.numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_uses_every_option_is_checked_and_is_planned(shapes, tmp_path):
     text = f"""
 name: all
@@ -272,6 +274,7 @@ def test_the_last_epochs_are_kept_where_asked(shapes, tmp_path):
     assert [member.name for member in read_members(run.file("snapshots"))] == ["last-2", "last-3"]
 
 
+@pytest.mark.slow
 def test_lbfgs_lowers_the_loss_where_nothing_is_random_and_is_refused_elsewhere(shapes, tmp_path):
     wishes = ["train.strategy=partial", "train.optimizer.name=lbfgs", "data.max_train_per_class=8"]
     with pytest.raises(RecipeError, match=r"lbfgs, which needs the same loss .* augment.preset must be none"):
@@ -390,7 +393,10 @@ def test_what_training_sees_is_drawn(shapes, tmp_path):
             "augment.mixup=0.2",
             "train.keep=settled",
         ],
-        ["train.averaging.snapshots=2", "regularization.l2_sp=0.01", "train.batch_norm=train"],
+        pytest.param(
+            ["train.averaging.snapshots=2", "regularization.l2_sp=0.01", "train.batch_norm=train"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ["train.averaging.kind=swa", "train.averaging.swa_start=0.3", "train.batch_norm=statistics"],
             marks=pytest.mark.slow,

@@ -251,6 +251,7 @@ def test_a_student_of_an_ensemble_is_one_network_and_is_judged_beside_it(pool, s
     assert any(flag.startswith("train.distillation.teacher") for flag in scores["chosen_by_val"])
 
 
+@pytest.mark.slow
 def test_passes_are_views_times_networks_on_both_sides_and_views_that_differ_are_noted(shapes, pool, tmp_path):
     teacher = RunFolder(shutil.copytree(pool[0].path, tmp_path / "teacher"))
     evaluate(teacher.path, views="ten", say=quiet)

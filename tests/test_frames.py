@@ -262,7 +262,7 @@ def test_who_judges_an_image_that_is_left_out_has_seen_no_other_frame_of_its_fil
     assert facts.probe.left_out.n == facts.knn.left_out.n == facts.profile.num_images == len(files)
 
 
-@pytest.mark.parametrize("frame", ["first", "each"])
+@pytest.mark.parametrize("frame", [pytest.param("first", marks=pytest.mark.slow), "each"])
 def test_files_that_weights_have_seen_are_told_whichever_of_their_frames_are_used(run, moving, frame):
     before = look(ft.load_recipe(None, wishes(moving)))
     used = {before.files[index] for role in ("train", "val") for index in before.indices(role)}

@@ -105,6 +105,7 @@ def test_the_folder_of_a_run_begun_from_a_run_is_called_after_the_network(first,
     assert first.plan.arch in child.path.name
 
 
+@pytest.mark.slow
 def test_test_images_that_the_weights_have_seen_are_told_also_over_a_run_between(shapes, first, child):
     same = ft.survey(ft.load_recipe(str(shapes), [*SMALL, f"backbone={first.path}", "train.strategy=probe"]))
     assert not [line for line in same.warnings if "were seen" in line]  # same seed, same split

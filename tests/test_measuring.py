@@ -74,6 +74,7 @@ def test_a_second_look_measures_nothing(few, monkeypatch):
 
 
 @pytest.mark.usefixtures("untimed")
+@pytest.mark.slow
 def test_whatever_the_findings_depend_on_gives_findings_of_their_own(few, monkeypatch):
     facts_of(few, PROBE)
     assert len(stored()) == 1

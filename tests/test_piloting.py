@@ -23,6 +23,10 @@ def row(strategy, value, number=1):
     return PilotFacts(strategy=strategy, round=number, epochs=2, images=100, seconds=12.3, val=val)
 
 
+pytestmark = pytest.mark.slow
+"""A pilot trains for the seconds that it is given."""
+
+
 def quiet(text):
     """Nobody listens."""
 
@@ -55,7 +59,6 @@ def test_the_worse_half_is_left_behind(piloted, shapes, monkeypatch, better):
     assert [(one.strategy, one.round) for one in facts.pilot] == [("partial", 1), ("full", 1), (better, 2)]
 
 
-@pytest.mark.slow
 @pytest.mark.technique("T118")
 def test_val_chooses_neither_the_schedule_nor_the_rate_beside_what_a_pilot_tries(shapes, monkeypatch):
     made = []

@@ -401,6 +401,7 @@ def test_memory_stays_flat_as_epochs_go_by(shapes, tmp_path):
     ],
     ids=lambda wishes: wishes[0],
 )
+@pytest.mark.slow
 def test_every_other_choice_runs_to_its_end(shapes, tmp_path, wishes):
     run = start(shapes, tmp_path, "train.strategy=full", "train.epochs=2", *wishes)
     scores = run.read_json("scores.json")
@@ -435,6 +436,7 @@ def test_a_run_is_tracked_in_the_store_beside_it(shapes, tmp_path):
     assert set(state["artifacts_sent"]) >= {"report.html", "plan.yaml", "scores.json"}
 
 
+@pytest.mark.slow
 def test_a_dead_tracking_server_costs_one_warning_and_no_score(shapes, tmp_path):
     env = {**os.environ, "FINETUNE_RUNS": str(tmp_path / "runs")}
     words = ["train", "--json", f"data.root={shapes}", *TINY, "train.strategy=probe"]
