@@ -121,7 +121,7 @@ def main() -> None:
     write(ROOT / "docs" / "advice.md", {"regret": result("advice"), "many": result("many")})
     write(
         ROOT / "docs" / "training.md",
-        {name: result(name) for name in ("craft", "ablation", "snapshots", "imbalance", "overhead")},
+        {name: result(name) for name in ("craft", "ablation", "snapshots", "imbalance", "imbalance-tuned", "overhead")},
     )
     write(ROOT / "docs" / "judging.md", {name: result(name) for name in ("distil", "judging", "views")})
 
