@@ -238,6 +238,12 @@ def _(root):
     tree(root, *TWO, classes=("train", "test"))
 
 
+@case("several data sets in one folder: `flowers/train/daisy/`, `birds/train/owl/`")
+def _(root):
+    tree(root, "flowers/train", "flowers/test")
+    tree(root, "birds/train", "birds/test", classes=("owl", "wren", "tit"))
+
+
 @case("`daisy/train/`, `roses/train/`, and an empty `test/` in each")
 def _(root):
     tree(root, *TWO, classes=("train",))

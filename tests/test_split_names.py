@@ -42,7 +42,12 @@ def test_the_recipe_takes_one_name_or_several_and_any_word():
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"), [("{tset: Testing}", r"'tset' is no role.*Nearest: test"), ("Training", "valid dictionary")]
+    ("wish", "message"),
+    [
+        ("{tset: Testing}", r"'tset' is no role.*Nearest: test"),
+        ("{train:Training}", "a blank after the colon"),
+        ("Training", "valid dictionary"),
+    ],
 )
 def test_what_is_no_split_is_refused(wish, message):
     with pytest.raises(RecipeError, match=rf"data\.splits.*{message}"):

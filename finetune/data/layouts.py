@@ -195,7 +195,25 @@ def _splits_inside(kids: Sequence[Path], root: Path) -> list[ClassFolder]:
     inside = {one: subfolders(one, root) for one in kids}
     found = [ClassFolder(sub, role_of(sub.name), one.name) for one, subs in inside.items() for sub in subs]
     named = len(inside) > 1 and all(inside.values()) and all(one.role for one in found)
-    return found if named and any(one.role == "train" for one in found) else []
+    if not named or not any(one.role == "train" for one in found):
+        return []
+    _refuse_several_sets(root, found)
+    return found
+
+
+def _refuse_several_sets(root: Path, found: Sequence[ClassFolder]) -> None:
+    """Splits inside several folders, with class folders of their own in each: these are data sets and no classes."""
+    classes = {
+        one.path.parent: {sub.name for sub in subfolders(one.path, root)} for one in found if one.role == "train"
+    }
+    sets = [one for one, names in classes.items() if len(names) > 1]
+    names = Counter(name for one in sets for name in classes[one])
+    if len(sets) > 1 and max(names.values()) < len(sets):
+        raise DataError(
+            f"data.root: {root}: each of {_names(sets)} holds splits with class folders of its own "
+            f"({few(sorted(classes[sets[0]]))} in {sets[0].name}), so they look like data sets and no classes. "
+            f"Give one of them, such as {sets[0]}; if each of them is a class, data.splits: {{}} says so."
+        )
 
 
 def _refuse_same_subfolders(root: Path, inside: dict[Path, list[Path]]) -> None:

@@ -110,9 +110,10 @@ class DataSpec(Section):
     def _know_roles(cls, splits: object) -> object:
         for role in splits if isinstance(splits, dict) else ():
             if role not in ROLES:
-                raise ValueError(
-                    f"{role!r} is no role; they are {', '.join(ROLES)}. {nearest(str(role), ROLES)}".strip()
-                )
+                told = nearest(str(role), ROLES)
+                if ":" in str(role):
+                    told = "YAML wants a blank after the colon: 'data.splits={train: NAME, test: NAME}'."
+                raise ValueError(f"{role!r} is no role; they are {', '.join(ROLES)}. {told}".strip(" ."))
         return splits
 
     @field_validator("value_range")
