@@ -22,6 +22,7 @@ ROOMS = [
     "training",
     "evaluation",
     "reporting",
+    "export",
     "piloting",
     "pipeline",
     "combining",
@@ -148,6 +149,7 @@ def test_verbs_are_frozen():
         "predict",
         "compare",
         "ensemble",
+        "export",
         "report",
         "ui",
     }

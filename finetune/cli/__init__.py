@@ -37,6 +37,7 @@ for verb in (
     judging.predict,
     judging.compare,
     judging.ensemble,
+    judging.export,
     judging.report,
     judging.ui,
 ):

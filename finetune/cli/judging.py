@@ -138,6 +138,29 @@ def _likeliest(answer: Any, top: int | None) -> str:
     return "\t".join(f"{label}\t{share:.4f}" for label, share in answer.probabilities.items())
 
 
+def export(
+    run: Run,
+    to: Annotated[str, typer.Option(help="What will load it: timm.")] = "timm",
+    out: Annotated[Path | None, typer.Option(help="The folder to make; NAME-timm here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The model as plain timm loads it, checked against the run: weights, config.json, classes and a card."""
+    from finetune.export.timm_folder import export_timm
+    from finetune.machine import tune_process
+    from finetune.recipe.runs import RunFolder
+
+    if to != "timm":
+        raise RunError(f"--to is {to!r}; it may be timm.")
+    tune_process()
+    source = RunFolder.open(run)
+    made = export_timm(source, out or Path(f"{source.path.resolve().name}-timm"))
+    seen = (
+        f"{made['images']} {'images of the run' if made['are_real'] else 'pictures of noise, for its images are gone'}"
+    )
+    told = f"{made['folder']}: answers as the run does (within {made['difference']:.1g} on {seen})"
+    finish(made, as_json, told)
+
+
 def report(run: Run, as_json: Json = False) -> None:
     """Write a run's HTML page again, and send to MLflow what is still unsent."""
     from finetune.pipeline import report as rewrite
