@@ -101,6 +101,7 @@ def test_a_card_is_added_verified_and_found_damaged(tmp_path):
     assert "copy the file again" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_training_speaks_json_on_one_stream_and_prose_on_the_other(shapes, tmp_path):
     done = finetune(
         "train",

@@ -74,6 +74,7 @@ def measured_as(monkeypatch, means, *, spread):
         ("last", [1.0, 0.6, 0.50, 0.52], 1e-4, 3),
     ],
 )
+@pytest.mark.slow
 def test_the_last_epoch_is_kept_unless_an_earlier_one_was_clearly_better(
     shapes, tmp_path, monkeypatch, keep, means, spread, kept
 ):
@@ -126,6 +127,7 @@ def test_an_epoch_before_the_rate_has_fallen_is_no_settled_one(shapes, tmp_path,
     ],
     ids=lambda wishes: wishes[1].partition(".")[2],
 )
+@pytest.mark.slow
 def test_every_option_runs_to_its_end_and_predicts_what_it_was_judged_by(shapes, tmp_path, wishes):
     run = start(shapes, tmp_path, *wishes)
     assert run.read_json("scores.json")["test"]["top1"]["value"] > 0.5  # of three classes
@@ -296,6 +298,7 @@ def test_a_training_that_explodes_goes_back_once_and_then_ends_with_advice(shape
 
 @pytest.mark.technique("T081")
 @pytest.mark.parametrize(("window", "begins_anew"), [(1000, True), (0, False)])
+@pytest.mark.slow
 def test_a_state_written_just_before_a_divergence_is_not_trusted(shapes, tmp_path, monkeypatch, window, begins_anew):
     """Seen on few images, one step per epoch: the weights were spoilt before the loss could show it."""
     from finetune.training import fitting

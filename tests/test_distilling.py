@@ -321,6 +321,7 @@ def test_weight_0_ends_in_the_weights_of_a_run_without_a_teacher(shapes, pool, t
     ],
     ids=lambda wishes: wishes[0].partition("=")[2],
 )
+@pytest.mark.slow
 def test_whatever_trains_can_be_taught(shapes, pool, tmp_path, wishes):
     short = [*wishes, *([] if "train.epochs=4" in wishes else ["train.epochs=1"])]
     run = start(shapes, tmp_path / "taught", *taught(pool[2]), *short)
@@ -343,6 +344,7 @@ def stop_after_an_epoch(shapes, runs, *wishes):
     return RunFolder(folder)
 
 
+@pytest.mark.slow
 def test_an_interrupted_student_ends_in_the_same_weights_from_any_folder(shapes, pool, student, tmp_path, monkeypatch):
     monkeypatch.chdir(pool[2].path.parent)
     near = taught(RunFolder(pool[2].path.relative_to(pool[2].path.parent)))
@@ -354,6 +356,7 @@ def test_an_interrupted_student_ends_in_the_same_weights_from_any_folder(shapes,
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+@pytest.mark.slow
 def test_a_teacher_that_has_changed_or_is_gone_stops_a_resume(shapes, pool, tmp_path):
     teacher = RunFolder(shutil.copytree(pool[2].path, tmp_path / "teacher"))
     run = stop_after_an_epoch(shapes, tmp_path / "runs", *taught(teacher))

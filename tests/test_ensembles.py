@@ -452,6 +452,7 @@ def test_a_damaged_member_of_an_average_is_not_passed_over(pool, tmp_path):
         load_ensemble(made)
 
 
+@pytest.mark.slow
 def test_restarts_of_other_seeds_share_their_images_where_the_split_has_a_seed_of_its_own(shapes, tmp_path):
     wishes = [f"data.root={shapes}", "data.image_size=32", "train.batch_size=16", "train.epochs=1"]
     wishes += ["train.strategy=full", "tracking.enabled=false", "data.split.seed=5"]
@@ -467,6 +468,7 @@ def test_restarts_of_other_seeds_share_their_images_where_the_split_has_a_seed_o
         combine([joined.path], how="vote", runs=tmp_path / "runs", say=lambda text: None)
 
 
+@pytest.mark.slow
 def test_the_page_of_an_ensemble_tells_its_members_sets_and_what_val_chose(shapes, tmp_path):
     wishes = [f"data.root={shapes}", "data.image_size=32", "train.batch_size=16", "train.epochs=2"]
     wishes += ["train.strategy=full", "tracking.enabled=false", "train.averaging.snapshots=2"]

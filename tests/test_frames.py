@@ -263,6 +263,7 @@ def test_who_judges_an_image_that_is_left_out_has_seen_no_other_frame_of_its_fil
 
 
 @pytest.mark.parametrize("frame", [pytest.param("first", marks=pytest.mark.slow), "each"])
+@pytest.mark.slow
 def test_files_that_weights_have_seen_are_told_whichever_of_their_frames_are_used(run, moving, frame):
     before = look(ft.load_recipe(None, wishes(moving)))
     used = {before.files[index] for role in ("train", "val") for index in before.indices(role)}
@@ -279,6 +280,7 @@ def test_backbones_are_ranked_on_one_frame_of_a_file(moving):
 
 
 @pytest.mark.parametrize("frame", ["first", "middle"])
+@pytest.mark.slow
 def test_of_files_that_are_one_image_the_facts_say_which_frame(moving, frame):
     seen = look(ft.load_recipe(None, [f"data.root={moving}", *SMALL, f"data.frame={frame}"]))
     assert len(seen.items) == 20 and seen.facts.frame_images == 0

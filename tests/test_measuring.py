@@ -188,6 +188,7 @@ def test_a_named_strategy_is_told_the_similarity_too(few, monkeypatch):
 
 @pytest.mark.parametrize("most", [12, 1000], ids=["of samples", "of all"])
 @pytest.mark.usefixtures("untimed")
+@pytest.mark.slow
 def test_neither_names_nor_order_of_files_matter(tmp_path, monkeypatch, most):
     """Classes that cannot be told apart, so that any other sample or fold would be another number."""
     for name in ("PROFILE_IMAGES", "CONTROL_IMAGES", "SHIFT_IMAGES", "MIRROR_IMAGES", "RESPONSE_IMAGES"):

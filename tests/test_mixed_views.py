@@ -77,6 +77,7 @@ def alone(run, seen, views, role="test"):
 @pytest.mark.technique("T158")
 @pytest.mark.parametrize("kind", ["probability", "logit"])
 @pytest.mark.parametrize("views", ["center", "ten", "resolutions,whole"])
+@pytest.mark.slow
 def test_every_member_says_what_it_says_alone_bit_for_bit(pool, seen, views, kind):
     assert len({run.plan.view for run in pool}) == 3
     classifier = Ensemble([load_final(run) for run in pool], [1, 2, 1], kind, [run.plan.view for run in pool])

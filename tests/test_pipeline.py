@@ -284,6 +284,7 @@ def test_random_weights_are_a_control_without_a_probe(shapes, tmp_path):
 
 
 @pytest.mark.parametrize("wish", ["pretrained=true", "pretrained=false", "data.normalize=channel_mean"])
+@pytest.mark.slow
 def test_val_is_judged_by_the_pixels_it_was_watched_with(shapes, tmp_path, wish):
     run = start(shapes, tmp_path, "train.strategy=full", wish)
     rows = [line.split(",") for line in run.file("curves.csv").read_text().splitlines()[1:]]
@@ -362,6 +363,7 @@ def test_planning_leaves_nothing_behind(shapes, tmp_path, monkeypatch):
 
 
 @pytest.mark.technique("T015")
+@pytest.mark.slow
 def test_sixteen_bit_grey_pictures_unlike_any_photograph_are_learned(tmp_path):
     random = np.random.default_rng(0)
     for label, waves in (("dense", 9), ("sparse", 3)):
@@ -417,6 +419,7 @@ def test_bf16_is_not_32_bits(shapes, tmp_path):
     assert not torch.equal(*(state["classifier.head.linear.weight"] for state in last))
 
 
+@pytest.mark.slow
 def test_a_run_is_tracked_in_the_store_beside_it(shapes, tmp_path):
     env = {**os.environ, "FINETUNE_RUNS": str(tmp_path / "runs")}
     words = ["train", "--json", f"data.root={shapes}", *TINY, "train.epochs=3", "train.strategy=full"]

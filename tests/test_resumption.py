@@ -73,6 +73,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("wishes", KINDS.values(), ids=KINDS)
+@pytest.mark.slow
 def test_the_recipe_of_a_run_makes_its_plan_again(shapes, tmp_path, wishes):
     run = stopped(shapes, tmp_path, "  classes", *wishes)  # the plan is there; its training is not the point
     _, again = plan(ft.load_recipe(run.file("recipe.yaml")), say=quiet)

@@ -55,6 +55,7 @@ def test_the_seed_decides():
     assert cut(labels).digest != cut(labels, seed=1).digest
 
 
+@pytest.mark.slow
 def test_one_more_image_moves_few():
     labels, digests = [i % 2 for i in range(200)], [digest(i) for i in range(200)]
     before = by_digest(cut(labels, digests), digests)

@@ -180,6 +180,7 @@ def test_the_range_is_measured_on_training_images_alone_and_what_others_hold_bey
     assert any("outside 0 to 255" in warning and "8 images" in warning for warning in seen.facts.warnings)
 
 
+@pytest.mark.slow
 def test_files_of_eight_bits_beside_wider_ones_stay_as_they_are(tmp_path):
     folder = grey_set(tmp_path / "set", eight)
     for path in sorted((folder / "left").iterdir()):
