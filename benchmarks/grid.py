@@ -6,9 +6,11 @@
 A cell is a data set cut to so many labelled images per class (a sixth of them for val), a backbone at its own size, and
 a seed. In each the probe is solved once, and every variant of `VARIANTS` is trained at every rate of `RATES` from the
 same split. A row holds accuracy, log loss and calibration error on test of the shipped weights, of the probe, of the
-mean of both probabilities, and of weights half-way between start and end (WiSE-FT, https://arxiv.org/abs/2109.01903);
-and val before training, after the first epoch, and at the end. Rows are appended to `results/grid.csv` as they come and
-are not run again; probabilities of test and val are kept in `--work`, one file a cell, for questions nobody asked yet.
+mean of both probabilities, and of weights between start and end (WiSE-FT, https://arxiv.org/abs/2109.01903): `wise_`
+half-way from the softened head that training starts from, `wise50_` and `wise75_` from the probe as it was solved, at a
+share of the end of 0.5 and 0.75; and val before training, after the first epoch, and at the end. Rows are appended to
+`results/grid.csv` as they come and are not run again; probabilities of test and val are kept in `--work`, one file a
+cell, for questions nobody asked yet.
 
 The design: cells are visited so that each prefix covers all levels of every factor about evenly (`ordered_cells`), so a
 stopped grid is a balanced one. The same script serves two cores and a GPU with many processes.
@@ -43,7 +45,18 @@ VARIANTS = {
     "norms": ["train.strategy=norms", "head.init=probe"],
     "full": ["train.strategy=full", "head.init=zero"],
     "partial_ema": ["train.strategy=partial", "head.init=probe", "train.averaging.kind=ema"],
+    "partial_w20": ["train.strategy=partial", "head.init=probe", "train.schedule.warmup_fraction=0.2"],
+    "partial_w40": ["train.strategy=partial", "head.init=probe", "train.schedule.warmup_fraction=0.4"],
+    "partial_r3_w20": [
+        "train.strategy=partial",
+        "head.init=probe",
+        "train.schedule.warmup_fraction=0.2",
+        "train.optimizer.backbone_lr_ratio=0.3",
+    ],
+    "full_w20": ["train.strategy=full", "head.init=probe", "train.schedule.warmup_fraction=0.2"],
+    "full_w40": ["train.strategy=full", "head.init=probe", "train.schedule.warmup_fraction=0.4"],
 }
+"""Overrides; the last five lengthen the warm-up (a twentieth of the steps otherwise)."""
 BUDGET, EPOCHS = 8_000, (3, 20)
 """Training images seen in all, as many as a default run on a CPU; fewest and most epochs."""
 KEYS = ("set", "backbone", "per_class", "seed")
@@ -51,6 +64,7 @@ FIELDS = (
     *KEYS, "variant", "lr", "num_train", "num_val", "num_test", "epochs", "steps", "pixels", "similarity", "depth",
     "top1", "log_loss", "ece", "probe_top1", "probe_log_loss", "probe_ece", "probe_left_out",
     "mean_top1", "mean_log_loss", "mean_ece", "wise_top1", "wise_log_loss", "wise_ece",
+    "wise50_top1", "wise50_log_loss", "wise50_ece", "wise75_top1", "wise75_log_loss", "wise75_ece",
     "val_start", "val_first", "val_last", "val_loss_start", "val_loss_last", "train_last", "probe_val_loss",
     "seconds", "cpu_seconds", "device", "commit",
 )  # fmt: skip
@@ -74,8 +88,9 @@ def ordered_cells(sets: list[str], backbones: list[str], sizes: list[int], seeds
     return cells
 
 
-def run_cell(cell: Cell, known: set[tuple[str, str]], shared: Path, work: Path, results: Path, commit: str) -> int:
-    """Append a row for every variant and rate of a cell that is not `known`; how many."""
+def run_cell(cell: Cell, wanted: list[tuple[str, float]], known: set[tuple[str, str]], shared: Path, work: Path,
+             results: Path, commit: str) -> int:  # fmt: skip
+    """Append a row for every `wanted` variant and rate of a cell that is not `known`; how many."""
     import numpy as np
     import torch
 
@@ -97,7 +112,7 @@ def run_cell(cell: Cell, known: set[tuple[str, str]], shared: Path, work: Path, 
     kept: dict[str, np.ndarray] = {f"probe_{role}": rows.numpy().astype(np.float32) for role, rows in probe.items()}
     kept |= {f"labels_{role}": seen.labels(role).numpy() for role in ("test", "val")}
     count = 0
-    for name, lr in ((n, lr) for n in VARIANTS for lr in RATES):
+    for name, lr in wanted:
         if (name, f"{lr:g}") in known:
             continue
         more = [*VARIANTS[name], f"train.optimizer.lr={lr}", f"train.epochs={epochs}"]
@@ -141,15 +156,18 @@ def run_variant(recipe, seen, probe):
     spent = time.perf_counter() - began, time.process_time() - cpu
     final = {role: predict_probabilities(classifier, seen.store, seen.indices(role), plan, "center")
              for role in ("test", "val")}  # fmt: skip
-    end = classifier.state_dict()
-    half = {key: torch.lerp(start[key], value.cpu(), 0.5) if value.is_floating_point() else value
-            for key, value in end.items()}  # fmt: skip
-    classifier.load_state_dict(half)
-    wise = {role: predict_probabilities(classifier, seen.store, seen.indices(role), plan, "center")
-            for role in ("test", "val")}  # fmt: skip
+    end = {key: value.detach().cpu().clone() for key, value in classifier.state_dict().items()}
+    start |= {f"head.linear.{key}": value for key, value in weights.items()}  # not softened
+    wise = {}
+    for share in (0.5, 0.75):
+        mixed = {key: torch.lerp(start[key], value, share) if value.is_floating_point() else value
+                 for key, value in end.items()}  # fmt: skip
+        classifier.load_state_dict(mixed)
+        rows = predict_probabilities(classifier, seen.store, seen.indices("test"), plan, "center")
+        wise[f"wise{100 * share:.0f}_"] = rows
     labels = seen.labels("test")
-    judged = {"": final["test"], "probe_": probe["test"], "mean_": (final["test"] + probe["test"]) / 2,
-              "wise_": wise["test"]}  # fmt: skip
+    mean = (final["test"] + probe["test"]) / 2
+    judged = {"": final["test"], "probe_": probe["test"], "mean_": mean, **wise}
     row = {prefix + key: value for prefix, rows in judged.items() for key, value in _scores(rows, labels).items()}
     last = max(epoch for name, epoch in curve if name == "val/top1")
     facts = seen.facts
@@ -165,8 +183,8 @@ def run_variant(recipe, seen, probe):
         "seconds": f"{spent[0]:.1f}", "cpu_seconds": f"{spent[1]:.1f}",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }  # fmt: skip
-    arrays = {f"{kind}_{role}": rows.numpy().astype(np.float32) for kind, both in (("final", final), ("wise", wise))
-              for role, rows in both.items()}  # fmt: skip
+    arrays = {f"final_{role}": rows.numpy().astype(np.float32) for role, rows in final.items()}
+    arrays |= {f"{kind}test": rows.numpy().astype(np.float32) for kind, rows in wise.items()}
     return row, arrays
 
 
@@ -205,7 +223,9 @@ def run_all(cells: list[Cell], arguments: argparse.Namespace, shared: Path, work
     if not arguments.results.exists():
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
         arguments.results.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
-    waiting = iter([cell for cell in cells if len(known.get(cell, ())) < len(VARIANTS) * len(RATES)])
+    wanted = [(name, rate) for name in arguments.variants for rate in arguments.rates]
+    asked = {(name, f"{rate:g}") for name, rate in wanted}
+    waiting = iter([cell for cell in cells if asked - known.get(cell, set())])
     began, context = time.monotonic(), multiprocessing.get_context("spawn")
     running: dict[Future[int], Cell] = {}
     with ProcessPoolExecutor(
@@ -216,7 +236,7 @@ def run_all(cells: list[Cell], arguments: argparse.Namespace, shared: Path, work
                 cell = next(waiting, None)
                 if cell is None:
                     break
-                task = (cell, known.get(cell, set()), shared, work, arguments.results, commit)
+                task = (cell, wanted, known.get(cell, set()), shared, work, arguments.results, commit)
                 running[pool.submit(run_cell, *task)] = cell
             if not running:
                 return
@@ -240,6 +260,8 @@ def main() -> None:
     parser.add_argument("--backbones", nargs="+", default=BACKBONES)
     parser.add_argument("--per-class", nargs="+", type=int, default=PER_CLASS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--settings", nargs="*", default=[], help="overrides for every run, such as data.image_size=64")
     arguments = parser.parse_args()
     shared, work = arguments.shared.resolve(), arguments.work.resolve()
