@@ -140,7 +140,7 @@ def tuned_batches(paths: list, labels: list, card: dict, pixels: int):
         augmentation=vary,
         shuffle=True,
         seed=0,
-        drop_last=True,
+        even=True,
     )
 
 

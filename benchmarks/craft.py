@@ -89,7 +89,7 @@ def run_plain(name: str, seed: int, shared: Path) -> dict:
         "light", size_pixels=seen.view.size_pixels, interpolation=seen.view.interpolation, invariances=()
     )
     train = Batches(seen.store, rows["train"], labels["train"], batch_size=64, augmentation=vary, shuffle=True,
-                    seed=seed, drop_last=True)  # fmt: skip
+                    seed=seed, even=True)  # fmt: skip
     test = Batches(seen.store, rows["test"], labels["test"], batch_size=64, augmentation=None, shuffle=False, seed=seed)
     torch.manual_seed(seed)
     head = torch.nn.Linear(seen.backbone.num_features, len(seen.source.classes))

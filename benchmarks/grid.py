@@ -5,12 +5,11 @@
 
 A cell is a data set cut to so many labelled images per class (a sixth of them for val), a backbone at its own size, and
 a seed. In each the probe is solved once, and every variant of `VARIANTS` is trained at every rate of `RATES` from the
-same split. A row holds accuracy, log loss and calibration error on test of the shipped weights, of the probe, of the
-mean of both probabilities, and of weights between start and end (WiSE-FT, https://arxiv.org/abs/2109.01903): `wise_`
-half-way from the softened head that training starts from, `wise50_` and `wise75_` from the probe as it was solved, at a
-share of the end of 0.5 and 0.75; and val before training, after the first epoch, and at the end. Rows are appended to
-`results/grid.csv` as they come and are not run again; probabilities of test and val are kept in `--work`, one file a
-cell, for questions nobody asked yet.
+same split. A row holds accuracy, log loss and calibration error on test of the shipped weights, of the probe, of
+the mean of both probabilities, and of weights between start and end (WiSE-FT, https://arxiv.org/abs/2109.01903) with a
+share of the end of 0.5 (`wise_`) and 0.75 (`wise75_`); and val before training, after the first epoch, and at the end.
+Rows are appended to `results/grid.csv` as they come and are not run again; probabilities of test and val are kept in
+`--work`, one file a cell, for questions nobody asked yet.
 
 The design: cells are visited so that each prefix covers all levels of every factor about evenly (`ordered_cells`), so a
 stopped grid is a balanced one. The same script serves two cores and a GPU with many processes.
@@ -45,26 +44,26 @@ VARIANTS = {
     "norms": ["train.strategy=norms", "head.init=probe"],
     "full": ["train.strategy=full", "head.init=zero"],
     "partial_ema": ["train.strategy=partial", "head.init=probe", "train.averaging.kind=ema"],
-    "partial_w20": ["train.strategy=partial", "head.init=probe", "train.schedule.warmup_fraction=0.2"],
-    "partial_w40": ["train.strategy=partial", "head.init=probe", "train.schedule.warmup_fraction=0.4"],
-    "partial_r3_w20": [
-        "train.strategy=partial",
-        "head.init=probe",
-        "train.schedule.warmup_fraction=0.2",
-        "train.optimizer.backbone_lr_ratio=0.3",
-    ],
     "full_w20": ["train.strategy=full", "head.init=probe", "train.schedule.warmup_fraction=0.2"],
     "full_w40": ["train.strategy=full", "head.init=probe", "train.schedule.warmup_fraction=0.4"],
+    "full_smooth": ["train.strategy=full", "head.init=probe", "regularization.label_smoothing=0.1"],
+    "full_medium": ["train.strategy=full", "head.init=probe", "augment.preset=medium"],
+    "full_long": ["train.strategy=full", "head.init=probe"],
+    "default_full": ["train.strategy=full", "augment.preset=null"],
+    "default_partial": ["train.strategy=partial", "augment.preset=null"],
 }
-"""Overrides; the last five lengthen the warm-up (a twentieth of the steps otherwise)."""
+"""Overrides; augmentation is light where they do not say otherwise, and the planner's in the last two. `full_long` has
+three times the epochs."""
 BUDGET, EPOCHS = 8_000, (3, 20)
 """Training images seen in all, as many as a default run on a CPU; fewest and most epochs."""
+MOST_JUDGED = 500
+"""Images of test that are judged, about."""
 KEYS = ("set", "backbone", "per_class", "seed")
 FIELDS = (
     *KEYS, "variant", "lr", "num_train", "num_val", "num_test", "epochs", "steps", "pixels", "similarity", "depth",
     "top1", "log_loss", "ece", "probe_top1", "probe_log_loss", "probe_ece", "probe_left_out",
     "mean_top1", "mean_log_loss", "mean_ece", "wise_top1", "wise_log_loss", "wise_ece",
-    "wise50_top1", "wise50_log_loss", "wise50_ece", "wise75_top1", "wise75_log_loss", "wise75_ece",
+    "wise75_top1", "wise75_log_loss", "wise75_ece",
     "val_start", "val_first", "val_last", "val_loss_start", "val_loss_last", "train_last", "probe_val_loss",
     "seconds", "cpu_seconds", "device", "commit",
 )  # fmt: skip
@@ -102,23 +101,28 @@ def run_cell(cell: Cell, wanted: list[tuple[str, float]], known: set[tuple[str, 
     table = cell_table(cell.set, cell.per_class or 10**6, cell.seed, shared, work)
     wishes = [f"data.root={table}", f"backbone={cell.backbone}", f"seed={cell.seed}", "data.split.val=0.167",
               "data.split.calibration=0", "evaluate.calibrate=false", "tracking.enabled=false",
-              "augment.preset=light", "hardware.workers=0", *SETTINGS]  # fmt: skip
+              "hardware.workers=0", *SETTINGS]  # fmt: skip
     seen = look(ft.load_recipe(None, [*wishes, "train.strategy=partial"]))
     num_train = len(seen.indices("train"))
     epochs = min(EPOCHS[1], max(EPOCHS[0], round(BUDGET / num_train)))
-    common = {**cell._asdict(), "num_train": num_train, "num_val": len(seen.indices("val")), "epochs": epochs,
-              "num_test": len(seen.indices("test")), "commit": commit}  # fmt: skip
     probe = {"test": _probe(seen, "test"), "val": _probe(seen, "val")}
+    common = {**cell._asdict(), "num_train": num_train, "num_val": len(seen.indices("val")), "epochs": epochs,
+              "num_test": len(probe["test"]), "commit": commit}  # fmt: skip
     kept: dict[str, np.ndarray] = {f"probe_{role}": rows.numpy().astype(np.float32) for role, rows in probe.items()}
-    kept |= {f"labels_{role}": seen.labels(role).numpy() for role in ("test", "val")}
+    kept |= {f"labels_{role}": seen.labels(role)[_some(seen, role)].numpy() for role in ("test", "val")}
     count = 0
     for name, lr in wanted:
         if (name, f"{lr:g}") in known:
             continue
-        more = [*VARIANTS[name], f"train.optimizer.lr={lr}", f"train.epochs={epochs}"]
+        more = [
+            "augment.preset=light",
+            *VARIANTS[name],
+            f"train.optimizer.lr={lr}",
+            f"train.epochs={epochs * (3 if name == 'full_long' else 1)}",
+        ]
         recipe = ft.load_recipe(None, [*wishes, *more])
         row, arrays = run_variant(recipe, seen, probe)
-        row = {**common, "variant": name, "lr": f"{lr:g}", **row}
+        row = {**common, "epochs": epochs * (3 if name == "full_long" else 1), "variant": name, "lr": f"{lr:g}", **row}
         append_row(results, FIELDS, row)  # one short write, so that processes may share the file
         told = (*KEYS, "variant", "lr", "top1", "probe_top1", "log_loss", "probe_log_loss", "seconds")
         print(" ".join(str(row[key]) for key in told), flush=True)
@@ -154,18 +158,17 @@ def run_variant(recipe, seen, probe):
         fit(plan, 0, classifier, train, val, here, curves, members=here, say=lambda _: None, notify=lambda: None)
         curve = {(row["name"], int(row["epoch"])): float(row["value"]) for row in curves.rows()}
     spent = time.perf_counter() - began, time.process_time() - cpu
-    final = {role: predict_probabilities(classifier, seen.store, seen.indices(role), plan, "center")
+    final = {role: predict_probabilities(classifier, seen.store, seen.indices(role)[_some(seen, role)], plan, "center")
              for role in ("test", "val")}  # fmt: skip
     end = {key: value.detach().cpu().clone() for key, value in classifier.state_dict().items()}
-    start |= {f"head.linear.{key}": value for key, value in weights.items()}  # not softened
     wise = {}
     for share in (0.5, 0.75):
         mixed = {key: torch.lerp(start[key], value, share) if value.is_floating_point() else value
                  for key, value in end.items()}  # fmt: skip
         classifier.load_state_dict(mixed)
-        rows = predict_probabilities(classifier, seen.store, seen.indices("test"), plan, "center")
-        wise[f"wise{100 * share:.0f}_"] = rows
-    labels = seen.labels("test")
+        rows = predict_probabilities(classifier, seen.store, seen.indices("test")[_some(seen, "test")], plan, "center")
+        wise["wise_" if share == 0.5 else "wise75_"] = rows
+    labels = seen.labels("test")[_some(seen, "test")]
     mean = (final["test"] + probe["test"]) / 2
     judged = {"": final["test"], "probe_": probe["test"], "mean_": mean, **wise}
     row = {prefix + key: value for prefix, rows in judged.items() for key, value in _scores(rows, labels).items()}
@@ -189,7 +192,12 @@ def run_variant(recipe, seen, probe):
 
 
 def _probe(seen, role):
-    return seen.probe.logits(seen.stacked(role)).softmax(1).float()
+    return seen.probe.logits(seen.stacked(role)).softmax(1).float()[_some(seen, role)]
+
+
+def _some(seen, role) -> slice:
+    """Every image of a role or, of more than `MOST_JUDGED`, every second or third."""
+    return slice(None, None, -(-len(seen.indices(role)) // MOST_JUDGED) or 1)
 
 
 def _scores(probabilities, labels) -> dict[str, str]:
@@ -220,9 +228,12 @@ def run_all(cells: list[Cell], arguments: argparse.Namespace, shared: Path, work
     for row in read_rows(arguments.results):
         cell = Cell(row["set"], row["backbone"], int(row["per_class"]), int(row["seed"]))
         known.setdefault(cell, set()).add((row["variant"], row["lr"]))
+    head = ",".join(FIELDS)
+    if arguments.results.exists() and arguments.results.read_text(encoding="utf-8").partition("\n")[0] != head:
+        raise SystemExit(f"{arguments.results} has other columns than this script writes; give another file.")
     if not arguments.results.exists():
         arguments.results.parent.mkdir(parents=True, exist_ok=True)
-        arguments.results.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
+        arguments.results.write_text(head + "\n", encoding="utf-8")
     wanted = [(name, rate) for name in arguments.variants for rate in arguments.rates]
     asked = {(name, f"{rate:g}") for name, rate in wanted}
     waiting = iter([cell for cell in cells if asked - known.get(cell, set())])

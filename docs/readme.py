@@ -1,4 +1,4 @@
-"""Write the measured parts of README.md and advice.md: output of the demo and of a plan, recipes, speed, sets, regret.
+"""Write the measured parts of README.md and advice.md: output of the demo and of a plan, recipes, speed, sets, matrix.
 
     finetune demo 2> demo.txt
     FINETUNE_ZOO=../shared/zoo finetune plan ../shared/data/sign_digits backbone=mobilenetv2_100.imagenet_keras \
@@ -118,7 +118,7 @@ def main() -> None:
     for name, make, path in zip(("demo", "plan"), (demo, plan), sys.argv[1:], strict=False):
         parts[name] = make(Path(path))
     write(ROOT / "README.md", parts)
-    write(ROOT / "docs" / "advice.md", {"regret": result("advice"), "many": result("many")})
+    write(ROOT / "docs" / "advice.md", {"matrix": result("matrix"), "many": result("many")})
     write(
         ROOT / "docs" / "training.md",
         {name: result(name) for name in ("craft", "ablation", "snapshots", "imbalance", "imbalance-tuned", "overhead")},

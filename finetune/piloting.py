@@ -13,9 +13,9 @@ from pathlib import Path
 
 from finetune.errors import RecipeError
 from finetune.features.survey import Look
-from finetune.recipe.advice import ORDER
 from finetune.recipe.facts import Facts, PilotFacts, Proportion
 from finetune.recipe.forecasts import EPOCH_SECONDS
+from finetune.recipe.matrix import ORDER
 from finetune.recipe.planning import make_plan
 from finetune.recipe.schema import DistillationSpec, Recipe
 from finetune.scores.intervals import wilson

@@ -338,6 +338,9 @@ def _train_stages(
     classifier = make_classifier(
         plan, seen.backbone, load_file(run.file("probe.safetensors")), seen.facts.counts["train"]
     )
+    start = None
+    if plan.train.averaging.wise_ft != 1:
+        start = {name: weight.detach().clone() for name, weight in classifier.named_parameters()}
     train, val = make_batches(plan, seen, vary=vary)
     teacher = None if run.final_weights().exists() else load_teacher(plan)
     for index in range(len(plan.stages)):
@@ -353,6 +356,7 @@ def _train_stages(
             curves,
             members=run.file("snapshots"),
             origin=origin,
+            start=start,
             teacher=teacher,
             say=say,
             notify=notify,

@@ -244,7 +244,7 @@ def test_fresh_stages_have_their_own_statistics_and_lower_ones_stay(shapes, tmp_
 
 @pytest.mark.technique("T161")
 def test_an_average_is_judged_and_shipped_and_the_raw_weights_are_shown_beside_it(shapes, tmp_path):
-    wishes = ["train.strategy=full", "train.keep=last", "seed=3"]
+    wishes = ["train.strategy=full", "train.keep=last", "train.averaging.wise_ft=1", "seed=3"]
     plain = start(shapes, tmp_path / "plain", *wishes)
     run = start(shapes, tmp_path / "ema", *wishes, "train.averaging.kind=ema", "train.averaging.ema_decay=0.8")
     assert curve(run, "val/raw_loss") == pytest.approx(curve(plain, "val/loss")[1:], rel=1e-6)  # training is the same

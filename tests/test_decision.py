@@ -9,9 +9,11 @@ import yaml
 
 from finetune.recipe.advice import UNMEASURED
 from finetune.recipe.facts import ChiralityFacts, Facts, ProfileFacts
+from finetune.recipe.matrix import ORDER, Place, choose_at
 from finetune.recipe.plan import Advice, Plan
 from finetune.recipe.schema import TrainSpec
-from finetune.reporting.decision import decision_context, depth_figure, forecast_rows, grid_figure, shift_figure
+from finetune.reporting.decision import decision_context, depth_figure, forecast_rows, shift_figure
+from finetune.reporting.matrix_figure import COLUMNS, ROWS, grid_figure
 from finetune.reporting.report import render_report
 from finetune.reporting.sentences import chirality_sentence, depth_sentence, duration, measure_rows, memory
 from finetune.reporting.terminal import facts_text, forecasts_text, grid_text, plan_text, profile_text
@@ -48,6 +50,8 @@ def make_advice(images=38.0, similarity=0.62, *, half=0.09, small_below=100.0, s
         "similarity_high": high,
         "small_below": small_below,
         "similar_from": similar_from,
+        "probe_error": 0.12,
+        "prefer": "balanced",
         "strategy": "partial",
         "runner_up": "full",
         "why": "38 training images per class (< 100), similarity 0.62 (< 0.75): little data, different from the source",
@@ -179,33 +183,43 @@ def test_the_bar_ends_where_the_interval_ends():
     assert float(bar.get("x1")) == pytest.approx(dot(drawing)[0])
 
 
-@pytest.mark.parametrize(
-    ("images", "similarity", "usual"),
-    [(38, 0.9, "probe"), (38, 0.2, "train the top part"), (900, 0.9, "train all, gently"), (900, 0.2, "train all")],
-)
-def test_the_cell_of_the_data_is_lit_and_holds_the_dot(images, similarity, usual):
-    drawing = grid_figure(make_advice(images, similarity))
-    (cell,) = [rect for rect in elements(drawing, "rect") if rect.get("class") == "here"]
-    (left, top), (x, y) = (float(cell.get("x")), float(cell.get("y"))), dot(drawing)
-    assert left < x < left + float(cell.get("width")) and top < y < top + float(cell.get("height"))
-    assert drawing.split('aria-label="')[1].split('"')[0].endswith(f"usually {usual}")
+def at_place(images, similarity, *, probe_error=0.12, prefer="balanced"):
+    return {**make_advice(images, similarity), "probe_error": probe_error, "prefer": prefer}
 
 
-def test_data_on_a_border_belong_to_the_larger_cell():
-    assert "usually train all, gently" in grid_figure(make_advice(100, 0.75))
-
-
-@pytest.mark.parametrize("images", [0, 1, 5, 99, 2e3, 1e5, 3e6])
-@pytest.mark.parametrize("similarity", [0.0, 0.03, 0.74, 0.97, 1.0])
-def test_no_name_of_a_cell_lies_under_the_dot(images, similarity):
-    drawing = grid_figure(make_advice(images, similarity))
+@pytest.mark.parametrize("prefer", ["accuracy", "balanced", "speed"])
+@pytest.mark.parametrize("probe_error", [0.02, 0.06, 0.15, 0.5])
+@pytest.mark.parametrize("images", [0, 1, 5, 38, 99, 900, 3e6])
+@pytest.mark.parametrize("similarity", [0.0, 0.33, 0.74, 1.0])
+def test_the_picture_never_says_another_strategy_than_the_advice(images, similarity, probe_error, prefer):
+    place = Place(images, similarity, probe_error)
+    chosen = choose_at(place, prefer)
+    drawing = grid_figure(at_place(images, similarity, probe_error=probe_error, prefer=prefer))
     assert_inside(drawing)
-    x, y = dot(drawing)
-    for text in elements(drawing, "text"):
-        if text.text.startswith(("probe", "train the", "train all")):
-            across, down = zip(*reach(text), strict=True)
-            is_covered = min(across) < x + 7 and max(across) > x - 7 and min(down) < y + 7 and max(down) > y - 7
-            assert not is_covered, text.text
+    assert drawing.split('aria-label="')[1].split('"')[0].endswith(f"takes {chosen}")
+    (field,) = [rect for rect in elements(drawing, "rect") if rect.get("stroke")]
+    assert field.get("class") == f"choice-{chosen}"
+    (left, top), (x, y) = (float(field.get("x")), float(field.get("y"))), dot(drawing)
+    assert (
+        left - 1 <= x <= left + float(field.get("width")) + 1 and top - 1 <= y <= top + float(field.get("height")) + 1
+    )
+    advice = Advice.model_validate(at_place(images, similarity, probe_error=probe_error, prefer=prefer))
+    assert grid_text(advice).endswith(f"o these data: {chosen}")
+
+
+def test_every_field_of_the_picture_is_what_the_matrix_takes_there():
+    drawing = grid_figure(at_place(20, 0.5))
+    rects = [rect for rect in elements(drawing, "rect") if float(rect.get("y")) > 40]
+    assert len(rects) == COLUMNS * ROWS
+    across, down = ([float(rect.get(key)) for rect in rects] for key in ("x", "y"))
+    left, right, low, high = min(across), max(across), min(down), max(down)
+    for rect in rects:
+        if rect.get("stroke"):
+            continue
+        column = round((COLUMNS - 1) * (float(rect.get("x")) - left) / (right - left))
+        row = round((ROWS - 1) * (float(rect.get("y")) - low) / (high - low))
+        place = Place(10 ** (4 * (column + 0.5) / COLUMNS), 1 - (row + 0.5) / ROWS, 0.12)
+        assert rect.get("class") == f"choice-{choose_at(place)}"
 
 
 @pytest.mark.parametrize(("small_below", "similar_from"), [(5, 0.9), (12, 0.2), (2000, 0.5), (1, 0.0), (100, 1.0)])
@@ -217,7 +231,7 @@ def test_the_borders_stand_where_the_advice_has_them(small_below, similar_from):
     assert float(level.get("y1")) == float(level.get("y2")) == pytest.approx(at[1], abs=0.11)
 
 
-@pytest.mark.parametrize("key", ["images_per_class", "similarity", "small_below", "similar_from"])
+@pytest.mark.parametrize("key", ["images_per_class", "similarity", "small_below", "similar_from", "probe_error"])
 def test_an_unknown_place_draws_no_grid(key):
     assert grid_figure({**make_advice(), key: float("nan")}) == ""
     assert grid_figure({k: v for k, v in make_advice().items() if k != key}) == ""
@@ -511,42 +525,33 @@ def test_the_context_is_a_function_of_its_arguments():
 def grid_lines(**place):
     text = grid_text(Advice.model_validate(make_advice(**place)))
     lines = text.splitlines()
-    assert max(map(len, lines)) <= 72 and len(lines) <= 13 and text.isascii()
-    return lines[2:-2]
+    assert max(map(len, lines)) <= 72 and len(lines) <= 14 and text.isascii()
+    return lines[2:-3]
 
 
-@pytest.mark.parametrize(("images", "is_right"), [(3, False), (99.5, False), (100, True), (1e5, True)])
-@pytest.mark.parametrize(("similarity", "is_upper"), [(0.0, False), (0.749, False), (0.75, True), (1.0, True)])
-def test_the_o_stands_in_its_quarter_of_the_terminal(images, is_right, similarity, is_upper):
-    lines = grid_lines(images=images, similarity=similarity, half=0.01)
-    border = next(i for i, line in enumerate(lines) if line.startswith("  0.75 :"))
-    middle = lines[border].index("+")
-    ((row, column),) = [
-        (i, match.start()) for i, line in enumerate(lines) for match in re.finditer(r"\bo\b", line) if i != border
-    ]
-    assert (row < border, column > middle) == (is_upper, is_right)
+def test_the_o_moves_with_images_and_with_similarity():
+    places = {}
+    for images, similarity in ((3, 0.9), (300, 0.9), (3, 0.1)):
+        lines = grid_lines(images=images, similarity=similarity, half=0.01)
+        ((places[images, similarity]),) = [(i, line.index("o")) for i, line in enumerate(lines) if "o" in line]
+    first, right, below = places.values()
+    assert right[0] == first[0] and right[1] > first[1] + 20
+    assert below[1] == first[1] and below[0] > first[0] + 5
 
 
 def test_the_terminal_draws_the_interval_as_a_bar():
     lines = grid_lines(images=30, similarity=0.6, half=0.3)
-    column = next(line.index(" o ") + 1 for line in lines if " o " in line)
+    column = next(line.index("o") for line in lines if "o" in line)
     marked = [line[column] for line in lines]
     start, end = marked.index("|"), len(marked) - marked[::-1].index("|")
     assert set(marked[start:end]) == {"|", "o"} and end - start > 4
 
 
-@pytest.mark.parametrize("images", [1, 4, 12, 60, 99, 150, 3000, 1e6])
-@pytest.mark.parametrize("similarity", [0.0, 0.1, 0.5, 0.9, 1.0])
-def test_every_cell_of_the_terminal_keeps_its_name(images, similarity):
-    text = "\n".join(grid_lines(images=images, similarity=similarity, half=0.05))
-    assert all(name in text for name in ("probe", "train the top part", "train all, gently"))
-    assert len(re.findall("train all(?!,)", text)) == 1
-
-
-@pytest.mark.parametrize(("small_below", "similar_from"), [(1, 0.0), (1, 1.0), (0.5, 0.5), (1e6, 0.999)])
-@pytest.mark.parametrize("similarity", [0.0, 1.0])
-def test_the_terminal_survives_any_border(small_below, similar_from, similarity):
-    assert grid_lines(images=1, similarity=similarity, small_below=small_below, similar_from=similar_from)
+def test_the_terminal_names_every_sign_that_it_draws():
+    text = grid_text(Advice.model_validate(make_advice(images=30, similarity=0.6)))
+    key = text.splitlines()[-1]
+    drawn = set("".join(grid_lines(images=30, similarity=0.6)[:-1])) & set(".+#")
+    assert drawn and all(f"{sign} {name}" in key for sign, name in zip(".+#", ORDER, strict=True))
 
 
 def test_the_terminal_leaves_out_what_is_not_known():

@@ -302,7 +302,7 @@ def test_the_teachers_files_are_as_they_were_and_a_student_is_closer_to_it_than_
 
 
 def test_weight_0_ends_in_the_weights_of_a_run_without_a_teacher(shapes, pool, tmp_path):
-    alone = start(shapes, tmp_path / "alone", "head.dropout=0.2")
+    alone = start(shapes, tmp_path / "alone", "head.dropout=0.2", "train.averaging.wise_ft=1")
     beside = start(shapes, tmp_path / "beside", "head.dropout=0.2", *taught(pool[0], weight=0))
     ours, theirs = load_file(alone.final_weights()), load_file(beside.final_weights())
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
@@ -512,7 +512,7 @@ def test_a_probe_was_never_balanced_and_members_that_differ_are_not_followed(poo
 
 
 def test_an_advised_probe_is_refused_where_a_teacher_is_named(shapes, pool, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.recipe.planning.advise", lambda facts: pool[0].plan.advice.model_copy(
+    monkeypatch.setattr("finetune.recipe.planning.advise", lambda facts, prefer: pool[0].plan.advice.model_copy(
         update={"strategy": "probe"}
     ))  # fmt: skip
     wishes = [*SMALL, *FULL, *taught(pool[0]), "train.strategy=null"]

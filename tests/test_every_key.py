@@ -25,6 +25,7 @@ from finetune import pipeline
 from finetune.data import decoding, loading
 from finetune.errors import FinetuneError
 from finetune.features.viewing import measure_machine
+from finetune.recipe import matrix
 from finetune.recipe.schema import Recipe, recipe_keys
 from finetune.training import fitting
 from finetune.training.tracking import default_uri
@@ -121,6 +122,7 @@ WEIGHTS = [
     *of("weights", "train.schedule.growth=3", beside="train.schedule.name=growing train.schedule.cycles=2"),
     *of("weights", "train.averaging.kind=ema", "train.averaging.kind=swa", beside="train.epochs=2"),
     *of("weights", "train.averaging.kind=none", "train.averaging.ema_decay=0.5", beside="train.averaging.kind=ema"),
+    *of("weights", "train.averaging.wise_ft=0.5", beside="head.init=probe"),
     *of("weights", "train.averaging.swa_start=0.3", beside="train.epochs=2 train.averaging.kind=swa"),
     *of("weights", "train.averaging.swa_lr=0.1", beside="train.epochs=2 train.averaging.kind=swa"),
     *of("weights", "train.averaging.batch_norm=exact", beside="train.averaging.kind=ema train.batch_norm=train"),
@@ -155,7 +157,7 @@ WEIGHTS += [
         "train.schedule.factor=0.9",
         beside=f"{UNSTEADY} train.schedule.name=plateau train.schedule.patience=1",
     ),
-    *of("weights", "train.stop_ratio=1.05", beside=UNSTEADY),
+    *of("weights", "train.stop_ratio=1.05", beside=f"{UNSTEADY} train.optimizer.lr=1"),
 ]
 
 SWAPPED = '{"train":"train","val":"test","calibration":"calibration","test":"val"}'
@@ -186,6 +188,9 @@ REFUSED = [
     *of("refused", "evaluate.draws=3 | | the head drops nothing"),
     *of("refused", "hardware.precision=fp16 | | needs a GPU", "hardware.devices=cuda | | torch sees no GPU here"),
     *of("refused", "train.optimizer.decay=coupled | | adamw decouples it by definition"),
+    *of("refused", "train.averaging.wise_ft=0.5 | | does not begin from the probe"),
+    *of("refused", "train.averaging.wise_ft=0.5 | head.init=probe train.batch_norm=train | cannot be mixed"),
+    *of("refused", "train.averaging.wise_ft=0.5 | train.reinit=1 | throws part of the start away"),
     *of("refused", "train.schedule.cycles=3 | train.averaging.snapshots=2 | keep the first"),
 ]
 
@@ -193,6 +198,7 @@ IDLE = [
     *of("idle", "head.hidden=16", "head.activation=tanh", "head.bias=0.1", "augment.crop=scale"),
     *of("idle", "augment.domain=medical", "data.invariances=[hflip]", "data.label_swap=[[disc,square]]"),
     *of("idle", "data.value_range=[0,900]", "data.frame=middle"),
+    *of("idle", "train.prefer=speed", "train.prefer=accuracy"),
     *of("idle", "train.lora_rank=2", "train.patience=1", "train.optimizer.momentum=0.5", "train.optimizer.rho=0.5"),
     *of("idle", "train.optimizer.betas=[0.5,0.9]", "train.optimizer.eps=0.1", beside="train.optimizer.name=sgd"),
     *of("idle", "train.optimizer.decay=coupled | train.optimizer.name=sgd train.optimizer.weight_decay=0"),
@@ -221,6 +227,8 @@ ELSEWHERE = {
     "hardware.devices=cpu": "test_a_cpu_is_taken_where_it_is_asked_for",
     "hardware.workers=1": "test_workers_and_kept_images_change_the_work_and_not_the_weights",
     "hardware.image_cache_gb=0": "test_workers_and_kept_images_change_the_work_and_not_the_weights",
+    "train.prefer=accuracy": "test_what_is_preferred_changes_the_advice",
+    "train.prefer=speed": "test_what_is_preferred_changes_the_advice",
     "tracking.enabled=true": "test_tracking_is_begun_as_the_recipe_says",
     "tracking.uri=http://127.0.0.1:9": "test_tracking_is_begun_as_the_recipe_says",
     "tracking.experiment=trees": "test_tracking_is_begun_as_the_recipe_says",
@@ -401,6 +409,16 @@ def test_a_key_changes_the_run(case, place):
     assert LOOK[case.does](run) != LOOK[case.does](without)
 
 
+def test_what_is_preferred_changes_the_advice(place, monkeypatch):
+    monkeypatch.setattr(matrix, "GAINS", {"partial": [2.0] * 24, "full": [2.01] * 24})
+    chosen = {}
+    for prefer in ("accuracy", "balanced", "speed"):
+        _, plan = pipeline.plan(place.recipe(["train.strategy=null", f"train.prefer={prefer}"]), quiet)
+        chosen[prefer] = plan.train.strategy
+        assert plan.advice.prefer == prefer and prefer in plan.advice.why
+    assert chosen == {"accuracy": "full", "balanced": "partial", "speed": "probe"}
+
+
 @pytest.mark.parametrize("beside", ["", "augment.preset=heavy augment.mixup=1 head.dropout=0.5 train.strategy=partial"])
 def test_a_run_that_is_repeated_is_the_same_so_that_a_difference_means_something(beside, place):
     once, again = (place.run_anew(beside.split(), is_judged=True) for _ in range(2))
@@ -476,7 +494,7 @@ def test_statistics_of_batch_norm_move_by_the_share_that_the_steps_of_an_epoch_a
     steps, plain = [], weights_of(place.run(["train.batch_norm=train"]))
     monkeypatch.setattr(fitting, "momentum_for", lambda asked: steps.append(asked) or 0.5)
     moved = weights_of(place.run_anew(["train.batch_norm=train"], is_judged=False))
-    assert steps == [sum(ft.survey(place.recipe([])).counts["train"]) // 8]
+    assert steps == [-(-sum(ft.survey(place.recipe([])).counts["train"]) // 8)]
     assert any("running_mean" in name and moved[name] != plain[name] for name in plain)
 
 

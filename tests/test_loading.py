@@ -8,7 +8,7 @@ from PIL import Image
 
 from finetune.data.augmentation import Augmentation
 from finetune.data.decoding import center_crop
-from finetune.data.loading import Batches, ImageStore, normalize
+from finetune.data.loading import Batches, ImageStore, normalize, num_batches
 from finetune.data.sources import open_source
 from finetune.errors import DataError
 from finetune.recipe.cards import View
@@ -100,13 +100,31 @@ def test_what_is_put_is_what_one_gets(source):
 
 
 def test_every_image_comes_once_with_its_label(source):
-    for drop_last, expected in ((False, 19), (True, 16)):
-        loader = batches(source, drop_last=drop_last)
+    for even, sizes in ((False, [4, 4, 4, 4, 3]), (True, [4, 4, 4, 4, 3])):
+        loader = batches(source, even=even)
         images, labels, indices = epoch(loader, 0)
-        assert len(loader) == -(-expected // 4) and len(set(indices.tolist())) == len(indices) == expected
-        assert images.shape == (expected, 3, 16, 16) and labels.dtype == indices.dtype == torch.int64
+        assert len(loader) == len(sizes) and len(set(indices.tolist())) == len(indices) == 19
+        assert images.shape == (19, 3, 16, 16) and labels.dtype == indices.dtype == torch.int64
         assert labels.tolist() == [source.items[i].label for i in indices.tolist()]
         assert set(indices.tolist()) <= set(range(3, 22))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"),
+    [(4, [4, 4, 4, 4, 3]), (8, [7, 6, 6]), (12, [10, 9]), (18, [10, 9]), (19, [19]), (64, [19])],
+)
+def test_even_batches_leave_no_image_out_and_no_rest_behind(source, batch_size, sizes):
+    loader = batches(source, even=True, batch_size=batch_size)
+    assert [len(labels) for _, labels, _ in loader] == sizes and len(loader) == len(sizes)
+    assert sorted(epoch(loader, 3)[2].tolist()) == list(range(3, 22))
+
+
+def test_even_batches_hold_two_images_where_there_are_two():
+    for images in range(1, 40):
+        for size in range(1, 20):
+            count = num_batches(images, size, even=True)
+            assert count >= 1 and -(-images // count) <= size + 1
+            assert images // count >= min(2, size, images)
 
 
 def test_unshuffled_batches_keep_their_order_and_equal_the_plain_view(source):
@@ -215,8 +233,6 @@ def test_impossible_wishes_are_our_bug(source):
     plain = {"batch_size": 4, "augmentation": None, "shuffle": False, "seed": 0}
     with pytest.raises(ValueError, match="2 indices but 1 labels"):
         Batches(store, [0, 1], [0], **plain)
-    with pytest.raises(ValueError, match="drop_last leaves no batch"):
-        Batches(store, [0, 1], [0, 1], **plain, drop_last=True)
     with pytest.raises(ValueError, match="batch_size"):
         Batches(store, [0], [0], **(plain | {"batch_size": 0}))
     other = Augmentation("none", size_pixels=8, interpolation="bilinear", invariances=[])

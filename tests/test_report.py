@@ -229,7 +229,9 @@ def test_an_interval_across_zero_decides_nothing():
     verdict = judge(numbers(0.954, difference=0.013), is_probe_only=False)
     assert verdict.tone == "undecided"
     assert "changed that by +1.3 points (−0.7 to +3.3), so on this test set the difference" in verdict.comparison
-    assert verdict.comparison.endswith("cannot be told from chance.")
+    assert verdict.comparison.endswith(
+        "cannot be told from chance: keep the probe, which is simpler, unless more images say otherwise."
+    )
 
 
 @pytest.mark.parametrize("edge", ["low", "high"])

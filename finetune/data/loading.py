@@ -87,7 +87,7 @@ class Batches:
         shuffle: bool,
         seed: int,
         workers: int = 0,
-        drop_last: bool = False,
+        even: bool = False,
         mirror_labels: Sequence[int] | None = None,
         balanced: bool = False,
     ) -> None:
@@ -97,24 +97,22 @@ class Batches:
             store: where the images come from.
             indices: items of the store, in the order to give them when not shuffled.
             labels: as long as `indices`: the label of each.
-            batch_size: B; the last batch may be smaller.
+            batch_size: B, at most; the last batch may be smaller.
             augmentation: None takes the centre crop of the store's view, as evaluation does.
             shuffle: another order each epoch.
             seed: not negative; with the epoch it fixes the order and every augmentation.
             workers: processes that decode and augment; 0 does so here. The batches are the same.
-            drop_last: leave out a last batch that is not full.
+            even: the same number of batches, but of equal size up to one image, so that no step sees a rest alone.
             mirror_labels: by label, the one an image gets where the augmentation flips it horizontally; None: its own.
             balanced: draw as many images per epoch as there are, but every class equally often: see `draw_evenly`.
 
         Raises:
-            ValueError: if lengths or sizes make no sense, or `drop_last` would leave no batch.
+            ValueError: if lengths or sizes make no sense.
         """
         if len(indices) != len(labels):
             raise ValueError(f"there are {len(indices)} indices but {len(labels)} labels; they must match.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        if drop_last and len(indices) < batch_size:
-            raise ValueError(f"drop_last leaves no batch: {len(indices)} images, batch_size {batch_size}.")
         if balanced and not shuffle:
             raise ValueError("balanced batches are drawn at random, so shuffle must be True.")
         if augmentation is not None and augmentation.size_pixels != store.view.size_pixels:
@@ -134,7 +132,7 @@ class Batches:
         self.shuffle = shuffle
         self.seed = seed
         self.workers = workers
-        self.drop_last = drop_last
+        self.even = even
         self.balanced = balanced
         self.epoch = 0
 
@@ -144,13 +142,13 @@ class Batches:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        full, rest = divmod(len(self.indices), self.batch_size)
-        return full + (1 if rest and not self.drop_last else 0)
+        return num_batches(len(self.indices), self.batch_size, even=self.even)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         order = self._order()
         places = np.arange(len(order))  # of an epoch: in balanced ones a position may stand at several
-        plan = [places[b * self.batch_size : (b + 1) * self.batch_size] for b in range(len(self))]
+        ends = np.arange(1, len(self)) * self.batch_size
+        plan = np.array_split(places, len(self) if self.even else ends) if len(self) else []
         # Without workers the same code runs here, and no generator of the caller is moved in either case.
         loader: DataLoader[_Drawn] = DataLoader(
             _Views(self.store, self.indices[order], self.augmentation, self.seed, self.epoch),
@@ -174,6 +172,12 @@ class Batches:
         if self.balanced:
             return draw_evenly(self.labels.numpy(), seed=self.seed, epoch=self.epoch)[order]
         return order
+
+
+def num_batches(num_images: int, batch_size: int, *, even: bool = False) -> int:
+    """Batches in an epoch; even ones of two images or more, where there are so many and a batch may hold them."""
+    count = -(-num_images // batch_size)
+    return count - 1 if even and count > 1 and batch_size > 1 and num_images // count < 2 else count
 
 
 def draw_evenly(labels: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:

@@ -329,7 +329,7 @@ class _Survey:
         size = min(GRADIENT_BATCH, len(rows))
         batches = Batches(
             self.store, rows, labels[rows].tolist(), batch_size=size, augmentation=None, shuffle=True,
-            seed=self.recipe.seed, drop_last=True,
+            seed=self.recipe.seed, even=True,
         )  # fmt: skip
         head = torch.nn.Linear(probe.weight.shape[1], probe.weight.shape[0])
         head.load_state_dict({"weight": probe.weight.float(), "bias": probe.bias.float()})

@@ -1,14 +1,14 @@
 """The advisor: how deep to fine-tune, from how much data there is, how similar it is, and what the probe gets wrong.
 
-Pure arithmetic on Facts. What a strategy gains is predicted as a share of the probe's errors, from the number of
-training images and the similarity; the cheapest strategy that comes near the best is chosen. All constants but the
-conventions below are fitted to `zoo/results.csv` by `benchmarks/regret.py`, which also says what the advice costs.
+Pure arithmetic on Facts. What a strategy gains is read from the measured matrix (`matrix.py`), and the
+strategy whose gain is worth most when its cost is paid, at the price that `train.prefer` sets, is chosen.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from finetune.recipe.facts import Facts, Measure, ProfileFacts, Proportion
+from finetune.recipe.matrix import ORDER, STEP, Gain, Place, Prefer, choose_at, gain_at
 from finetune.recipe.plan import Advice
 
 UNMEASURED = "not measured"
@@ -19,19 +19,8 @@ SIMILAR = 0.5
 """At and above this similarity the images count as similar to the source."""
 SHIFT_CENTER, SHIFT_POWER = 0.07, 4.0
 """The shift of the earliest batch norms' inputs at which similarity is 0.5, and how fast it falls there."""
-GAINS = {"partial": (-0.142, 0.170, 0.280), "full": (-0.128, 0.158, 0.256)}
-"""Share of the probe's errors that a strategy mends: constant, per tenfold of training images, for being different."""
-GAIN_ERRORS = {"partial": 0.123, "full": 0.118}
-"""Standard deviation of that share around its prediction."""
-LEAST_GAIN = 0.005
-"""Accuracy that training must be expected to add to the probe, which costs nothing."""
-WORTH = 0.01
-"""Accuracy by which full must be expected to beat partial to be taken: it costs more, and differences below it are
-noise between cells, which to follow loses on data sets that the rule was not fitted to."""
 SOLVED = 0.985
 """A probe whose interval starts above this leaves nothing that val could show."""
-ORDER = ("probe", "partial", "full")
-"""From cheap to dear."""
 
 
 def partial_depth(stages: int, profile: ProfileFacts | None = None) -> int:
@@ -78,39 +67,22 @@ def similarity_of_probes(probe: Proportion, knn: Proportion, chance: float) -> t
     return lifted(probe.value, knn.value), lifted(probe.low, knn.low), lifted(probe.high, knn.high)
 
 
-def expected_gain(facts: Facts, strategy: str) -> tuple[float, float, float] | None:
+def place_of(facts: Facts) -> Place | None:
+    """Where these facts stand in the matrix; None where there is no probe or no similarity."""
+    if facts.probe is None or facts.similarity is None:
+        return None
+    judged = facts.probe.left_out or facts.probe.val
+    error = max(1 - judged.value, 0.5 / judged.n)
+    return Place(facts.images_per_class.median, facts.similarity.value, error)
+
+
+def expected_gain(facts: Facts, strategy: str) -> Gain | None:
     """Accuracy that a strategy is expected to add to the probe's, with the 95 % interval of a single run.
 
-    None for a strategy that was never run, or where there is no probe.
+    None for a strategy that the matrix does not know, or where there is no probe.
     """
-    if strategy == "probe":
-        return 0.0, 0.0, 0.0
-    if strategy not in GAINS or facts.probe is None or facts.similarity is None:
-        return None
-    errors = 1 - (facts.probe.left_out or facts.probe.val).value
-    share = mended_share(strategy, num_train=sum(facts.counts["train"]), similarity=facts.similarity.value)
-    error = 1.96 * GAIN_ERRORS[strategy]
-    return share * errors, (share - error) * errors, min(1.0, share + error) * errors
-
-
-def mended_share(strategy: str, *, num_train: int, similarity: float) -> float:
-    """The share of the probe's errors that a strategy is expected to mend; below 0 it is expected to do harm."""
-    base, per_tenfold, different = GAINS[strategy]
-    return max(-1.0, min(0.95, base + per_tenfold * math.log10(num_train) + different * (1 - similarity)))
-
-
-def choose(gains: Mapping[str, float]) -> str:
-    """The strategy to take, by the gain that is expected of each of `ORDER`."""
-    best = max(gains.values())
-    if best < LEAST_GAIN:
-        return "probe"
-    return "full" if gains["full"] >= gains["partial"] + WORTH else "partial"
-
-
-def _preference(gains: Mapping[str, float]) -> str:
-    if choose(gains) == "full":
-        return "full is expected to be clearly better"
-    return f"partial, for full costs more and is not expected to be better by {100 * WORTH:g}"
+    place = place_of(facts)
+    return None if place is None or strategy not in ORDER else gain_at(strategy, place)
 
 
 def is_small(facts: Facts) -> bool:
@@ -118,31 +90,40 @@ def is_small(facts: Facts) -> bool:
     return facts.images_per_class.median < SMALL_PER_CLASS
 
 
-def advise(facts: Facts) -> Advice:
+def advise(facts: Facts, prefer: Prefer = "balanced") -> Advice:
     """The strategy for these facts; facts without a probe (random weights) always mean `full`."""
     if facts.probe is None:
         why = "the weights are random, so there is nothing to keep"
-        return _advice(facts, "random weights", "full", "full", why)
-    if facts.similarity is None:
+        return _advice(facts, "random weights", "full", "full", why, prefer)
+    place = place_of(facts)
+    if place is None:
         why = "the recipe says so, and nothing was measured to advise otherwise"
-        return _advice(facts, UNMEASURED, "partial", "full", why)
-    per_class, similar = facts.images_per_class.median, facts.similarity.value
-    cell = f"{'small' if is_small(facts) else 'large'}, {'similar' if similar >= SIMILAR else 'different'}"
-    gains = {strategy: (expected_gain(facts, strategy) or (0.0,))[0] for strategy in ORDER}
-    strategy = choose(gains)
-    runner_up = max((name for name in ORDER if name != strategy), key=gains.__getitem__)
-    listed = ", ".join(f"{name} {100 * gains[name]:+.1f}" for name in ORDER[1:])
+        return _advice(facts, UNMEASURED, "partial", "full", why, prefer)
+    cell = f"{'small' if is_small(facts) else 'large'}, {'similar' if place.similarity >= SIMILAR else 'different'}"
+    gains = {strategy: gain_at(strategy, place) for strategy in ORDER}
+    strategy = choose_at(place, prefer)
+    runner_up = max((name for name in ORDER if name != strategy), key=lambda name: gains[name].value)
+    listed = ", ".join(f"{name} {_points(gains[name])}" for name in ORDER[1:])
     why = (
-        f"{sum(facts.counts['train']):,} training images, {per_class:g} per class; similarity {similar:.2f}; expected "
-        f"above the probe, in points: {listed}; "
-        + (f"less than {100 * LEAST_GAIN:g} is not worth a training" if strategy == "probe" else _preference(gains))
+        f"{place.images:g} training images per class, similarity {place.similarity:.2f}, the probe wrong on "
+        f"{100 * place.error:.1f} %; expected above the probe, in points: {listed}; {_preference(strategy, prefer)}"
     )
     if facts.pilot:
         strategy, runner_up, why = _judge_pilot(facts)
     elif facts.probe.val.low >= SOLVED:
         strategy, runner_up = "probe", "partial"
         why = f"the probe's interval on val starts at {facts.probe.val.low:.3f}, so nothing is left to gain"
-    return _advice(facts, cell, strategy, runner_up, why)
+    return _advice(facts, cell, strategy, runner_up, why, prefer)
+
+
+def _points(gain: Gain) -> str:
+    return f"{100 * gain.value:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+
+
+def _preference(strategy: str, prefer: Prefer) -> str:
+    price = f"{100 * STEP[prefer]:g} points for a training" if STEP[prefer] else "nothing, as accuracy alone counts"
+    told = {"probe": "training is not worth its cost", "partial": "partial is worth its cost, full is not"}
+    return f"{told.get(strategy, 'full is worth its cost')} ({price}; train.prefer {prefer})"
 
 
 def _judge_pilot(facts: Facts) -> tuple[str, str, str]:
@@ -162,8 +143,8 @@ def _judge_pilot(facts: Facts) -> tuple[str, str, str]:
     return ranked[0], ranked[1] if len(ranked) > 1 else "probe", why
 
 
-def _advice(facts: Facts, cell: str, strategy: str, runner_up: str, why: str) -> Advice:
-    similar = facts.similarity
+def _advice(facts: Facts, cell: str, strategy: str, runner_up: str, why: str, prefer: Prefer) -> Advice:
+    similar, place = facts.similarity, place_of(facts)
     return Advice(
         cell=cell,
         images_per_class=facts.images_per_class.median,
@@ -172,6 +153,8 @@ def _advice(facts: Facts, cell: str, strategy: str, runner_up: str, why: str) ->
         similarity_high=similar.high if similar else 0.0,
         small_below=SMALL_PER_CLASS,
         similar_from=SIMILAR,
+        probe_error=place.error if place else 0.0,
+        prefer=prefer,
         strategy=strategy,
         runner_up=runner_up,
         why=why,

@@ -82,7 +82,7 @@ def set_keys(section: BaseModel, prefix: str = "") -> Iterator[str]:
 
 def _idle_of_a_probe(recipe: Recipe) -> dict[str, str]:
     sections = ("augment.", "head.", "regularization.", "train.", "hardware.workers", "hardware.image_cache_gb")
-    used = ("head.kind", "train.strategy")
+    used = ("head.kind", "train.strategy", "train.prefer")
     return {key: _PROBE for key in set_keys(recipe) if key.startswith(sections) and key not in used}
 
 
@@ -119,6 +119,8 @@ def _idle_anywhere(recipe: Recipe, plan: Plan, facts: Facts) -> dict[str, str]:
             now = str(_value(plan, decider)).lower()
             if not any(fnmatchcase(now, value) for value in values):
                 idle[key] = f"it is read only with {decider} {' or '.join(values)}"
+    if recipe.train.strategy is not None:
+        idle["train.prefer"] = f"the recipe names train.strategy, {recipe.train.strategy}"
     given = set(facts.given_roles)
     idle |= {f"data.split.{role}": f"the data say themselves which images are for {role}" for role in given}
     if given >= {"val", "calibration", "test"}:

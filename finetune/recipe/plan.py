@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from finetune.errors import RunError
 from finetune.recipe.cards import View
+from finetune.recipe.matrix import Prefer
 from finetune.recipe.schema import (
     AugmentSpec,
     DataSpec,
@@ -68,7 +69,7 @@ class Forecast(Section):
 
     strategy: str
     gain: float
-    """Accuracy above the probe's, as a share; from the cells of the regret benchmark most like this one."""
+    """Accuracy above the probe's, as a share; from the measured matrix."""
     gain_low: float
     gain_high: float
     """95 % interval of the gain in a single run."""
@@ -93,6 +94,9 @@ class Advice(Section):
     """Images per class that divide small from large."""
     similar_from: float
     """Similarity that divides different from similar."""
+    probe_error: float = 0.0
+    """Share of images that the probe gets wrong; 0 where there is none."""
+    prefer: Prefer = "balanced"
     strategy: str
     runner_up: str
     why: str

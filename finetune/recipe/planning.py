@@ -9,7 +9,7 @@ from finetune.recipe.advice import advise, is_small
 from finetune.recipe.facts import Facts, ProfileFacts, RangeFacts
 from finetune.recipe.forecasts import with_forecasts
 from finetune.recipe.idle import idle_reasons
-from finetune.recipe.plan import Plan, Reason
+from finetune.recipe.plan import Advice, Plan, Reason
 from finetune.recipe.reading import Wish, as_recipe
 from finetune.recipe.schema import Recipe
 from finetune.recipe.staging import decide_train, epochs_for, make_stages, refuse_depth, training_faults
@@ -27,7 +27,7 @@ def make_plan(recipe: Wish, facts: Facts) -> Plan:
         RecipeError: if wishes contradict each other or the facts.
     """
     reasons: list[Reason] = []
-    advice = advise(facts)
+    advice = advise(facts, as_recipe(recipe).train.prefer)
 
     def decide(key: str, wish: Any, choice: Any, why: str) -> Any:
         value = choice if wish is None or wish == "auto" else wish
@@ -41,7 +41,7 @@ def make_plan(recipe: Wish, facts: Facts) -> Plan:
         reasons.append(_propose_cut(facts.profile))
     if facts.ranking is not None:
         reasons.append(Reason(key="backbone", value=facts.backbone.name, why=facts.ranking.why))
-    strategy = decide("train.strategy", recipe.train.strategy, advice.strategy, f"{advice.why} [{advice.cell}]")
+    strategy = decide("train.strategy", recipe.train.strategy, *_strategy(recipe, advice))
     refuse_depth(recipe, strategy, advice.why)
     _refuse_draws_of_a_probe(recipe, strategy, advice.why)
     name = recipe.name or facts.root.rstrip("/").rsplit("/", 1)[-1] or "data"
@@ -74,6 +74,14 @@ def make_plan(recipe: Wish, facts: Facts) -> Plan:
         }
     )
     return plan.model_copy(update={"reasons": (*plan.reasons, *idle_reasons(recipe, plan, facts))})
+
+
+def _strategy(recipe: Recipe, advice: Advice) -> tuple[str, str]:
+    """What trains where the recipe does not name a strategy; and why. A depth or layers can only mean `partial`."""
+    key = "train.depth" if recipe.train.depth is not None else "train.layers"
+    if advice.strategy == "full" and (recipe.train.depth is not None or recipe.train.layers):
+        return "partial", f"{key} says what trains; otherwise {advice.strategy}: {advice.why} [{advice.cell}]"
+    return advice.strategy, f"{advice.why} [{advice.cell}]"
 
 
 def _propose_cut(profile: ProfileFacts) -> Reason:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, field_v
 
 from finetune.errors import nearest
 from finetune.recipe.addresses import without_login
+from finetune.recipe.matrix import Prefer
 from finetune.recipe.model_keys import AugmentSpec, HeadSpec, RegularizationSpec
 from finetune.recipe.section import ROLES, Names, Positive, Section, Share, Text, as_text
 
@@ -198,6 +199,9 @@ class AveragingSpec(Section):
     """Judge and ship an exponential moving average, or the mean over the end of training, instead of the weights."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Null: exp(-1 / (0.1 steps)), a memory of a tenth of the training."""
+    wise_ft: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the trained weights in what ships; the rest is that of the network whose head is the probe (WiSE-FT). 1
+    ships them as they are; null: a mixture where training began from the probe."""
     swa_start: Share = 0.75
     """Share of the steps after which weights enter the mean; the rate stays at `swa_lr` from there."""
     swa_lr: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -235,6 +239,9 @@ class DistillationSpec(Section):
 class TrainSpec(Section):
     """How deep, how long, how fast."""
 
+    prefer: Prefer = "balanced"
+    """What the advisor looks for where `strategy` is null: `accuracy` takes any expected gain, `balanced` asks half a
+    point for a training, `speed` three points."""
     strategy: Strategy | None = None
     """Null asks the advisor. `gradual` opens one stage of the backbone after the other; `surgical` trains the one whose
     gradients are largest for its weights; `norms` and `biases` train only those; `lora` adds low-rank matrices to a

@@ -13,6 +13,7 @@ from finetune.recipe.imbalance import uneven
 from finetune.recipe.plan import Stage
 from finetune.recipe.schedules import whole_epochs
 from finetune.recipe.schema import Recipe, ScheduleSpec, TrainSpec
+from finetune.recipe.wise_ft import mixture_faults, mixture_share
 
 Decide = Callable[[str, Any, Any, str], Any]
 """Key, wish, choice and reason to the value; the reason is written down."""
@@ -31,6 +32,8 @@ LEARNING_RATES = {
     "lbfgs": 1.0,
 }
 """Peak rate of the head by optimizer, at 64 images per step; timm's begin at that of `adamw`."""
+WHOLE_STEP = 64
+"""Images per step for which `LEARNING_RATES` are given."""
 LARGEST_RATE = 1.0
 """However large the batch."""
 RATIOS = {"partial": 0.5, "full": 0.3, "gradual": 0.3, "surgical": 0.3, "norms": 1.0, "biases": 1.0, "lora": 1.0}
@@ -67,7 +70,9 @@ def decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, decid
     decided["optimizer"] = _decide_optimizer(recipe, 1.0 if is_top else RATIOS.get(strategy, 1.0), batch, quiet)
     decided["schedule"], epochs = _decide_schedule(recipe, facts, device, quiet)
     decided["epochs"] = 1 if strategy == "probe" else epochs
-    decided["averaging"] = _decide_averaging(wish, epochs * max(1, num_train // batch), quiet)
+    decided["averaging"] = _decide_averaging(wish, epochs * math.ceil(num_train / batch), quiet)
+    mixture = mixture_share(recipe, facts, strategy)
+    decided["averaging"]["wise_ft"] = quiet("train.averaging.wise_ft", wish.averaging.wise_ft, *mixture)
     decided["distillation"] = decide_distillation(wish.distillation, facts.teacher, decide)
     balance = inherit_imbalance(facts.teacher, facts.counts["train"])
     decided["imbalance"] = {
@@ -94,8 +99,7 @@ def _decide_depth(wish: TrainSpec, facts: Facts, strategy: str, decide: Decide) 
 def _decide_optimizer(recipe: Recipe, ratio: float, batch: int, decide: Decide) -> dict[str, Any]:
     wish = recipe.train.optimizer
     rule = decide("train.optimizer.name", wish.name, "adamw", "robust to the rate on small data")
-    rate = min(LARGEST_RATE, LEARNING_RATES.get(rule, LEARNING_RATES["adamw"]) * (1 if rule == "lbfgs" else batch / 64))
-    rate = decide("train.optimizer.lr", wish.lr, rate, f"for {rule} at {batch} images per step")
+    rate = decide("train.optimizer.lr", wish.lr, *_rate(rule, min(recipe.train.batch_size, max(batch, WHOLE_STEP))))
     gentle = "pretrained weights move gently, or what they know is lost"
     few = "what moves is near the head, or little, and bears its rate"
     ratio = ratio if recipe.pretrained else 1.0
@@ -108,6 +112,19 @@ def _decide_optimizer(recipe: Recipe, ratio: float, batch: int, decide: Decide) 
         "layer_decay": wish.layer_decay or LAYER_DECAY,
         "weight_decay": (0.0 if rule == "lbfgs" else WEIGHT_DECAY) if wish.weight_decay is None else wish.weight_decay,
     }
+
+
+def _rate(rule: str, batch_size: int) -> tuple[float, str]:
+    """The peak rate of the head at `batch_size` images per step; and why.
+
+    Rules that divide by the size of gradients move weights by the rate whatever the batch, and only the noise falls
+    with its root (Malladi et al., NeurIPS 2022, https://arxiv.org/abs/2205.10287); the others follow the batch (Goyal
+    et al. 2017, https://arxiv.org/abs/1706.02677). Where there are fewer images than a batch holds, the step is whole,
+    and its rate as well.
+    """
+    power = {"lbfgs": 0.0, "sgd": 1.0, "momentum": 1.0, "nesterov": 1.0}.get(rule, 0.5)
+    rate = LEARNING_RATES.get(rule, LEARNING_RATES["adamw"]) * (batch_size / WHOLE_STEP) ** power
+    return min(LARGEST_RATE, rate), f"for {rule} at {batch_size} images per step"
 
 
 def _decide_schedule(recipe: Recipe, facts: Facts, device: str, decide: Decide) -> tuple[dict[str, Any], int]:
@@ -256,7 +273,8 @@ def training_faults(recipe: Recipe, facts: Facts) -> list[str]:
         )
     if train.reinit:
         faults += _reinit_faults(recipe)
-    return faults + _averaging_faults(recipe) + _lbfgs_faults(recipe, facts) + teacher_faults(recipe, facts)
+    faults += _averaging_faults(recipe) + mixture_faults(recipe, facts)
+    return faults + _lbfgs_faults(recipe, facts) + teacher_faults(recipe, facts)
 
 
 def _averaging_faults(recipe: Recipe) -> list[str]:

@@ -5,10 +5,8 @@ and older runs measured less. The sentences claim a lead only where it exceeds i
 """
 
 import math
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from itertools import product
 from typing import Any
 
 from markupsafe import Markup
@@ -25,6 +23,7 @@ from finetune.reporting.figures import (
     points,
     shorten,
 )
+from finetune.reporting.matrix_figure import grid_figure
 from finetune.reporting.sentences import (
     Baseline,
     Part,
@@ -38,17 +37,8 @@ from finetune.reporting.sentences import (
 )
 
 Scale = Callable[[float], float]
-Box = tuple[float, float, float, float]
-"""Left, upper, right and lower edge."""
 ENDS = ("value", "low", "high")
 
-CELLS = {
-    (True, False): "probe",
-    (False, False): "train the top part",
-    (True, True): "train all, gently",
-    (False, True): "train all",
-}
-"""What is usually done, by (is similar, is large)."""
 PROBES = {"probe": "logistic probe", "ridge": "ridge", "neighbours": "nearest neighbours"}
 """Curves of the depth figure, in the order of their colours."""
 MAX_NAMES = 32
@@ -140,52 +130,6 @@ def depth_figure(profile: Part, *, reference: Baseline | None = None) -> Markup:
     return draw_svg(width, height, f"Accuracy of a logistic probe by depth: {spoken}", "".join(body), kind="wide")
 
 
-def grid_figure(advice: Part) -> Markup:
-    """How much, how similar: four cells with what is usually done in each, and a dot where these data stand."""
-    keys = ("images_per_class", "similarity", "small_below", "similar_from")
-    if not all(is_number(advice.get(key)) for key in keys):
-        return Markup("")
-    images, share, small_below, similar_from = (float(advice[key]) for key in keys)
-    low, high = (float(v) if is_number(v) else share for v in map(advice.get, ("similarity_low", "similarity_high")))  # type: ignore[arg-type]
-    left, right, top, bottom, pad = 42, 384, 34, 290, 10
-    decades = max(4, math.ceil(math.log10(max(images, small_below, 1)) + 0.3))
-
-    def x(count: float) -> float:
-        return left + pad + (right - left - 2 * pad) * math.log10(max(count, 1)) / decades
-
-    def y(value: float) -> float:
-        return bottom - pad - (bottom - top - 2 * pad) * min(1.0, max(0.0, value))
-
-    dot, middle, level = (x(images), y(share)), x(small_below), y(similar_from)
-    marks = [(dot[0] - 10, dot[1] - 10, dot[0] + 10, dot[1] + 10), (dot[0] - 5, y(high), dot[0] + 5, y(low))]
-    body = []
-    for (is_similar, is_large), name in CELLS.items():
-        start, end = (middle + 2, right) if is_large else (left, middle - 2)
-        upper, lower = (top, level - 2) if is_similar else (level + 2, bottom)
-        is_here = (is_similar, is_large) == (share >= similar_from, images >= small_below)
-        body.append(
-            f'<rect x="{start:.1f}" y="{upper:.1f}" width="{max(0.0, end - start):.1f}" '
-            f'height="{max(0.0, lower - upper):.1f}" rx="6" class="{"here" if is_here else "cell"}"/>'
-        )
-        body.append(_cell_name(name, (start, upper, end, lower), marks, is_large=is_large, is_similar=is_similar))
-    body.append(draw_line(middle, top - 4, middle, bottom, "stage"))
-    body.append(draw_line(left, level, right + 4, level, "stage"))
-    body.append(draw_text(middle, top - 9, f"{small_below:,g}", kind="small strong", anchor="middle"))
-    body.append(draw_text(right + 8, level + 4, f"{similar_from:.2f}", kind="small strong"))
-    for power in range(decades + 1):
-        label = f"{10**power:,}" if power < 5 else f"{10 ** (power - 3)}k" if power < 6 else f"{10 ** (power - 6):,}M"
-        body.append(draw_text(x(10**power), bottom + 17, label, kind="small", anchor="middle"))
-    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-        body.append(draw_text(left - 8, y(tick) + 4, f"{tick:g}", kind="small", anchor="end"))
-    body.append(draw_text(0, 12, "similarity", kind="small"))
-    body.append(draw_text((left + right) / 2, bottom + 34, "training images per class", kind="small", anchor="middle"))
-    body.append(draw_line(dot[0], y(high), dot[0], y(low), "whisker s1"))
-    body.append(f'<circle cx="{dot[0]:.1f}" cy="{dot[1]:.1f}" r="7" class="f1 dot"/>')
-    usual = CELLS[share >= similar_from, images >= small_below]
-    label = f"{images:g} images per class, similarity {share:.2f} ({low:.2f} to {high:.2f}): usually {usual}"
-    return draw_svg(420, bottom + 40, label, "".join(body), kind="quadrants")
-
-
 def shift_figure(shift: Sequence[Part]) -> Markup:
     """How far the images move each stage's batch-norm inputs, a bar with its interval per stage."""
     known = [part for part in shift if is_number((part.get("mean") or {}).get("value"))]
@@ -239,27 +183,6 @@ def forecast_rows(advice: Part, *, chosen: str = "") -> list[dict[str, str]]:
             }
         )
     return rows
-
-
-def _cell_name(name: str, cell: Box, marks: Sequence[Box], *, is_large: bool, is_similar: bool) -> str:
-    """The cell's name in its outer corner, or in the first other corner that the marks leave free."""
-    start, upper, end, lower = cell
-    lines = textwrap.wrap(name, max(9, int((end - start - 16) / 6.2)))
-    wide, tall = 6.2 * max(map(len, lines)), 15 * len(lines)
-    corners = []
-    for is_inner, is_flipped in product((False, True), (False, True)):
-        is_right, is_upper = is_large != is_inner, is_similar != is_flipped
-        x0 = end - 10 - wide if is_right else start + 10
-        y0 = upper + 8 if is_upper else lower - 8 - tall
-        corners.append((is_right, (x0, y0, x0 + wide, y0 + tall)))
-    free = [corner for corner in corners if not any(_overlap(corner[1], mark) for mark in marks)]
-    is_right, (x0, y0, x1, _) = (free or corners)[0]
-    edge, anchor = (x1, "end") if is_right else (x0, "start")
-    return "".join(draw_text(edge, y0 + 11 + 15 * i, line, kind="small", anchor=anchor) for i, line in enumerate(lines))
-
-
-def _overlap(one: Box, other: Box) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _curve(depths: Sequence[Part], key: str, x: Scale, y: Scale, colour: int) -> str:

@@ -77,9 +77,13 @@ def _compare(paired: Mapping[str, Any], probe: Mapping[str, Any], *, role: str, 
     if paired["low"] > 0:
         return "better", f"{alone}fine-tuning raised that by {by} {interval}, more than chance explains."
     if paired["high"] < 0:
-        return "worse", f"{alone}fine-tuning lowered that by {by} {interval}, so the probe is the better model here."
+        told = (
+            f"{alone}fine-tuning lowered that by {by} {interval}, so the probe is the better model here: keep the probe"
+        )
+        return "worse", f"{told} (train.strategy=probe)."
     change = f"fine-tuning changed that by {points(paired['difference'])} points {interval}"
-    return "undecided", f"{alone}{change}, so on this {role} set the difference cannot be told from chance."
+    told = f"{alone}{change}, so on this {role} set the difference cannot be told from chance"
+    return "undecided", f"{told}: keep the probe, which is simpler, unless more images say otherwise."
 
 
 def _role_note(role: str) -> str:

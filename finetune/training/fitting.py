@@ -37,6 +37,7 @@ from finetune.training.module import DivergenceError, Finetuning, Step
 from finetune.training.optimization import Anchor, make_optimizer
 from finetune.training.snapshots import read_members
 from finetune.training.watching import WINDOW, Curves, Divergence, Recovery
+from finetune.training.wise_ft import StartMixture
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 """Ours to Lightning's."""
@@ -53,6 +54,7 @@ def fit(
     *,
     members: Path,
     origin: Mapping[str, torch.Tensor] | None = None,
+    start: Mapping[str, torch.Tensor] | None = None,
     teacher: nn.Module | None = None,
     say: Callable[[str], None],
     notify: Callable[[], None],
@@ -69,6 +71,7 @@ def fit(
         curves: gets what is measured.
         members: folder for snapshots and the last epochs, where the plan keeps them.
         origin: pretrained weights by name, for `regularization.l2_sp`; None: those the stage begins from.
+        start: weights by name that the first stage began from, for `train.averaging.wise_ft`.
         teacher: what `train.distillation.teacher` names, from the student's images to logits.
         say: prints a line for people.
         notify: called when what the curves hold is there to stay, for the state after it is on disk.
@@ -84,7 +87,7 @@ def fit(
         classifier.load_state_dict(load_file(weights))
         return
     _open(classifier, plan, index, len(train))
-    start = copy.deepcopy(classifier.state_dict())
+    before = copy.deepcopy(classifier.state_dict())
     device, precision = next(classifier.parameters()).device, str(plan.hardware.precision)
     folding = fold(classifier.backbone, size_pixels=plan.view.size_pixels, device=device, precision=precision)
     recovery = Recovery()
@@ -92,6 +95,7 @@ def fit(
         module = _make_module(plan, index, classifier, train, origin, teacher, folding, say)
         module.slowdown = recovery.factor
         keeper = Keeper(plan, index, train, val, checkpoint, curves, members=members, say=say, notify=notify)
+        keeper.mixture = _make_mixture(plan, index, start)
         done = torch.load(checkpoint, weights_only=True)["keeper"] if checkpoint.exists() else None
         if done is not None:
             keeper.load(done)
@@ -109,7 +113,7 @@ def fit(
                 for member in read_members(members):
                     member.path.unlink()
                 checkpoint.unlink()
-        classifier.load_state_dict(start)
+        classifier.load_state_dict(before)
         good = torch.load(checkpoint, weights_only=True)["keeper"]["epoch"] if checkpoint.exists() else -2
         curves.forget_after(keeper.label, good)
         notify()
@@ -188,6 +192,13 @@ def _make_module(
         folding=folding,
         warn=say,
     )
+
+
+def _make_mixture(plan: Plan, index: int, start: Mapping[str, torch.Tensor] | None) -> StartMixture | None:
+    share = plan.train.averaging.wise_ft
+    if start is None or index + 1 < len(plan.stages) or share is None or share == 1:
+        return None
+    return StartMixture(start, share)
 
 
 def _make_average(classifier: Classifier, spec: AveragingSpec) -> WeightAverage:

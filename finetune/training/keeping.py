@@ -23,6 +23,7 @@ from finetune.recipe.schedules import cycle_ends
 from finetune.training.module import Finetuning, ValLoss, measure_loss
 from finetune.training.snapshots import keep_newest, save_member
 from finetune.training.watching import Curves, EarlyStop, is_clearly_higher, is_clearly_worse
+from finetune.training.wise_ft import StartMixture
 
 POINTS_PER_EPOCH = 10
 """Rows of rates and step losses that an epoch leaves in the curves."""
@@ -75,6 +76,8 @@ class Keeper(pl.Callback):
         self.best_losses = torch.empty(0)
         """(N,) of the val images, of the epoch that is kept as things stand."""
         self.epoch, self.is_finished, self.start_top1, self.start_dead = -1, False, 0.0, 0.0
+        self.mixture: StartMixture | None = None
+        """With the start of the training, where what ships is one."""
         self.label = f"{index + 1}-{stage.name}"
         self._began = 0.0
 
@@ -198,11 +201,12 @@ class Keeper(pl.Callback):
 
     @contextlib.contextmanager
     def _shipped(self, module: Finetuning) -> Iterator[None]:
-        """The averaged weights in place, with statistics of their own, where there is an average; else as it is."""
-        if module.average is None or module.average.num_shown == 0:
-            yield
-            return
-        with module.average.swapped(module.classifier, self._renew_statistics):
+        """What would ship in place: the average with statistics of its own, the mixture with the start, or both."""
+        with contextlib.ExitStack() as stack:
+            if module.average is not None and module.average.num_shown > 0:
+                stack.enter_context(module.average.swapped(module.classifier, self._renew_statistics))
+            if self.mixture is not None:
+                stack.enter_context(self.mixture.swapped(module.classifier))
             yield
 
     def _renew_statistics(self, classifier: nn.Module) -> None:

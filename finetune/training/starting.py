@@ -154,7 +154,7 @@ def make_batches(
         shuffle=plan.train.optimizer.name != "lbfgs",
         seed=plan.seed,
         workers=workers,
-        drop_last=len(rows) > size,
+        even=True,
         mirror_labels=plan.data.mirror_classes(plan.classes),
         balanced=plan.train.imbalance.kind == "sampler",
     )

@@ -1,0 +1,50 @@
+"""When what ships is a mixture of the start and the end of a training (WiSE-FT), and of which shares."""
+
+from finetune.recipe.facts import Facts
+from finetune.recipe.schema import Recipe
+
+SHARE = 0.75
+"""Of the trained weights in what ships: see `benchmarks/LOG.md`."""
+
+
+def mixture_share(recipe: Recipe, facts: Facts, strategy: str) -> tuple[float, str]:
+    """`train.averaging.wise_ft` where the recipe leaves it open; and why."""
+    if strategy == "probe":
+        return 1.0, "nothing trains"
+    if needs := [*_hindrances(recipe, facts, strategy)]:
+        return 1.0, f"what is trained ships as it is, for {needs[0]}"
+    if recipe.train.distillation.teacher is not None:
+        return 1.0, "a student ships as its teacher left it"
+    averaging = recipe.train.averaging
+    if averaging.snapshots or averaging.keep_last or averaging.kind in ("ema", "swa"):
+        return 1.0, "the recipe averages in another way"
+    return SHARE, "the rest is the start under its probe: a little less accurate, and much less often sure and wrong"
+
+
+def mixture_faults(recipe: Recipe, facts: Facts) -> list[str]:
+    """What is in the way of a mixture that the recipe asks for."""
+    share = recipe.train.averaging.wise_ft
+    if share is None or share == 1 or recipe.train.strategy == "probe":
+        return []
+    return [
+        f"train.averaging.wise_ft is {share:g}, but {why}; set it to 1, or change that."
+        for why in _hindrances(recipe, facts, recipe.train.strategy or "full")
+    ]
+
+
+def _hindrances(recipe: Recipe, facts: Facts, strategy: str) -> list[str]:
+    """Why start and end would not make one network."""
+    train, head = recipe.train, recipe.head
+    found = []
+    if not recipe.pretrained or facts.probe is None:
+        found.append("random weights are no network to go back to")
+    elif head.kind != "linear" or head.init not in (None, "probe"):
+        what = f"kind {head.kind}" if head.kind != "linear" else f"init {head.init}"
+        found.append(f"training does not begin from the probe (head.{what})")
+    if train.reinit:
+        found.append("train.reinit throws part of the start away")
+    if strategy == "lora":
+        found.append("train.strategy lora trains matrices that the start does not have")
+    if train.batch_norm in ("train", "statistics") and facts.backbone.has_batch_norm:
+        found.append(f"train.batch_norm {train.batch_norm} moves statistics, which cannot be mixed")
+    return found
