@@ -121,7 +121,10 @@ def main() -> None:
     write(ROOT / "docs" / "advice.md", {"matrix": result("matrix"), "many": result("many")})
     write(
         ROOT / "docs" / "training.md",
-        {name: result(name) for name in ("craft", "ablation", "snapshots", "imbalance", "imbalance-tuned", "overhead")},
+        {
+            name: result(name)
+            for name in ("craft", "ablation", "snapshots", "imbalance", "imbalance-tuned", "overhead", "ships")
+        },
     )
     write(ROOT / "docs" / "judging.md", {name: result(name) for name in ("distil", "judging", "views")})
 

@@ -59,8 +59,10 @@ def test_what_ships_is_the_mixture_of_the_start_and_of_what_ships_without_it(sha
 
 
 def test_by_default_a_training_from_the_probe_ships_a_mixture_and_the_plan_says_so():
-    plan = make_plan(load_recipe(None, ["train.strategy=full"]), make_facts())
+    plan = make_plan(load_recipe(None, ["train.strategy=full"]), make_facts(per_class=99))
     assert plan.train.averaging.wise_ft == SHARE < 1
+    large = make_plan(load_recipe(None, ["train.strategy=full"]), make_facts(per_class=100))
+    assert large.train.averaging.wise_ft == 1
     (reason,) = [reason for reason in plan.reasons if reason.key == "train.averaging.wise_ft"]
     assert "start" in reason.why
 
@@ -77,5 +79,5 @@ def test_by_default_a_training_from_the_probe_ships_a_mixture_and_the_plan_says_
     ],
 )
 def test_where_start_and_end_are_not_one_kind_of_network_the_end_ships(wishes):
-    plan = make_plan(load_recipe(None, ["train.strategy=full", *wishes]), make_facts())
+    plan = make_plan(load_recipe(None, ["train.strategy=full", *wishes]), make_facts(per_class=20))
     assert plan.train.averaging.wise_ft == 1

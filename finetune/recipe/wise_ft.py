@@ -1,10 +1,11 @@
 """When what ships is a mixture of the start and the end of a training (WiSE-FT), and of which shares."""
 
+from finetune.recipe.advice import SMALL_PER_CLASS, is_small
 from finetune.recipe.facts import Facts
 from finetune.recipe.schema import Recipe
 
 SHARE = 0.75
-"""Of the trained weights in what ships: see `benchmarks/LOG.md`."""
+"""Of the trained weights in what ships: see docs/training.md."""
 
 
 def mixture_share(recipe: Recipe, facts: Facts, strategy: str) -> tuple[float, str]:
@@ -18,6 +19,11 @@ def mixture_share(recipe: Recipe, facts: Facts, strategy: str) -> tuple[float, s
     averaging = recipe.train.averaging
     if averaging.snapshots or averaging.keep_last or averaging.kind in ("ema", "swa"):
         return 1.0, "the recipe averages in another way"
+    if not is_small(facts):
+        return (
+            1.0,
+            f"a mixture was measured below {SMALL_PER_CLASS} images per class; here what is trained ships as it is",
+        )
     return SHARE, "the rest is the start under its probe: a little less accurate, and much less often sure and wrong"
 
 
