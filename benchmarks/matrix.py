@@ -7,7 +7,7 @@ Every cell of `results/grid.csv` in which a strategy was trained at the default 
 would ship, gained over the probe. The gains at the nodes of the matrix are those that fit the cells best while
 differing little from their neighbours (a ridge on differences along each axis; its strength is the one that foretells
 left-out data sets best), with their posterior deviations. `partial` is fitted to its cells; the lead of `full` over it
-is one number, the mean over the cells that have both: so few cannot say where it is larger.
+is one share of the probe's errors, from the cells that have both: so few cannot say where it is larger.
 
 Regret of a choice in a cell is the accuracy of the best strategy minus that of the chosen one, on test. Each cell is
 judged by a matrix that saw neither its data set nor (second table) its family of backbones, and by the shipped one.
@@ -40,7 +40,7 @@ VARIANTS = {
 SHIPS = ("wise75_", "wise_")
 """Columns of the grid that hold what ships, or what was measured nearest to it: rows of a GPU have no 0.75."""
 Fit = tuple[np.ndarray, np.ndarray, float]
-STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0)
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Of the ridge on differences between neighbours, in cells."""
 
 CLASSES = {"ants_bees": 2, "flowers5": 5, "sign_digits": 10, "malaria": 2, "cifar10_20k": 10}
@@ -81,7 +81,8 @@ class Matrix:
 
     def interval(self, strategy: str, place: Place) -> tuple[float, float]:
         """Points within which a single run falls 95 times of 100."""
-        reach = 1.96 * math.hypot(float(weights_of(place) @ self.deviations[strategy]), self.noise[strategy])
+        noise = self.noise[strategy] * math.sqrt(place.error)
+        reach = 1.96 * math.hypot(float(weights_of(place) @ self.deviations[strategy]), noise)
         value = self.gain(strategy, place)
         return value - reach, value + reach
 
@@ -148,9 +149,12 @@ def solve(cells: Sequence[Cell], y: np.ndarray, strength: float) -> Fit:
     """Values at the nodes, their deviations, and the deviation of a cell around them; in points.
 
     They grow with size and with the probe's errors, and fall with similarity: what the noise of few cells says against
-    that is not believed. Deviations are those of the same fit without order.
+    that is not believed. A cell counts by one over the probe's errors in it, for what a training changes there, by
+    skill or by chance, goes with their root; the deviation of a cell is that where the probe gets all wrong. Deviations
+    are those of the same fit without order.
     """
-    x = np.array([weights_of(cell.place) for cell in cells])
+    scale = np.sqrt([cell.place.error for cell in cells])
+    x, y = np.array([weights_of(cell.place) for cell in cells]) / scale[:, None], y / scale
     steps, signs = differences()
     curvature = x.T @ x + strength * steps.T @ steps + 1e-6 * np.eye(x.shape[1])
     found = minimize(
@@ -177,10 +181,16 @@ def fit(cells: Sequence[Cell], strength: float) -> Matrix:
     both = [cell for cell in cells if "full" in cell.gains]
     partial = solve(cells, np.array([cell.gains["partial"] for cell in cells]), strength)
     ahead = [cell.gains["full"] - cell.gains["partial"] for cell in both]
-    lead, spread = statistics.mean(ahead), statistics.stdev(ahead)
+    errors = [cell.place.error for cell in both]
+    lead = sum(ahead) / sum(errors)  # least squares with weights of one over the errors
+    spread = math.sqrt(sum((a - lead * e) ** 2 / e for a, e in zip(ahead, errors, strict=True)) / (len(both) - 1))
+    at_nodes = np.tile(ERRORS, len(SIZES) * len(SIMILARITIES))
     return Matrix(
-        gains={"partial": partial[0], "full": partial[0] + lead},
-        deviations={"partial": partial[1], "full": np.hypot(partial[1], spread / math.sqrt(len(both)))},
+        gains={"partial": partial[0], "full": partial[0] + lead * at_nodes},
+        deviations={
+            "partial": partial[1],
+            "full": np.hypot(partial[1], at_nodes * spread / math.sqrt(sum(errors))),
+        },
         noise={"partial": partial[2], "full": math.hypot(partial[2], spread)},
         cost={"probe": 0.0, "partial": 1.0, "full": cost_of_full(both)},
     )
@@ -306,7 +316,8 @@ def write_module(found: Matrix) -> None:
         f"COST: Mapping[str, float] = {{{cost}}}\n"
         '"""Processor time of the training over that of `partial`."""\n'
         f"NOISE: Mapping[str, float] = {{{noise}}}\n"
-        '"""Standard deviation of a single run around the fit, in points."""\n'
+        '"""Standard deviation of a single run around the fit where the probe gets all wrong, in points; it\n'
+        'goes with the root of the errors."""\n'
         "# fmt: on\n# fitted: end\n"
     )
     whole = MODULE.read_text(encoding="utf-8")

@@ -44,54 +44,55 @@ SIMILARITIES = (0.0, 1.0)
 ERRORS = (0.05, 0.15, 0.4)
 GAINS: Mapping[str, Sequence[float]] = {
     "partial": (
-        0.09, 3.43, 12.28,
-        -1.12, 1.10, 5.45,
-        0.09, 3.43, 12.28,
-        -0.23, 1.10, 7.24,
-        0.09, 3.43, 12.28,
-        -0.23, 3.43, 11.24,
-        3.07, 6.18, 12.28,
-        2.93, 5.95, 11.24,
+        -0.26, 3.37, 11.04,
+        -1.05, 0.48, 5.42,
+        -0.26, 3.37, 11.04,
+        -0.26, 1.03, 6.93,
+        -0.26, 3.37, 11.04,
+        -0.26, 3.37, 11.00,
+        2.72, 5.71, 11.04,
+        2.72, 5.70, 11.00,
     ),
     "full": (
-        0.68, 4.01, 12.86,
-        -0.53, 1.68, 6.03,
-        0.68, 4.01, 12.86,
-        0.36, 1.68, 7.82,
-        0.68, 4.01, 12.86,
-        0.36, 4.01, 11.82,
-        3.65, 6.76, 12.86,
-        3.51, 6.53, 11.82,
+        -0.13, 3.76, 12.08,
+        -0.92, 0.87, 6.46,
+        -0.13, 3.76, 12.08,
+        -0.13, 1.42, 7.97,
+        -0.13, 3.76, 12.08,
+        -0.13, 3.76, 12.04,
+        2.85, 6.10, 12.08,
+        2.85, 6.09, 12.04,
     ),
 }
 """Points at (size, similarity, error), the last running fastest."""
 DEVIATIONS: Mapping[str, Sequence[float]] = {
     "partial": (
-        5.17, 3.24, 5.44,
-        4.03, 5.99, 2.72,
-        5.05, 3.52, 5.57,
-        3.71, 4.76, 2.80,
-        5.83, 3.66, 7.83,
-        3.72, 3.62, 3.20,
-        9.78, 8.73, 10.14,
-        9.64, 8.68, 9.69,
+        3.30, 3.93, 8.52,
+        3.52, 8.36, 4.33,
+        2.47, 4.15, 7.71,
+        1.14, 6.40, 4.44,
+        6.00, 3.81, 11.43,
+        1.93, 4.00, 5.01,
+        14.08, 12.71, 14.86,
+        13.93, 12.65, 14.24,
     ),
     "full": (
-        5.21, 3.30, 5.47,
-        4.07, 6.02, 2.78,
-        5.09, 3.57, 5.61,
-        3.76, 4.80, 2.86,
-        5.86, 3.71, 7.86,
-        3.77, 3.66, 3.26,
-        9.80, 8.75, 10.16,
-        9.66, 8.70, 9.71,
+        3.31, 3.96, 8.61,
+        3.52, 8.37, 4.50,
+        2.47, 4.18, 7.81,
+        1.15, 6.42, 4.61,
+        6.00, 3.84, 11.50,
+        1.94, 4.03, 5.16,
+        14.08, 12.71, 14.91,
+        13.93, 12.66, 14.30,
     ),
 }
 """Standard deviation of the fit at each node, in points."""
 COST: Mapping[str, float] = {"probe": 0.00, "partial": 1.00, "full": 1.00}
 """Processor time of the training over that of `partial`."""
-NOISE: Mapping[str, float] = {"partial": 4.47, "full": 5.28}
-"""Standard deviation of a single run around the fit, in points."""
+NOISE: Mapping[str, float] = {"partial": 11.38, "full": 13.29}
+"""Standard deviation of a single run around the fit where the probe gets all wrong, in points; it
+goes with the root of the errors."""
 # fmt: on
 # fitted: end
 
@@ -107,7 +108,7 @@ def gain_at(strategy: str, place: Place) -> Gain:
     shares = dict(node_shares(place))
     value = sum(share * GAINS[strategy][node] for node, share in shares.items()) / 100
     deviation = sum(share * DEVIATIONS[strategy][node] for node, share in shares.items()) / 100
-    reach = 1.96 * math.hypot(deviation, NOISE[strategy] / 100)
+    reach = 1.96 * math.hypot(deviation, NOISE[strategy] * math.sqrt(place.error) / 100)
     return Gain(*(min(place.error, end) for end in (value, value - reach, value + reach)))
 
 
