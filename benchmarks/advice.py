@@ -49,5 +49,6 @@ def cell_recipe(name: str, backbone: str, per_class: int, seed: int, shared: Pat
 
     table = cell_table(name, per_class, seed, shared, work)
     wishes = [f"data.root={table}", f"backbone={backbone}", f"data.image_size={PIXELS}", f"seed={seed}"]
-    wishes += ["data.split.calibration=0", "evaluate.calibrate=false", "tracking.enabled=false", *more]
+    wishes += ["data.split.calibration=0", "evaluate.calibrate=false", "tracking.enabled=false"]
+    wishes += ["data.split.refit=false", *more]
     return ft.load_recipe(None, wishes)

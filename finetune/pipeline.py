@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from finetune.data.items import ROLES
 from finetune.errors import DataError, FinetuneError, RecipeError, RunError, names_beside, nearest
@@ -29,6 +30,7 @@ from finetune.evaluation.teaching import find_teacher, load_teacher
 from finetune.evaluation.viewing import refuse_views
 from finetune.evaluation.whole_model import keep_model
 from finetune.features.ranking import choose_backbone
+from finetune.features.refitting import probe_tensors
 from finetune.features.survey import Look, look, survey_part
 from finetune.machine import describe_environment, every_few_seconds, tune_process
 from finetune.models.classifier import Classifier, refuse_layers
@@ -308,8 +310,7 @@ def _decide(run: RunFolder, recipe: Recipe, seen: Look, vary: Vary | None, say: 
     run.write_json("facts.json", seen.facts.model_dump(mode="json"))
     environment = describe_environment(decided.hardware.devices, decided.hardware.precision)
     run.write_json("environment.json", {**environment, "own_view": name_view(vary)})
-    probe = seen.probe
-    tensors = {"weight": probe.weight.float(), "bias": probe.bias.float()} if probe else {}
+    tensors = probe_tensors(seen.probe, seen.refit if decided.probe_on == "labelled" else None)
     write_whole(run.file("probe.safetensors"), lambda path: save_file(tensors, path))
     run.write_text("plan.yaml", decided.to_yaml())
     say(facts_text(seen.facts))
@@ -329,39 +330,11 @@ def _train_stages(
 ) -> Classifier | None:
     if not plan.stages:
         return None
-    from finetune.training.fitting import fit  # here, for a probe need not wait for Lightning
-    from finetune.training.starting import make_batches, make_classifier
+    from finetune.training.staged import train_stages  # here, for a probe need not wait for Lightning
 
-    origin = None
-    if plan.regularization.l2_sp:
-        origin = {f"backbone.{name}": value.clone() for name, value in seen.backbone.state_dict().items()}
-    classifier = make_classifier(
-        plan, seen.backbone, load_file(run.file("probe.safetensors")), seen.facts.counts["train"]
-    )
-    start = None
-    if plan.train.averaging.wise_ft != 1:
-        start = {name: weight.detach().clone() for name, weight in classifier.named_parameters()}
-    train, val = make_batches(plan, seen, vary=vary)
-    teacher = None if run.final_weights().exists() else load_teacher(plan)
-    for index in range(len(plan.stages)):
-        notify = tracker.notify if tracker is not None else (lambda: None)
-        curves = Curves(run.file("curves.csv"))
-        fit(
-            plan,
-            index,
-            classifier,
-            train,
-            val,
-            run.stage_folder(index),
-            curves,
-            members=run.file("snapshots"),
-            origin=origin,
-            start=start,
-            teacher=teacher,
-            say=say,
-            notify=notify,
-        )
-    return classifier
+    notify = tracker.notify if tracker is not None else (lambda: None)
+    teach = partial(load_teacher, plan)
+    return train_stages(run, plan, seen, vary=vary, teach=teach, say=say, notify=notify)
 
 
 def _start_tracker(run: RunFolder, plan: Plan, say: Say, wish: str | None) -> Tracker | None:

@@ -23,7 +23,7 @@ CLASSES = ("disc", "square", "stripes")
 def finished(shapes, tmp_path_factory):
     """A real run, for the tests that change copies of it."""
     wishes = [f"data.root={shapes}", "data.image_size=32", "train.batch_size=16", "train.epochs=1"]
-    wishes += ["tracking.enabled=false", "train.strategy=full", "train.keep=best"]
+    wishes += ["tracking.enabled=false", "data.split.refit=false", "train.strategy=full", "train.keep=best"]
     return ft.train(ft.load_recipe(None, wishes), runs=tmp_path_factory.mktemp("runs"), say=lambda text: None)
 
 

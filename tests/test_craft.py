@@ -22,7 +22,13 @@ from finetune.recipe.schedules import rate_factor
 from finetune.training import starting
 from finetune.training.snapshots import read_members
 
-SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=3", "tracking.enabled=false"]
+SMALL = [
+    "data.image_size=32",
+    "train.batch_size=16",
+    "train.epochs=3",
+    "tracking.enabled=false",
+    "data.split.refit=false",
+]
 
 
 def start(shapes, tmp_path, *wishes, say=lambda text: None, **rest):
@@ -191,7 +197,11 @@ evaluate: {{views: ten, draws: 3}}
 
     checked = CliRunner().invoke(app, ["recipes", "check", str(path)])
     assert checked.exit_code == 0, checked.output
-    run = ft.train(ft.load_recipe(path, ["tracking.enabled=false"]), runs=tmp_path / "runs", say=lambda text: None)
+    run = ft.train(
+        ft.load_recipe(path, ["tracking.enabled=false", "data.split.refit=false"]),
+        runs=tmp_path / "runs",
+        say=lambda text: None,
+    )
     names = [member.name for member in read_members(run.file("snapshots"))]
     assert names == ["cycle-1", "cycle-2", "last-1", "last-2"]
     scores = run.read_json("scores.json")

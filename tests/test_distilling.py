@@ -31,7 +31,14 @@ from finetune.training.mixing import Mixing
 from finetune.training.module import Finetuning, Step
 from finetune.training.optimization import make_optimizer
 
-SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=2", "tracking.enabled=false", "train.keep=last"]
+SMALL = [
+    "data.image_size=32",
+    "train.batch_size=16",
+    "train.epochs=2",
+    "tracking.enabled=false",
+    "data.split.refit=false",
+    "train.keep=last",
+]
 FULL = ["train.strategy=full", "data.split.seed=0", "data.invariances=[hflip]", "augment.preset=light"]
 VIEW = View(size_pixels=8, shorter_pixels=8, interpolation="bilinear", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 

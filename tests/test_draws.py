@@ -19,7 +19,14 @@ from finetune.models.regularization import sample_predictions
 from finetune.recipe.planning import make_plan
 from finetune.scores.metrics import log_loss
 
-WISHES = ["data.image_size=32", "data.crop_pct=0.8", "train.batch_size=16", "train.epochs=1", "tracking.enabled=false"]
+WISHES = [
+    "data.image_size=32",
+    "data.crop_pct=0.8",
+    "train.batch_size=16",
+    "train.epochs=1",
+    "tracking.enabled=false",
+    "data.split.refit=false",
+]
 
 
 def quiet(text):

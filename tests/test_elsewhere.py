@@ -29,7 +29,7 @@ NAMES = ("disc, circle", "square", "stripes, bars", "ring", "5", "crane, bird", 
 def finished(shapes, tmp_path_factory):
     """A real run, for the tests that only look."""
     wishes = [f"data.root={shapes}", "data.image_size=32", "train.batch_size=16", "train.epochs=1"]
-    wishes += ["tracking.enabled=false", "train.strategy=full"]
+    wishes += ["tracking.enabled=false", "data.split.refit=false", "train.strategy=full"]
     return ft.train(ft.load_recipe(None, wishes), runs=tmp_path_factory.mktemp("runs"), say=lambda text: None)
 
 

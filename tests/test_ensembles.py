@@ -40,7 +40,14 @@ from finetune.scores.calibration import log_probabilities
 from finetune.scores.selection import average
 from finetune.training.starting import make_batches
 
-SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=2", "tracking.enabled=false", "train.keep=last"]
+SMALL = [
+    "data.image_size=32",
+    "train.batch_size=16",
+    "train.epochs=2",
+    "tracking.enabled=false",
+    "data.split.refit=false",
+    "train.keep=last",
+]
 QUICK = settings(max_examples=15, deadline=None, database=None)
 
 
@@ -455,7 +462,7 @@ def test_a_damaged_member_of_an_average_is_not_passed_over(pool, tmp_path):
 @pytest.mark.slow
 def test_restarts_of_other_seeds_share_their_images_where_the_split_has_a_seed_of_its_own(shapes, tmp_path):
     wishes = [f"data.root={shapes}", "data.image_size=32", "train.batch_size=16", "train.epochs=1"]
-    wishes += ["train.strategy=full", "tracking.enabled=false", "data.split.seed=5"]
+    wishes += ["train.strategy=full", "tracking.enabled=false", "data.split.refit=false", "data.split.seed=5"]
     made = [
         ft.train(ft.load_recipe(None, [*wishes, f"seed={seed}"]), runs=tmp_path / "runs", say=lambda text: None)
         for seed in (0, 1)
@@ -471,7 +478,7 @@ def test_restarts_of_other_seeds_share_their_images_where_the_split_has_a_seed_o
 @pytest.mark.slow
 def test_the_page_of_an_ensemble_tells_its_members_sets_and_what_val_chose(shapes, tmp_path):
     wishes = [f"data.root={shapes}", "data.image_size=32", "train.batch_size=16", "train.epochs=2"]
-    wishes += ["train.strategy=full", "tracking.enabled=false", "train.averaging.snapshots=2"]
+    wishes += ["train.strategy=full", "tracking.enabled=false", "data.split.refit=false", "train.averaging.snapshots=2"]
     run = ft.train(ft.load_recipe(None, wishes), runs=tmp_path / "runs", say=lambda text: None)
     joined = combine([run.path], members="snapshots", runs=tmp_path / "runs", say=lambda text: None)
     page = joined.file("report.html").read_text()

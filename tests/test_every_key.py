@@ -32,7 +32,7 @@ from finetune.training.tracking import default_uri
 
 BASE = (
     "data.root={images} backbone=small_resnet data.image_size=32 data.invariances=[] augment.preset=none "
-    "head.init=zero train.strategy=full train.epochs=1 train.batch_size=8 tracking.enabled=false"
+    "head.init=zero train.strategy=full train.epochs=1 train.batch_size=8 tracking.enabled=false data.split.refit=false"
 )
 
 
@@ -166,6 +166,8 @@ OTHERS = [
     *of("folder", "train.averaging.snapshots=2", beside="train.schedule.cycles=2"),
     *of("split", "data.root={uneven}", "data.split.val=0.4", "data.split.calibration=0.4", "data.split.test=0.4"),
     *of("split", "data.split.seed=1", "data.max_train_per_class=3"),
+    *of("weights", "data.split.refit=true", "data.split.refit=true | backbone=small_vit train.strategy=lora"),
+    *of("answers", "data.split.refit=true | train.strategy=probe"),
     *of("split", "data.columns.image=other_image", "data.columns.label=other_label", beside="data.root={table}"),
     *of("split", "data.columns.split=other_split", beside="data.root={table}"),
     *of("split", f"data.splits={SWAPPED} | data.root={{divided}}"),
@@ -188,6 +190,7 @@ REFUSED = [
     *of("refused", "evaluate.draws=3 | | the head drops nothing"),
     *of("refused", "hardware.precision=fp16 | | needs a GPU", "hardware.devices=cuda | | torch sees no GPU here"),
     *of("refused", "train.optimizer.decay=coupled | | adamw decouples it by definition"),
+    *of("refused", "data.split.refit=true | train.schedule.name=plateau | a refit has no val"),
     *of("refused", "train.averaging.wise_ft=0.5 | | does not begin from the probe"),
     *of("refused", "train.averaging.wise_ft=0.5 | head.init=probe train.batch_norm=train | cannot be mixed"),
     *of("refused", "train.averaging.wise_ft=0.5 | train.reinit=1 | throws part of the start away"),

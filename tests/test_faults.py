@@ -24,7 +24,13 @@ from finetune.recipe.runs import RunFolder, append, write_whole
 from finetune.recipe.shelf import cache_folder, read_zoo
 from finetune.training.keeping import PlainFile
 
-SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=1", "tracking.enabled=false"]
+SMALL = [
+    "data.image_size=32",
+    "train.batch_size=16",
+    "train.epochs=1",
+    "tracking.enabled=false",
+    "data.split.refit=false",
+]
 
 
 def quiet(text):

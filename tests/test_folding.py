@@ -124,7 +124,7 @@ def test_a_fit_folds_what_it_holds_still(shapes, tmp_path, monkeypatch, precisio
     monkeypatch.setattr(folding, "_convolve", lambda conv, norm, x: calls.append(x.requires_grad) or own(conv, norm, x))
     monkeypatch.setattr(Folding, "__init__", told(Folding.__init__, calls))
     wishes = [f"data.root={shapes}", "data.image_size=32", "train.strategy=full", "train.epochs=1",
-              "tracking.enabled=false", f"hardware.precision={precision}"]  # fmt: skip
+              "tracking.enabled=false", "data.split.refit=false", f"hardware.precision={precision}"]  # fmt: skip
     ft.train(ft.load_recipe(None, wishes), runs=tmp_path / "runs", say=lambda text: None)
     assert any(calls) == is_folded  # with a gradient: in steps, not in the looks before them
 

@@ -35,7 +35,7 @@ from finetune.recipe.cards import View
 from finetune.recipe.schema import DataSpec
 
 SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=1", "train.strategy=full"]
-SMALL += ["tracking.enabled=false", "data.split.calibration=0"]
+SMALL += ["tracking.enabled=false", "data.split.refit=false", "data.split.calibration=0"]
 PLAIN = View(size_pixels=32, shorter_pixels=32, interpolation="bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
 KINDS = (".gif", ".tif", ".png", ".webp")
 

@@ -18,7 +18,13 @@ from finetune.recipe.resumption import another_wish, record_root
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.shelf import read_zoo, short_name
 
-SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=2", "tracking.enabled=false"]
+SMALL = [
+    "data.image_size=32",
+    "train.batch_size=16",
+    "train.epochs=2",
+    "tracking.enabled=false",
+    "data.split.refit=false",
+]
 
 
 def quiet(text):

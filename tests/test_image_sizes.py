@@ -139,7 +139,7 @@ def test_a_network_that_timm_cannot_resample_is_refused_with_the_size_it_takes()
 def test_a_run_at_another_size_says_so_and_predicts_from_its_own_folder(shapes, tmp_path, zoo, monkeypatch):
     wishes = [
         "backbone=own_vit", "data.image_size=41", "train.strategy=full", "train.epochs=1", "train.batch_size=16",
-        "tracking.enabled=false",
+        "tracking.enabled=false", "data.split.refit=false",
     ]  # fmt: skip
     run = ft.train(ft.load_recipe(str(shapes), wishes), runs=tmp_path / "runs", say=quiet)
     (reason,) = [one for one in run.plan.reasons if one.key == "data.image_size"]

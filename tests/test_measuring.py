@@ -14,7 +14,7 @@ from finetune.features import chirality, measuring, survey
 from finetune.features.survey import look
 from finetune.recipe.shelf import cache_folder
 
-SMALL = ["data.image_size=32", "tracking.enabled=false"]
+SMALL = ["data.image_size=32", "tracking.enabled=false", "data.split.refit=false"]
 PROBE, FULL = "train.strategy=probe", "train.strategy=full"
 COMPUTING = (
     "cross_validate", "fit_probe", "knn_predict", "look_at_all", "measure_chirality", "measure_control",

@@ -24,7 +24,13 @@ from finetune.recipe.distillation import read_teacher
 from finetune.scores.calibration import log_probabilities
 from finetune.scores.selection import average
 
-SMALL = ["train.batch_size=16", "train.epochs=1", "tracking.enabled=false", "data.invariances=[hflip]"]
+SMALL = [
+    "train.batch_size=16",
+    "train.epochs=1",
+    "tracking.enabled=false",
+    "data.split.refit=false",
+    "data.invariances=[hflip]",
+]
 LARGE = ["data.image_size=48", "data.crop_pct=0.8", "data.interpolation=bicubic"]
 SHIFTED = ["data.image_size=32", "data.mean=[0.4,0.5,0.6]", "data.std=[0.2,0.3,0.25]"]
 

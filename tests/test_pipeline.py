@@ -26,7 +26,7 @@ from finetune.recipe.runs import FILES, RunFolder
 from finetune.scores.calibration import fit_temperature, log_probabilities
 
 TINY = ["data.image_size=32", "train.batch_size=16"]
-SMALL = [*TINY, "train.epochs=3", "tracking.enabled=false"]
+SMALL = [*TINY, "train.epochs=3", "tracking.enabled=false", "data.split.refit=false"]
 
 
 def quiet(text):

@@ -40,7 +40,7 @@ WISHES = ["data.image_size=32", "train.batch_size=16", "train.epochs=1", "train.
 
 @pytest.fixture(scope="module")
 def run(shapes, tmp_path_factory):
-    recipe = ft.load_recipe(None, [f"data.root={shapes}", *WISHES, "tracking.enabled=false"])
+    recipe = ft.load_recipe(None, [f"data.root={shapes}", *WISHES, "tracking.enabled=false", "data.split.refit=false"])
     return ft.train(recipe, runs=tmp_path_factory.mktemp("serving"), say=lambda text: None)
 
 

@@ -17,7 +17,14 @@ from finetune.features.survey import look
 from finetune.recipe.runs import RunFolder
 from finetune.scores.metrics import log_loss
 
-SMALL = ["data.image_size=32", "data.crop_pct=0.8", "train.batch_size=16", "train.epochs=1", "tracking.enabled=false"]
+SMALL = [
+    "data.image_size=32",
+    "data.crop_pct=0.8",
+    "train.batch_size=16",
+    "train.epochs=1",
+    "tracking.enabled=false",
+    "data.split.refit=false",
+]
 TEN = ["data.invariances=[hflip]", "evaluate.views=ten"]
 
 

@@ -14,6 +14,7 @@ from finetune.data.items import ROLES, Items
 from finetune.errors import DataError
 
 UNUSED = "unused"
+_CHOOSING = ("val", "calibration")
 _CUT_ORDER = ("test", "val", "calibration")  # test first: then it stays the same whatever the others' shares
 
 
@@ -146,6 +147,20 @@ def refuse_idle(roles: Sequence[str], given: Sequence[str | None], val: float) -
         else:
             do = f"{len(roles)} images are too few to cut a part from; add images, three or more of each class"
         raise DataError(f"no images play the role {role}: {do}.")
+
+
+def labelled_rows(roles: Sequence[str], files: Sequence[str]) -> list[int]:
+    """The images that a model may end on once all is chosen: those of train, val and calibration.
+
+    Val and calibration images whose very file also lies in test are left out: where a source divides itself, they may.
+
+    Args:
+        roles: of every image, as it was divided.
+        files: per image, a hash of its file.
+    """
+    tested = {file for file, role in zip(files, roles, strict=True) if role == "test"}
+    pairs = enumerate(zip(roles, files, strict=True))
+    return [i for i, (role, file) in pairs if role == "train" or (role in _CHOOSING and file not in tested)]
 
 
 def draw_sample(

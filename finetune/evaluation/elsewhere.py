@@ -261,7 +261,7 @@ def _fitted_on(run: RunFolder, plan: Plan, temperature: Mapping[str, Any]) -> di
     return {
         "root": plan.data.root,
         "split_digest": plan.split_digest,
-        "weights": "train",
+        "weights": "train, val and calibration" if plan.is_refit else "train",
         "constants": "train" if str(plan.data.normalize).startswith("channel") else str(plan.data.normalize),
         "chosen_by_val": selection_flags(plan, probe_chosen_by=chosen_by),
         "temperature": {"role": "calibration", "value": value, "n": temperature.get("n")} if value else None,

@@ -8,6 +8,7 @@ its members, each as a small run folder of its own under `members/`, so that it 
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,13 +29,14 @@ from finetune.evaluation.members import (
     refuse_strangers,
     selection_sentence,
 )
-from finetune.evaluation.prediction import load_final
+from finetune.evaluation.prediction import load_final, load_held_out
 from finetune.evaluation.soups import State, greedy_soup, interpolate, load_start, refuse_other_beginnings, sweep
 from finetune.evaluation.soups import uniform_soup as mean_of
 from finetune.evaluation.views import permitted_views
 from finetune.evaluation.whole_model import copy_model
 from finetune.features.survey import Look
 from finetune.machine import describe_environment
+from finetune.recipe.plan import Plan, Stage
 from finetune.recipe.reading import recipe_text
 from finetune.recipe.resumption import read_wish
 from finetune.recipe.runs import RunFolder, append, write_whole
@@ -48,8 +50,12 @@ How = Literal["average", "greedy", "soup", "greedy_soup", "wise"]
 Say = Callable[[str], None]
 
 
-def load_ensemble(run: RunFolder) -> Ensemble:
+def load_ensemble(run: RunFolder, *, is_held_out: bool = False) -> Ensemble:
     """The average that `run` is, in eval mode on the CPU.
+
+    Args:
+        run: holds its members.
+        is_held_out: of each that was refit, the network before that, which val may judge.
 
     Raises:
         RunError: if `run` is no average, or a member is missing.
@@ -58,7 +64,8 @@ def load_ensemble(run: RunFolder) -> Ensemble:
     found = run.read_json(AVERAGE_FILE)
     folders = [RunFolder.open(run.file(one["folder"])) for one in found["members"]]
     weights, views = [one["weight"] for one in found["members"]], [folder.plan.view for folder in folders]
-    return Ensemble([load_final(folder) for folder in folders], weights, found["average"], views).eval()
+    load = load_held_out if is_held_out else load_final
+    return Ensemble([load(folder) for folder in folders], weights, found["average"], views).eval()
 
 
 def read_membership(run: RunFolder) -> dict[str, Any] | None:
@@ -86,12 +93,13 @@ def score_members(run: RunFolder, seen: Look, views: str | None = None) -> dict[
         seen: its images.
         views: other views than the plan's.
     """
-    plan, ensemble, found = run.plan, load_ensemble(run), run.read_json(AVERAGE_FILE)
+    plan, found = run.plan, run.read_json(AVERAGE_FILE)
     views, _ = permitted_views(views or plan.evaluate.views, plan.data.allowed_changes)
     names = [f"{Path(one['run']).name} {one['member']}" for one in found["members"]]
     tables = {}
     for role in JUDGED:
         if rows := seen.indices(role):
+            ensemble = load_ensemble(run, is_held_out=role != "test")
             pairs = zip(ensemble.members, ensemble.views, strict=True)
             said = [predict(member, seen, rows, plan, views, view) for member, view in pairs]
             labels, weights = seen.labels(role), ensemble.weights.tolist()
@@ -169,6 +177,8 @@ class _Made:
     record: dict[str, Any]
     members: tuple[Candidate, ...] = ()
     state: State | None = None
+    held_out: State | None = None
+    """The same mixture of weights before a refit; None where there was none."""
 
 
 def _check(how: str, members: str, average: str, alpha: float | None) -> None:
@@ -191,7 +201,7 @@ def _average(candidates: Sequence[Candidate], how: How, average: str, most: int,
     if how == "greedy":
         check_views(candidates[0].plan, candidates, lambda line: None)  # before val is looked at by any
         judge = Val(candidates[0], seen)
-        said = torch.stack([judge.probabilities(candidate.load(), candidate.plan.view) for candidate in candidates])
+        said = torch.stack([judge.probabilities(one.load(is_held_out=True), one.plan.view) for one in candidates])
         chosen = greedy_selection(said, judge.labels, most=most, kind=average)
         record["val_log_losses"] = _losses_along(said, judge.labels, chosen, average)
         names = ", ".join(candidates[at].name for at in chosen)
@@ -222,46 +232,59 @@ def _soup(candidates: Sequence[Candidate], how: How, alpha: float | None, seen: 
             f"{candidates[0].run.path} is a probe, whose weights no training moved; there is nothing to mix."
         )
     val, shares = Val(base, seen), [1 / len(candidates)] * len(candidates)
+    ends = [candidate.state(is_held_out=True) for candidate in candidates]
     record: dict[str, Any] = {"how": how, "num_candidates": len(candidates)}
     if how == "wise":
         if len(candidates) != 1:
             raise RunError(f"wise mixes one network with the start of its training; it was given {len(candidates)}.")
-        start, end = load_start(base.run).state_dict(), base.state()
+        start = load_start(base.run).state_dict()
         if alpha is None:
-            found = sweep(start, end, judge=val.judge, renew=val.renew)
+            found = sweep(start, ends[0], judge=val.judge, renew=val.renew)
             state, alpha = found.state, found.alpha
             record["sweep"] = [
                 {"alpha": share, **score._asdict()} for share, score in zip(found.alphas, found.scores, strict=True)
             ]
         else:
-            state = interpolate(start, end, alpha, val.renew)
+            state = interpolate(start, ends[0], alpha, val.renew)
         record["alpha"], shares = alpha, [alpha]
         say(f"mixed: {alpha:g} of the end of the training, {1 - alpha:g} of its start")
     elif how == "soup":
-        state = mean_of([candidate.state() for candidate in candidates], val.renew)
+        state = mean_of(ends, val.renew)
     else:
-        soup = greedy_soup([candidate.state() for candidate in candidates], judge=val.judge, renew=val.renew)
+        soup = greedy_soup(ends, judge=val.judge, renew=val.renew)
         state, shares = soup.state, [(at in soup.members) / len(soup.members) for at in range(len(candidates))]
         record["val_top1"] = [score.top1 for score in soup.scores]
         say(f"mixed: {len(soup.members)} of {len(candidates)} sets of weights; val accuracy {soup.score.top1:.4f}")
     record["members"] = [
         candidate.as_dict(share) for candidate, share in zip(candidates, shares, strict=True) if share or how == "wise"
     ]
-    return _Made(base=base, record=record, state=state)
+    if not base.plan.is_refit:
+        return _Made(base=base, record=record, state=state)
+    return _Made(base=base, record=record, state=_mix_refits(candidates, how, shares, val), held_out=state)
+
+
+def _mix_refits(candidates: Sequence[Candidate], how: How, shares: Sequence[float], val: Val) -> State:
+    """The mixture that val chose of the weights before their refits, of the weights after them."""
+    renew = partial(val.renew, on="labelled")
+    ends = [candidate.state() for candidate, share in zip(candidates, shares, strict=True) if share or how == "wise"]
+    if how == "wise":
+        start = load_start(candidates[0].run, is_held_out=False).state_dict()
+        return interpolate(start, ends[0], shares[0], renew)
+    return mean_of(ends, renew)
 
 
 def _write(target: RunFolder, made: _Made, record: dict[str, Any], how: How) -> None:
     """All files of the new run; the plan last, for it marks a run that can go on."""
     base = made.base
-    plan = base.plan.model_copy(update={"name": f"{base.plan.name}-{how}", "stages": base.plan.stages[-1:]})
+    plan = base.plan.model_copy(update={"name": f"{base.plan.name}-{how}", "stages": _last_stages(base.plan)})
     for number, member in enumerate(made.members, start=1):
         _write_member(RunFolder(target.file(f"members/{number}")), member)
-    stage = f"stages/1-{plan.stages[0].name}/weights.safetensors"
-    if made.state is None:  # so that the folder counts as trained; who reads `ensemble.json` does not read this
-        own = made.members.index(base) + 1
-        _copy(target.file(f"members/{own}/{stage}"), target.file(stage))
-    else:
-        _save(target.file(stage), made.state)
+    own = 0 if made.state is not None else made.members.index(base) + 1
+    for name, state in zip(_weights_of(plan), (made.held_out or made.state, made.state), strict=False):
+        if state is None:  # so that the folder counts as trained; who reads `ensemble.json` does not read this
+            _copy(target.file(f"members/{own}/{name}"), target.file(name))
+        else:
+            _save(target.file(name), state)
     for name in ("facts.json", "probe.safetensors"):
         _copy(base.run.file(name), target.file(name))
     target.write_text("recipe.yaml", recipe_text(read_wish(base.run).model_copy(update={"name": plan.name})))
@@ -273,14 +296,27 @@ def _write(target: RunFolder, made: _Made, record: dict[str, Any], how: How) -> 
 
 
 def _write_member(folder: RunFolder, member: Candidate) -> None:
-    plan = member.plan.model_copy(update={"stages": member.plan.stages[-1:]})
-    name = f"stages/1-{plan.stages[0].name}/weights.safetensors" if plan.stages else "probe.safetensors"
-    if member.member:
-        _save(folder.file(name), member.state())
-    else:
-        _copy(member.run.final_weights(), folder.file(name))
+    plan = member.plan.model_copy(update={"stages": _last_stages(member.plan)})
+    sources = (member.run.held_out_weights(), member.run.final_weights())
+    for name, source in zip(_weights_of(plan), sources, strict=False):
+        if member.member:
+            _save(folder.file(name), member.state())
+        else:
+            _copy(source, folder.file(name))
     folder.write_text("plan.yaml", plan.to_yaml())
     copy_model(member.run, folder)
+
+
+def _last_stages(plan: Plan) -> tuple[Stage, ...]:
+    """The stages whose weights judge: of those on the training images the last, and the last of a refit."""
+    found = sorted({plan.last_stage("train"), len(plan.stages) - 1} - {-1})
+    return tuple(plan.stages[index] for index in found)
+
+
+def _weights_of(plan: Plan) -> list[str]:
+    """Where a run with such stages keeps their weights."""
+    names = [f"stages/{number}-{stage.name}/weights.safetensors" for number, stage in enumerate(plan.stages, 1)]
+    return names or ["probe.safetensors"]
 
 
 def _copy(source: Path, path: Path) -> None:

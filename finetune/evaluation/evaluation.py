@@ -11,7 +11,18 @@ import torch
 from finetune.evaluation.comparing import selection_flags
 from finetune.evaluation.draws import compare_draws, draw
 from finetune.evaluation.ensembles import read_membership, score_members, selection_note
-from finetune.evaluation.prediction import load_final, predict_probabilities, temper
+from finetune.evaluation.held_out import (
+    Fitting,
+    What,
+    held_out_note,
+    is_refit,
+    networks,
+    probe_answers,
+    probe_fitting,
+    refit_record,
+    role_fitting,
+)
+from finetune.evaluation.prediction import predict_probabilities, temper
 from finetune.evaluation.teaching import read_answers
 from finetune.evaluation.view_scores import Looked, look_by_view, view_arrays, view_scores
 from finetune.evaluation.views import permitted_views, view_names
@@ -19,6 +30,7 @@ from finetune.features.survey import Look
 from finetune.models.classifier import Classifier
 from finetune.recipe.ladder import next_experiment
 from finetune.recipe.plan import Plan
+from finetune.recipe.planning import LEAST_CALIBRATION
 from finetune.recipe.runs import RunFolder, write_whole
 from finetune.scores.calibration import fit_temperature, log_probabilities
 from finetune.scores.comparison import answered_right
@@ -38,29 +50,34 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
     """
     plan = run.plan
     views, fallback = permitted_views(views or plan.evaluate.views, plan.data.allowed_changes)
-    probe = _probe_probabilities(look)
+    probe = probe_answers(look, plan)
     is_probe = probe is not None and not plan.stages and views == "center"
-    looked = _look_by_view(run, look, plan, views)
-    final = probe if is_probe else _final_probabilities(run, look, plan, views, looked)
+    answering = {} if is_probe else networks(run)
+    looked = _look_by_view(answering, look, plan, views)
+    final = probe if is_probe else _network_answers(answering, look, plan, views, looked)
     assert final is not None
+    what: What | None = ("model" if plan.stages else "probe") if is_refit(run) else None
+    fitting = _fitting(look, plan, final, views, what)
     labels = {role: look.labels(role) for role in (*JUDGED, "calibration")}
     scores: dict[str, Any] = {"views": views, "views_note": fallback, "classes": list(plan.classes)}
-    tempered, scores["temperature"] = _calibrate(plan, final, labels)
-    scores |= _score(tempered, labels, plan.classes)
-    if len(labels["calibration"]):
-        scores["conformal"] = _promise(plan, final, labels)
+    scores |= refit_record(look, plan, is_refit=what is not None)
+    tempered, scores["temperature"] = _calibrate(plan, final, fitting)
+    scores |= _score(tempered, labels, plan.classes, what)
+    if len(fitting.labels):
+        scores["conformal"] = _promise(plan, final, labels, fitting)
     arrays = _arrays(tempered, labels, look) | view_arrays(looked)
+    arrays |= _fitted_arrays(fitting, scores["temperature"], look)
     scores |= view_scores(looked, labels["test"])
     center = tempered
     if views != "center":
-        single = _final_probabilities(run, look, plan, "center", {})
-        center, _ = _calibrate(plan, single, labels)
-        scores["center"] = _score(center, labels, plan.classes)
+        single = _network_answers(answering, look, plan, "center", {})
+        center, _ = _calibrate(plan, single, _fitting(look, plan, single, "center", what))
+        scores["center"] = _score(center, labels, plan.classes, what)
         gains = {role: _pair(tempered[role], center[role], labels[role]) for role in JUDGED if len(labels[role])}
         scores["views_gain"] = {"crops": _num_crops(views, plan), **gains}
     if probe is not None:
-        tempered_probe, _ = _calibrate(plan, probe, labels)
-        scores["probe"] = _score(tempered_probe, labels, plan.classes)
+        tempered_probe, _ = _calibrate(plan, probe, probe_fitting(look, plan, probe))
+        scores["probe"] = _score(tempered_probe, labels, plan.classes, "probe" if plan.probe_on == "labelled" else None)
         if final is not probe:
             scores["paired"] = {
                 role: _pair(tempered[role], tempered_probe[role], labels[role]) for role in JUDGED if len(labels[role])
@@ -70,7 +87,7 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
         scores["teacher"], more = _beside_teacher(run, look, tempered, labels, views)
         arrays |= more
     if plan.evaluate.draws:
-        scores["draws"] = _draw(run, look, center, labels)
+        scores["draws"] = _draw(answering, look, plan, center, labels, what)
     scores["next"] = _propose(run, look)
     probe_facts = look.facts.probe
     scores["chosen_by_val"] = selection_flags(plan, probe_chosen_by=probe_facts.chosen_by if probe_facts else "val")
@@ -120,10 +137,10 @@ def _num_crops(views: str, plan: Plan) -> int:
 
 def _propose(run: RunFolder, look: Look) -> dict[str, str] | None:
     """The one change to try next, from how training and val stood after the last epoch."""
-    last: dict[str, float] = {}
+    last, watched = dict[str, float](), run.stage_names("train")
     with run.file("curves.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            if row["name"] in ("train/top1", "val/top1") and row["value"]:
+            if row["name"] in ("train/top1", "val/top1") and row["value"] and row["stage"] in watched:
                 last[row["name"]] = float(row["value"])
     if "train/top1" not in last:
         return None
@@ -138,58 +155,59 @@ def _propose(run: RunFolder, look: Look) -> dict[str, str] | None:
     return asdict(found) if found else None
 
 
-def _probe_probabilities(look: Look) -> dict[str, torch.Tensor] | None:
-    if look.probe is None:
-        return None
-    return {role: look.probe.logits(look.stacked(role)).softmax(1).float() for role in (*JUDGED, "calibration")}
-
-
-def _look_by_view(run: RunFolder, look: Look, plan: Plan, views: str) -> dict[str, Looked]:
+def _look_by_view(answering: Mapping[str, Classifier], look: Look, plan: Plan, views: str) -> dict[str, Looked]:
     """What each view says of val and test; nothing where there is one view."""
     if _num_crops(views, plan) == 1:
         return {}
-    classifier = load_final(run)
     return {
-        role: look_by_view(classifier, look.store, look.indices(role), look.labels(role), plan, views)
+        role: look_by_view(answering[role], look.store, look.indices(role), look.labels(role), plan, views)
         for role in JUDGED
         if look.indices(role)
     }
 
 
-def _final_probabilities(
-    run: RunFolder, look: Look, plan: Plan, views: str, looked: Mapping[str, Looked]
+def _network_answers(
+    answering: Mapping[str, Classifier], look: Look, plan: Plan, views: str, looked: Mapping[str, Looked]
 ) -> dict[str, torch.Tensor]:
     """Averaged over views; roles that were `looked` at are not looked at again."""
-    classifier, how = load_final(run), plan.evaluate.average
+    how = plan.evaluate.average
     return {
         role: looked[role].average
         if role in looked
-        else predict_probabilities(classifier, look.store, look.indices(role), plan, views, how)
+        else predict_probabilities(answering[role], look.store, look.indices(role), plan, views, how)
         for role in (*JUDGED, "calibration")
     }
 
 
+def _fitting(look: Look, plan: Plan, answers: Mapping[str, torch.Tensor], views: str, what: What | None) -> Fitting:
+    """What a temperature of these answers is fitted to; folds looked at the centre alone."""
+    if not plan.stages and look.probe is not None and views == "center":
+        return probe_fitting(look, plan, answers)
+    return role_fitting(look, answers, what)
+
+
 def _calibrate(
-    plan: Plan, probabilities: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
+    plan: Plan, probabilities: Mapping[str, torch.Tensor], fitting: Fitting
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """Everything at the temperature that suits the calibration images best, and what it changed there."""
-    if not plan.evaluate.calibrate:
+    """Everything at the temperature that suits the fitting images best, and what it changed there."""
+    if not plan.evaluate.calibrate or len(fitting.labels) < LEAST_CALIBRATION:
         return dict(probabilities), None
-    fitted = fit_temperature(log_probabilities(probabilities["calibration"]), labels["calibration"])
+    fitted = fit_temperature(log_probabilities(fitting.probabilities), fitting.labels)
     tempered = {role: temper(rows, fitted.value or 1.0) for role, rows in probabilities.items()}
-    return tempered, asdict(fitted)
+    return tempered, {**asdict(fitted), **_noted(fitting.note)}
 
 
 def _promise(
-    plan: Plan, probabilities: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
+    plan: Plan, probabilities: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor], fitting: Fitting
 ) -> dict[str, Any]:
     """Prediction sets at the planned coverage, and what they are like on test.
 
-    From probabilities before the temperature: the calibration images served to fit that.
+    From probabilities before the temperature: the same images served to fit that.
     """
-    coverage, count = plan.evaluate.coverage, len(labels["calibration"])
-    threshold = fit_threshold(probabilities["calibration"], labels["calibration"], coverage)
+    coverage, count = plan.evaluate.coverage, len(fitting.labels)
+    threshold = fit_threshold(fitting.probabilities, fitting.labels, coverage)
     found: dict[str, Any] = {"coverage": coverage, "threshold": threshold, "num_calibration": count}
+    found |= _noted(fitting.note)
     if len(labels["test"]):
         found["test"] = describe(
             probabilities["test"], labels["test"], threshold, coverage=coverage, num_calibration=count
@@ -197,27 +215,58 @@ def _promise(
     return found
 
 
+def _noted(note: str | None) -> dict[str, str]:
+    return {} if note is None else {"held_out": note}
+
+
+def _fitted_arrays(fitting: Fitting, temperature: Mapping[str, Any] | None, look: Look) -> dict[str, np.ndarray]:
+    """Out-of-fold answers, tempered as all others are; nothing where the calibration images were fitted to."""
+    if not fitting.rows:
+        return {}
+    tempered = temper(fitting.probabilities, (temperature or {}).get("value") or 1.0)
+    return {
+        "out_of_fold_probabilities": tempered.numpy(),
+        "out_of_fold_labels": fitting.labels.numpy(),
+        "out_of_fold_names": np.array([look.items[row].name for row in fitting.rows], dtype=str),
+    }
+
+
 def _draw(
-    run: RunFolder, look: Look, center: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
+    answering: Mapping[str, Classifier],
+    look: Look,
+    plan: Plan,
+    center: Mapping[str, torch.Tensor],
+    labels: Mapping[str, torch.Tensor],
+    what: What | None,
 ) -> dict[str, Any]:
     """Draws of the head's dropout in the centre view, beside the ordinary answer in that view; both tempered."""
-    plan, classifier = run.plan, load_final(run)
-    if not isinstance(classifier, Classifier):
+    if not isinstance(answering["test"], Classifier):
         return {"n": 0, "sentence": "no draws: several networks are averaged, and each is judged without dropout"}
-    drawn = {role: draw(classifier, look.store, look.indices(role), plan) for role in (*JUDGED, "calibration")}
-    tempered, temperature = _calibrate(plan, {role: one.mean for role, one in drawn.items()}, labels)
+    roles = (*JUDGED, "calibration")
+    drawn = {role: draw(answering[role], look.store, look.indices(role), plan) for role in roles}
+    means = {role: one.mean for role, one in drawn.items()}
+    tempered, temperature = _calibrate(plan, means, role_fitting(look, means, what))
     return {
         "n": plan.evaluate.draws,
         "temperature": temperature,
-        **_score(tempered, labels, plan.classes),
+        **_score(tempered, labels, plan.classes, what),
         **compare_draws(plan.evaluate.draws, drawn, tempered, center, labels),
     }
 
 
 def _score(
-    probabilities: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor], classes: tuple[str, ...]
+    probabilities: Mapping[str, torch.Tensor],
+    labels: Mapping[str, torch.Tensor],
+    classes: tuple[str, ...],
+    what: What | None = None,
 ) -> dict[str, Any]:
-    return {role: score_predictions(probabilities[role], labels[role], classes) for role in JUDGED if len(labels[role])}
+    """By role; beside val stands who answered, where `what` was refit since."""
+    found = {
+        role: score_predictions(probabilities[role], labels[role], classes) for role in JUDGED if len(labels[role])
+    }
+    if what is not None and "val" in found:
+        found["val"]["held_out"] = held_out_note(what)
+    return found
 
 
 def _pair(final: torch.Tensor, other: torch.Tensor, labels: torch.Tensor, name: str = "probe") -> dict[str, Any]:

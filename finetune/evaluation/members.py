@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 from finetune.errors import RecipeError, RunError
-from finetune.evaluation.prediction import load_final, predict_probabilities
+from finetune.evaluation.prediction import load_final, load_held_out, predict_probabilities
 from finetune.evaluation.soups import Score, State
 from finetune.evaluation.views import check_crops, list_crops, permitted_views
 from finetune.features.survey import Look, look
 from finetune.models.batch_norm import pooled_statistics
 from finetune.recipe.cards import View
-from finetune.recipe.plan import Plan
+from finetune.recipe.plan import Images, Plan
 from finetune.recipe.resumption import read_wish
 from finetune.recipe.runs import RunFolder
 from finetune.scores.calibration import fit_temperature, log_probabilities
 from finetune.scores.metrics import decide
 from finetune.training.snapshots import Member, load_member, read_members
-from finetune.training.starting import make_batches
+from finetune.training.starting import training_batches
 
 AVERAGE_FILE = "ensemble.json"
 """What makes a run folder an average of several networks."""
@@ -44,6 +44,12 @@ _SAME_SPLIT = (
 _SAME_VIEW = (
     "One network cannot look at images in two ways. Average the predictions instead (how=average), or train with the "
     "same data.image_size, crop_pct, interpolation, mean and std."
+)
+
+
+_SAME_END = (
+    "Val may judge a mixture only of weights that have not seen it. Train both with the same data.split.refit, or "
+    "average the predictions instead (how=average)."
 )
 
 
@@ -68,16 +74,17 @@ class Candidate:
         """Such as `final` or `cycle-1`."""
         return self.member.name if self.member else "final"
 
-    def load(self) -> nn.Module:
-        """The classifier, in eval mode on the CPU."""
-        classifier = load_final(self.run)
+    def load(self, *, is_held_out: bool = False) -> nn.Module:
+        """The classifier, in eval mode on the CPU; the one that val may judge, where there was a refit."""
+        classifier = load_held_out(self.run) if is_held_out else load_final(self.run)
         if self.member:
             load_member(classifier, self.member)
         return classifier
 
-    def state(self) -> State:
+    def state(self, *, is_held_out: bool = False) -> State:
         """All its tensors by name."""
-        return {name: tensor.contiguous() for name, tensor in self.load().state_dict().items()}
+        loaded = self.load(is_held_out=is_held_out)
+        return {name: tensor.contiguous() for name, tensor in loaded.state_dict().items()}
 
     def as_dict(self, weight: float) -> dict[str, Any]:
         """Where it came from, ready for JSON."""
@@ -113,9 +120,14 @@ def refuse_strangers(runs: Sequence[RunFolder], *, is_mixture: bool) -> None:
             ("classes", first.classes, plan.classes, _SAME_CLASSES),
             ("split of the images", first.split_digest[:12], plan.split_digest[:12], _SAME_SPLIT),
             ("view", first.view, plan.view, _SAME_VIEW),
+            ("end", _end(first), _end(plan), _SAME_END),
         ):
-            if ours != theirs and (is_mixture or what != "view"):
+            if ours != theirs and (is_mixture or what not in ("view", "end")):
                 raise RunError(f"{run.path} has another {what} than {runs[0].path}: {_difference(theirs, ours)}. {do}")
+
+
+def _end(plan: Plan) -> str:
+    return "trained on all labelled images" if plan.is_refit else "trained on the training images"
 
 
 def _difference(theirs: Any, ours: Any) -> str:
@@ -225,11 +237,11 @@ class Val:
         hits = int((decide(said) == self.labels).sum())
         return Score(hits / len(said), fit_temperature(log_probabilities(said), self.labels).log_loss_after)
 
-    def renew(self, state: State, names: tuple[str, ...]) -> State:
-        """The same weights with pooled statistics of the training images, as training sees them, for these norms."""
+    def renew(self, state: State, names: tuple[str, ...], on: Images = "train") -> State:
+        """The same weights with pooled statistics of these images, as training sees them, for these norms."""
         plan, classifier = self._base.plan, self._filled(state)
         device = str(plan.hardware.devices) if torch.cuda.is_available() else "cpu"
-        train, _ = make_batches(plan, self.seen)
+        train = training_batches(plan, self.seen, on)
         pooled_statistics(classifier.to(device), train, device=device, names=names)
         return {name: tensor.detach().cpu().clone() for name, tensor in classifier.state_dict().items()}
 

@@ -36,12 +36,28 @@ def load_final(run: RunFolder) -> Classifier:
         BackboneError: if the run holds no model, and its backbone is not at hand or not that of the plan.
         RunError: if the run has no plan.
     """
+    return _load(run, is_held_out=False)
+
+
+def load_held_out(run: RunFolder) -> Classifier:
+    """The classifier that val and calibration images may judge: before the refit; the final one where there is none.
+
+    Args:
+        run: a run whose stages are done.
+
+    Raises:
+        As `load_final`, or RunError if its weights are gone.
+    """
+    return _load(run, is_held_out=True)
+
+
+def _load(run: RunFolder, *, is_held_out: bool) -> Classifier:
     if run.file("ensemble.json").exists():
         from finetune.evaluation.ensembles import load_ensemble  # which loads its members by this very function
 
-        return load_ensemble(run)  # type: ignore[return-value]
+        return load_ensemble(run, is_held_out=is_held_out)  # type: ignore[return-value]
     plan = run.plan
-    backbone, state = load_network(run)
+    backbone, state = load_network(run, is_held_out=is_held_out)
     if plan.stages and plan.regularization.fractional_pooling:
         insert_fractional_pooling(backbone, plan.view.size_pixels)
     probe = load_file(run.file("probe.safetensors")) if state is None else {"weight": None, "bias": None}

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.errors import BackboneError, RunError
+from finetune.features.refitting import one_probe
 from finetune.features.viewing import fit_size
 from finetune.models.adapters import merge_lora
 from finetune.models.backbones import load_backbone
@@ -163,10 +164,14 @@ def moved_norms(states: Sequence[State]) -> tuple[str, ...]:
     )
 
 
-def load_start(run: RunFolder) -> Classifier:
+def load_start(run: RunFolder, *, is_held_out: bool = True) -> Classifier:
     """What the training of `run` began from: the pretrained backbone with the softened probe as its head.
 
     It is the zero point of `interpolate`: networks without a classifier of their own have no zero-shot one.
+
+    Args:
+        run: trained.
+        is_held_out: with the probe of the training images as its head, and not that of a refit.
 
     Raises:
         RunError: if the training did not begin from the probe.
@@ -187,8 +192,10 @@ def load_start(run: RunFolder) -> Classifier:
             f"{plan.backbone} now has weights {backbone.digest[:12]}, but {run.path} began from "
             f"{plan.weights_digest[:12]}. Put the card it was made with first in FINETUNE_ZOO."
         )
-    counts = run.read_json("facts.json")["counts"]["train"]
-    classifier = make_classifier(plan, backbone, load_file(run.file("probe.safetensors")), counts)
+    facts = run.read_json("facts.json")
+    counts = facts["counts"]["train"] if is_held_out or not plan.is_refit else facts["labelled"]
+    probe = one_probe(load_file(run.file("probe.safetensors")), is_held_out=is_held_out or not plan.is_refit)
+    classifier = make_classifier(plan, backbone, probe, counts)
     merge_lora(classifier.backbone)  # still without effect; the plain layers have the names of the trained ones
     return classifier.eval()
 

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from finetune.errors import BackboneError
-from finetune.evaluation.prediction import load_final
+from finetune.evaluation.prediction import load_final, load_held_out
 from finetune.evaluation.whole_model import CARD
 from finetune.features.survey import Look
 from finetune.models.backbones import refuse_unknown
 from finetune.recipe.distillation import KEY, list_networks, read_teacher
 from finetune.recipe.facts import TeacherFacts
-from finetune.recipe.plan import Plan
+from finetune.recipe.plan import Images, Plan
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.shelf import read_zoo
 from finetune.training.distilling import Teacher
@@ -50,8 +50,13 @@ def find_teacher(named: str | None) -> TeacherFacts | None:
     return known
 
 
-def load_teacher(plan: Plan) -> Teacher | None:
+def load_teacher(plan: Plan, on: Images = "train") -> Teacher | None:
     """The network, or the average of several, that the plan wants to be taught by; None where it wants none.
+
+    Args:
+        plan: of the student.
+        on: the images that it teaches on. A student that val will judge is taught by its teacher before a refit, which
+            has not seen val either.
 
     Raises:
         BackboneError: if the card of a backbone is not at hand.
@@ -62,7 +67,8 @@ def load_teacher(plan: Plan) -> Teacher | None:
         return None
     run = RunFolder.open(path)
     try:
-        return Teacher(load_final(run), run.plan.view, plan.view)
+        load = load_held_out if on == "train" else load_final
+        return Teacher(load(run), run.plan.view, plan.view)
     except BackboneError as fault:
         raise _not_at_hand(run, fault) from fault
 

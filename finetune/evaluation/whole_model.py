@@ -14,8 +14,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from finetune.errors import BackboneError
+from finetune.errors import BackboneError, RunError
 from finetune.features.ancestry import record_seen
+from finetune.features.refitting import one_probe
 from finetune.features.survey import Look
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.recipe.cards import Card, read_card
@@ -44,11 +45,10 @@ def keep_model(run: RunFolder, look: Look) -> None:
         _copy(run.final_weights(), run.file(MODEL))
     else:
         tensors = {f"backbone.{name}": tensor.contiguous() for name, tensor in look.backbone.state_dict().items()}
-        probe = load_file(run.file("probe.safetensors"))
+        probe = one_probe(load_file(run.file("probe.safetensors")), is_held_out=False)
         tensors |= {f"head.linear.{name}": tensor for name, tensor in probe.items()}
         write_whole(run.file(MODEL), lambda path: save_file(tensors, path))
-    own = {role: [look.files[index] for index in look.indices(role)] for role in ("train", "val")}
-    record_seen(run.file(SEEN), own if plan.stages else {}, look.backbone.card)
+    record_seen(run.file(SEEN), _own_images(plan, look), look.backbone.card)
     _write_card(run, _card(run, plan, look))
 
 
@@ -62,17 +62,26 @@ def copy_model(run: RunFolder, member: RunFolder) -> None:
     _write_card(member, yaml.safe_load(run.file(CARD).read_text(encoding="utf-8")))
 
 
-def load_network(run: RunFolder) -> tuple[Backbone, dict[str, torch.Tensor] | None]:
+def load_network(run: RunFolder, *, is_held_out: bool = False) -> tuple[Backbone, dict[str, torch.Tensor] | None]:
     """The backbone of a run, and the weights of its whole model; None of a probe that an older version made.
+
+    Args:
+        run: its stages are done.
+        is_held_out: the weights before a refit, where there was one.
 
     Raises:
         BackboneError: if the run holds no model and its backbone is not at hand, or has other weights now.
+        RunError: if its weights before the refit are gone.
     """
     plan = run.plan
-    weights = run.final_weights() if plan.stages and run.final_weights().exists() else run.file(MODEL)
+    weights = _weights(run, plan, is_held_out)
     if run.file(CARD).exists():
         card = read_card(run.file(CARD))
-        return load_backbone(card.name, zoo={card.name: card}, pretrained=False), load_file(weights)
+        state = load_file(weights)
+        if is_held_out and not plan.stages:
+            probe = one_probe(load_file(run.file("probe.safetensors")), is_held_out=True)
+            state |= {f"head.linear.{name}": tensor for name, tensor in probe.items()}
+        return load_backbone(card.name, zoo={card.name: card}, pretrained=False), state
     try:
         backbone = load_backbone(plan.backbone, zoo=read_zoo(), pretrained=plan.pretrained and not plan.stages)
     except BackboneError as fault:
@@ -88,6 +97,31 @@ def load_network(run: RunFolder) -> tuple[Backbone, dict[str, torch.Tensor] | No
             f"{plan.weights_digest[:12]}. Put the card it was made with first in FINETUNE_ZOO."
         )
     return backbone, None
+
+
+def _weights(run: RunFolder, plan: Plan, is_held_out: bool) -> Path:
+    """The file with the weights of the whole model, in the stage that made them or as the run ships them."""
+    if not plan.stages:
+        return run.file(MODEL)
+    path = run.held_out_weights() if is_held_out else run.final_weights()
+    if path.exists():
+        return path
+    if is_held_out and plan.is_refit:
+        raise RunError(
+            f"{path} is gone, the weights before the refit, and only these can judge val and calibration. Put the "
+            "file back, or train again."
+        )
+    return run.file(MODEL)
+
+
+def _own_images(plan: Plan, look: Look) -> dict[str, list[str]]:
+    """Digests of files by what they were for: `train`, `val`, and what a refit learned from beside `train`."""
+    if not plan.stages:
+        return {}
+    own = {role: [look.files[index] for index in look.indices(role)] for role in ("train", "val")}
+    if plan.is_refit:
+        own["refit"] = [look.files[index] for index in look.labelled() if look.roles[index] != "train"]
+    return own
 
 
 def _card(run: RunFolder, plan: Plan, look: Look) -> dict[str, Any]:
@@ -117,7 +151,8 @@ def _history(origin: Card, plan: Plan, look: Look) -> str:
     if not plan.stages:
         return origin.pretrained_on
     names = ", ".join(plan.classes[:5]) + (", ..." if len(plan.classes) > 5 else "")
-    own = f"{len(look.indices('train')):,} images of {len(plan.classes)} classes ({names})"
+    count = len(look.labelled() if plan.is_refit else look.indices("train"))
+    own = f"{count:,} images of {len(plan.classes)} classes ({names})"
     return f"{origin.pretrained_on}, then {own}" if plan.pretrained else own
 
 

@@ -173,7 +173,7 @@ def _card(run: RunFolder, name: str, options: dict[str, Any]) -> str:
 {len(plan.classes)} classes ({few(plan.classes)}; all in `classes.txt`): {told}.
 
 - network: {name}, begun from {plan.backbone}, whose licence is: {facts["backbone"]["licence"]}
-- trained: {plan.train.strategy}, on {sum(facts["counts"]["train"]):,} images
+- trained: {plan.train.strategy}, on {sum(facts["labelled"] if plan.is_refit else facts["counts"]["train"]):,} images
 - images: shorter side {view.shorter_pixels} px, centre crop {view.size_pixels} px, {view.interpolation};
   of more than 8 bits, values from {low:g} to {high:g} become 0 to 255
 

@@ -20,12 +20,15 @@ def record_seen(path: Path, own: Mapping[str, Sequence[str]], card: Card) -> Non
     """Write the digests of all images that moved or chose the weights of a run: its own and its ancestors'.
 
     Args:
-        path: an .npz file with the arrays `train` and `val`: (N,) uint64, sorted.
+        path: an .npz file with the arrays `train` and `val`, and `refit` where weights were trained once more on images
+            other than `train`: (N,) uint64, sorted.
         own: digests of the run's own by role; none where the probe is the model, whose backbone has not seen them.
         card: of the backbone that the run began from.
     """
     before = _seen_by(card)
     seen = {role: np.union1d(_numbers(own.get(role, ())), before[role]) for role in _USES}
+    if "refit" in own:
+        seen["refit"] = np.unique(_numbers(own["refit"]))
     write_whole(path, lambda temporary: _save(temporary, seen))
 
 
@@ -46,15 +49,35 @@ def overlap_warnings(card: Card, roles: Sequence[str], digests: Sequence[str]) -
         return []
     return [
         f"{' and '.join(found)} were seen, byte for byte, in the training of {card.name}, which this run begins from: "
-        "scores on them flatter it. Set the same seed and split as there, or keep other images for judging."
+        f"scores on them flatter it. {_advice(card)}"
     ]
+
+
+def _advice(card: Card) -> str:
+    if card.images is not None and _was_refit(card):
+        return (
+            "Set the same seed and split as there, and begin from its weights before the refit, a folder in its "
+            "`stages/`; or keep other images for judging."
+        )
+    return "Set the same seed and split as there, or keep other images for judging."
+
+
+def _was_refit(card: Card) -> bool:
+    """Whether the weights are those of a refit, and not the ones before it."""
+    if card.images is None or card.is_before_refit:
+        return False
+    with np.load(card.images, allow_pickle=False) as stored:
+        return "refit" in stored
 
 
 def _seen_by(card: Card) -> dict[str, np.ndarray]:
     if card.images is None or not card.images.exists():
         return {role: _numbers([]) for role in _USES}
     with np.load(card.images, allow_pickle=False) as stored:
-        return {role: stored[role] for role in _USES}
+        seen = {role: stored[role] for role in _USES}
+        if "refit" in stored and not card.is_before_refit:
+            seen["train"] = np.union1d(seen["train"], stored["refit"])
+    return seen
 
 
 def _numbers(digests: Iterable[str]) -> np.ndarray:
@@ -63,4 +86,4 @@ def _numbers(digests: Iterable[str]) -> np.ndarray:
 
 def _save(path: Path, seen: Mapping[str, np.ndarray]) -> None:
     with path.open("wb") as handle:  # a name without .npz would be given one
-        np.savez(handle, train=seen["train"], val=seen["val"])
+        np.savez(handle, **seen)  # type: ignore[arg-type]

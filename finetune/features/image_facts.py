@@ -1,15 +1,17 @@
-"""What a pass over the images found out about the files themselves: in numbers, and in warnings."""
+"""What a pass over the images found out about the files, and how they were divided: in numbers, and in warnings."""
 
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import Any
 
 import numpy as np
 
 from finetune.data.decoding import BEYOND, FRAMES, KINDS, ROTATED
 from finetune.data.items import Item, Items
+from finetune.data.splits import Split, labelled_rows
 from finetune.features.extraction import ImageTable
 from finetune.recipe.cards import View
-from finetune.recipe.facts import RangeFacts
+from finetune.recipe.facts import PerClass, RangeFacts
 
 
 def image_facts(seen: ImageTable, items: Items) -> dict[str, Any]:
@@ -53,3 +55,24 @@ def range_warnings(seen: ImageTable, items: Sequence[Item], view: View, found: R
             f"{items[beyond[0]].name}; data.value_range sets another range."
         )
     return said
+
+
+def split_facts(split: Split, roles: Sequence[str], files: Sequence[str], labels: np.ndarray) -> dict[str, Any]:
+    """The fields of `Facts` on the division.
+
+    Args:
+        split: of the images that can be read.
+        roles: of every image.
+        files: per image, a hash of its file.
+        labels: (N,) of every image.
+    """
+    per_class, num_classes = [count for count in split.counts["train"] if count], len(split.counts["train"])
+    val = np.bincount(labels[[index for index, role in enumerate(roles) if role == "val"]])
+    return {
+        "counts": split.counts,
+        "labelled": tuple(np.bincount(labels[labelled_rows(roles, files)], minlength=num_classes).tolist()),
+        "leaks": split.leaks,
+        "split_digest": split.digest,
+        "images_per_class": PerClass(min=min(per_class), median=median(per_class), max=max(per_class)),
+        "majority": float(val.max()) / float(val.sum()) if len(val) else 0.0,
+    }

@@ -91,8 +91,11 @@ class Material:
 
     def rows(self, role: str, *, most: int | None = None) -> list[int]:
         """Items that play `role`, all or some: which, and in which order, depends on their bytes and the seed alone."""
-        found = [index for index, own in enumerate(self.roles) if own == role]
-        return sorted(found, key=lambda index: _rank(self.seed, self.digests[index]))[:most]
+        return self.ordered([index for index, own in enumerate(self.roles) if own == role])[:most]
+
+    def ordered(self, rows: Sequence[int]) -> list[int]:
+        """`rows` in an order that depends on their bytes and the seed alone."""
+        return sorted(rows, key=lambda index: _rank(self.seed, self.digests[index]))
 
     def one_of_each_file(self, rows: Sequence[int]) -> list[int]:
         """`rows` with the first frame alone of every file: near copies would answer for those that are left out."""

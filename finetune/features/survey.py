@@ -7,7 +7,6 @@ gives the Facts alone.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import median
 from typing import Any
 
 import torch
@@ -19,16 +18,17 @@ from finetune.data.items import ROLES, Items
 from finetune.data.loading import Batches, ImageStore
 from finetune.data.normalization import measure_constants
 from finetune.data.sources import Source
-from finetune.data.splits import Split, cut_split, refuse_idle, refuse_lost
+from finetune.data.splits import Split, cut_split, labelled_rows, refuse_idle, refuse_lost
 from finetune.data.training_range import RangeMeter
 from finetune.data.value_range import FULL_RANGE
 from finetune.errors import DataError, RecipeError
 from finetune.features.ancestry import overlap_warnings
 from finetune.features.cache import FeatureCache
 from finetune.features.extraction import Extraction, ImageTable, digest_images, extract
-from finetune.features.image_facts import band_warnings, image_facts, range_warnings
+from finetune.features.image_facts import band_warnings, image_facts, range_warnings, split_facts
 from finetune.features.measuring import PROBE_BYTES, Material, measure
 from finetune.features.probing import Probe
+from finetune.features.refitting import RefitProbe, refit_probe
 from finetune.features.surgery import relative_gradients
 from finetune.features.viewing import (
     backbone_facts,
@@ -41,8 +41,9 @@ from finetune.features.viewing import (
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.models.classifier import Classifier
 from finetune.models.frozen import FrozenBackbone
-from finetune.recipe.facts import BadFile, Facts, Findings, PerClass, RangeFacts
+from finetune.recipe.facts import BadFile, Facts, Findings, RangeFacts
 from finetune.recipe.reading import Wish, as_recipe
+from finetune.recipe.refit import is_cross_fitted
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shelf import default_backbone, read_zoo
 
@@ -89,10 +90,17 @@ class Look:
     backbone: Backbone
     store: ImageStore
     probe: Probe | None
+    """On the training images; None with random weights."""
+    refit: RefitProbe | None = None
+    """On all labelled images; None where the recipe wants none, or some of them were not looked at."""
 
     def indices(self, role: str) -> list[int]:
         """Items that play `role`, in the source's order."""
         return [index for index, own in enumerate(self.roles) if own == role]
+
+    def labelled(self) -> list[int]:
+        """Items that a refit trains on, in the source's order."""
+        return labelled_rows(self.roles, self.files)
 
     def labels(self, role: str) -> torch.Tensor:
         """(N,) of the items that play `role`."""
@@ -134,15 +142,18 @@ def look(
     refuse_idle(roles, [item.role for item in source.items], recipe.data.split.val)
     seconds = {"images": round(time.perf_counter() - began, 3)}
     labels = torch.from_numpy(source.items.labels).long()
-    probe, findings, began = None, Findings(), time.perf_counter()
+    probe, refit, findings, began = None, None, Findings(), time.perf_counter()
     if recipe.pretrained:
         strategy = recipe.train.strategy
+        material = work.material(roles, labels, split)
         probe, findings = measure(
-            work.material(roles, labels, split),
+            material,
             for_advice=strategy is None,
             for_training=strategy != "probe",
             for_flips=strategy != "probe" and recipe.data.invariances is None,
         )
+        if recipe.data.split.refit is not False and "calibration" in roles_seen:
+            refit = refit_probe(material, probe, makes_folds=is_cross_fitted(findings))
         seconds["findings"] = round(time.perf_counter() - began, 3)
     gradients: dict[str, float] = {}
     if recipe.train.strategy == "surgical" and probe is not None:
@@ -166,7 +177,7 @@ def look(
         ),
         seconds=seconds,
         **work.settled(),
-        **_split_facts(split, labels[[index for index, role in enumerate(roles) if role == "val"]]),
+        **split_facts(split, roles, work.files, source.items.labels),
         **image_facts(found.facts, source.items),
         features={"hits": found.hits, "misses": found.misses, "bytes": work.cache.num_bytes if work.cache else 0},
         **{name: getattr(findings, name) for name in Findings.model_fields},
@@ -183,6 +194,7 @@ def look(
         backbone=work.backbone.to("cpu"),
         store=work.store,
         probe=probe,
+        refit=refit,
     )
 
 
@@ -379,15 +391,3 @@ def divide(recipe: Recipe, source: Source, digests: Sequence[str], files: Sequen
         max_train_per_class=None if limit == "all" else limit,
         files=[files[index] for index in kept],
     )
-
-
-def _split_facts(split: Split, val_labels: torch.Tensor) -> dict[str, Any]:
-    per_class = [count for count in split.counts["train"] if count]
-    commonest = float(torch.bincount(val_labels).max()) / len(val_labels) if len(val_labels) else 0.0
-    return {
-        "counts": split.counts,
-        "leaks": split.leaks,
-        "split_digest": split.digest,
-        "images_per_class": PerClass(min=min(per_class), median=median(per_class), max=max(per_class)),
-        "majority": commonest,
-    }

@@ -104,6 +104,8 @@ class Card:
     statistics_sha256: str | None = None
     images: Path | None = None
     """Digests of the images that a run of ours trained these weights on; None where nobody recorded them."""
+    is_before_refit: bool = False
+    """The weights are those that a refit repeated, and have not seen what it learned from beside them."""
 
     def view(self, *, size_pixels: int | None = None) -> View:
         """The evaluation view at `size_pixels` (None: the size of pretraining), crop share kept."""

@@ -338,6 +338,8 @@ class Facts(Findings):
     """Roles that the data themselves name; the others are cut."""
     counts: dict[str, tuple[int, ...]]
     """Images of each class, by role."""
+    labelled: tuple[int, ...] = ()
+    """Images of each class that a refit trains on: of train, val and calibration, none that is also in test."""
     num_images: int
     bad_images: tuple[BadFile, ...] = ()
     leaks: int = 0

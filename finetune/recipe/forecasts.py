@@ -10,7 +10,7 @@ EPOCH_SECONDS = 0.15
 """Of writing the state after an epoch."""
 
 
-def predict_seconds(facts: Facts, *, trains: str, epochs: int) -> float | None:
+def predict_seconds(facts: Facts, *, trains: str, epochs: int, is_refit: bool = False) -> float | None:
     """Seconds of a training and its evaluation, without the survey; None where nothing was timed.
 
     A teacher is not timed: each of its networks is taken to look at images as fast as the student's own backbone.
@@ -19,6 +19,7 @@ def predict_seconds(facts: Facts, *, trains: str, epochs: int) -> float | None:
         facts: hold the timing of steps on this machine.
         trains: a number of top stages, `norms`, or `0` for the probe, which the survey has solved already.
         epochs: passes over the training images.
+        is_refit: the same is then trained again on all labelled images.
     """
     forward = facts.forward_images_per_second
     speeds = {row.trains: row.images_per_second for row in facts.timing}
@@ -29,8 +30,11 @@ def predict_seconds(facts: Facts, *, trains: str, epochs: int) -> float | None:
         return 0.0
     judged = (num["test"] + num["val"] + num["calibration"]) / forward
     each = num["train"] / speeds[trains] + num["val"] / forward + EPOCH_SECONDS
+    if is_refit:
+        each += sum(facts.labelled) / speeds[trains] + EPOCH_SECONDS
     if facts.teacher is not None:
-        each += num["train"] * facts.teacher.networks / forward
+        taught = num["train"] + (sum(facts.labelled) if is_refit else 0)
+        each += taught * facts.teacher.networks / forward
     return START_SECONDS + (epochs * each) + num["val"] / forward + judged
 
 
@@ -39,7 +43,7 @@ def predict_memory(facts: Facts, *, trains: str) -> float | None:
     return next((row.memory_mb for row in facts.timing if row.trains == trains), 0.0 if trains == "0" else None)
 
 
-def with_forecasts(advice: Advice, facts: Facts, *, epochs: int) -> Advice:
+def with_forecasts(advice: Advice, facts: Facts, *, epochs: int, is_refit: bool = False) -> Advice:
     """The advice with what each strategy is expected to give and to cost; as it is where nothing was timed."""
     stages = len(facts.backbone.stages)
     keys = {
@@ -50,7 +54,8 @@ def with_forecasts(advice: Advice, facts: Facts, *, epochs: int) -> Advice:
     }
     rows = []
     for strategy, trains in keys.items():
-        seconds, memory = predict_seconds(facts, trains=trains, epochs=epochs), predict_memory(facts, trains=trains)
+        seconds = predict_seconds(facts, trains=trains, epochs=epochs, is_refit=is_refit)
+        memory = predict_memory(facts, trains=trains)
         if seconds is not None and memory is not None:
             gain, low, high = expected_gain(facts, strategy) or (0.0, 0.0, 0.0)
             rows.append(

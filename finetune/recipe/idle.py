@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from finetune.recipe.distillation import idle_distillation
 from finetune.recipe.facts import Facts
 from finetune.recipe.plan import Plan, Reason
+from finetune.recipe.refit import is_cross_fitted
 from finetune.recipe.schema import Recipe
 
 _CYCLES = ("cyclic", "growing")
@@ -131,7 +132,8 @@ def _idle_anywhere(recipe: Recipe, plan: Plan, facts: Facts) -> dict[str, str]:
         idle["data.frame"] = "no file holds several frames or pages"
     if _ONE_VIEW.fullmatch(plan.evaluate.views):
         idle["evaluate.average"] = "it is read only with evaluate.views that are several"
-    if not sum(facts.counts["calibration"]):
+    is_cross = not plan.stages and plan.probe_on == "labelled" and is_cross_fitted(facts)
+    if not sum(facts.counts["calibration"]) and not is_cross:
         idle["evaluate.coverage"] = "there are no calibration images to choose sets by"
     if plan.data.allowed_changes and plan.augment.preset == "none" and not _MIRRORED.search(plan.evaluate.views):
         needs = "it is read only with augment.preset other than none, or mirrored evaluate.views"

@@ -34,14 +34,22 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times 
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
-BEFORE_RANGES = {"value_range": [0.0, 65535.0]}
-"""What plans of older versions did and did not say: all 16 bits were mapped to eight."""
+BEFORE: dict[str, Any] = {
+    "data": {"value_range": [0.0, 65535.0], "split": {"refit": False}},
+    "train": {"averaging": {"wise_ft": 1.0}},
+}
+"""What plans of older versions did and did not say: all 16 bits were mapped to eight, nothing was refit or mixed."""
+Images = Literal["train", "labelled"]
+"""The training images alone, or all that are labelled and not for test: train, val and calibration."""
 
 
 class Stage(Section):
     """One `Trainer.fit`: what moves, how fast, how long."""
 
-    name: Literal["partial", "full", "gradual", "surgical", "norms", "biases", "lora"]
+    name: Literal["partial", "full", "gradual", "surgical", "norms", "biases", "lora", "refit"]
+    images: Images = "train"
+    """Which images it trains on. Where on all that are labelled, no val watches, and `epochs` become those that were
+    kept of the stage it repeats."""
     trains: Literal["all", "norms", "biases", "lora"] = "all"
     """Which tensors of the trained stages move; the head always does."""
     trainable_stages: int
@@ -132,6 +140,8 @@ class Plan(Section):
     classes: tuple[str, ...]
     split_digest: str
     weights_digest: str
+    probe_on: Images = "train"
+    """Which images the probe ends on; its penalty is chosen before, and what val and calibration judge is that one."""
     stages: tuple[Stage, ...]
     advice: Advice
     reasons: tuple[Reason, ...]
@@ -141,6 +151,19 @@ class Plan(Section):
         if holes := _open_keys(self):
             raise ValueError(f"a plan leaves nothing open, but {', '.join(holes)} is")
         return self
+
+    @property
+    def is_refit(self) -> bool:
+        """Whether the model ends on all labelled images, so that val and calibration judge the one before it."""
+        return self.stages[-1].images == "labelled" if self.stages else self.probe_on == "labelled"
+
+    def last_stage(self, on: Images) -> int:
+        """The index of the last stage on these images; -1 where there is none."""
+        return max((index for index, stage in enumerate(self.stages) if stage.images == on), default=-1)
+
+    def repeated(self, index: int) -> int:
+        """The index of the stage on the training images that stage `index` repeats on all labelled ones; or itself."""
+        return index % (self.last_stage("train") + 1)
 
     @property
     def view(self) -> View:
@@ -173,11 +196,16 @@ def read_plan(path: Path) -> Plan:
         raise RunError(f"{path} is not there, so this is no run folder. `finetune train` makes one.")
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
-        if isinstance(found, dict) and isinstance(found.get("data"), dict):
-            found["data"] = {**BEFORE_RANGES, **found["data"]}
-        return Plan.model_validate(found)
+        return Plan.model_validate(_filled(BEFORE, found))
     except (ValidationError, yaml.YAMLError, ValueError) as fault:
         raise RunError(f"{path} is not a plan of this version: {fault}") from fault
+
+
+def _filled(defaults: Any, found: Any) -> Any:
+    """`found`, with what it does not say as in `defaults`, section by section; anything but sections stays as it is."""
+    if not isinstance(found, dict) or not isinstance(defaults, dict):
+        return found
+    return {**defaults, **found} | {name: _filled(defaults[name], found[name]) for name in defaults if name in found}
 
 
 def _open_keys(value: Any, prefix: str = "") -> list[str]:

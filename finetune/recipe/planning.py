@@ -11,6 +11,7 @@ from finetune.recipe.forecasts import with_forecasts
 from finetune.recipe.idle import idle_reasons
 from finetune.recipe.plan import Advice, Plan, Reason
 from finetune.recipe.reading import Wish, as_recipe
+from finetune.recipe.refit import Refit, decide_refit, is_cross_fitted, with_refit
 from finetune.recipe.schema import Recipe
 from finetune.recipe.staging import decide_train, epochs_for, make_stages, refuse_depth, training_faults
 
@@ -45,12 +46,14 @@ def make_plan(recipe: Wish, facts: Facts) -> Plan:
     refuse_depth(recipe, strategy, advice.why)
     _refuse_draws_of_a_probe(recipe, strategy, advice.why)
     name = recipe.name or facts.root.rstrip("/").rsplit("/", 1)[-1] or "data"
-    data = _decide_data(recipe, facts, decide)
+    refit = decide_refit(recipe, facts, strategy)
+    data = _decide_data(recipe, facts, refit, decide)
     hardware = _decide_hardware(recipe, facts, decide)
     train = decide_train(recipe, facts, strategy, hardware["devices"], decide)
     is_probe = strategy == "probe"
     augment = _decide_augment(recipe, facts, is_probe=is_probe, decide=decide)
     init = decide("head.init", None if is_probe else recipe.head.init, *_first_head(recipe, facts, is_probe))
+    stages = make_stages(strategy, train, facts)
     plan = Plan.model_validate(
         {
             **recipe.model_dump(),
@@ -62,14 +65,20 @@ def make_plan(recipe: Wish, facts: Facts) -> Plan:
             "augment": augment,
             "head": {**recipe.head.model_dump(), "init": init},
             "train": train,
-            "evaluate": _decide_evaluate(recipe, facts, data["invariances"], decide),
+            "evaluate": _decide_evaluate(recipe, facts, data["invariances"], refit if is_probe else None, decide),
             "hardware": hardware,
             "tracking": _decide_tracking(recipe, facts, name, decide),
             "classes": facts.classes,
             "split_digest": facts.split_digest,
             "weights_digest": facts.backbone.weights_digest,
-            "stages": make_stages(strategy, train, facts),
-            "advice": with_forecasts(advice, facts, epochs=epochs_for(recipe, facts, hardware["devices"])),
+            "probe_on": refit.probe_on,
+            "stages": with_refit(stages) if data["split"]["refit"] else stages,
+            "advice": with_forecasts(
+                advice,
+                facts,
+                epochs=epochs_for(recipe, facts, hardware["devices"]),
+                is_refit=decide_refit(recipe, facts, "full").is_refit,
+            ),
             "reasons": reasons,
         }
     )
@@ -182,7 +191,7 @@ def _swap_faults(recipe: Recipe, facts: Facts) -> list[str]:
     return faults
 
 
-def _decide_data(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
+def _decide_data(recipe: Recipe, facts: Facts, refit: Refit, decide: Any) -> dict[str, Any]:
     wish, view = recipe.data, facts.view
     own = f"as {facts.backbone.name} was pretrained"
     if facts.size_note and wish.image_size is not None:
@@ -218,9 +227,11 @@ def _decide_data(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
         decide(f"data.columns.{what}", name, None, "")
     if wish.label_swap:
         decide("data.label_swap", wish.label_swap, None, "")
+    is_refit = decide("data.split.refit", wish.split.refit, refit.is_refit, refit.why)
+    seed = recipe.seed if wish.split.seed is None else wish.split.seed
     return {
         **wish.model_dump(),
-        "split": {**wish.split.model_dump(), "seed": recipe.seed if wish.split.seed is None else wish.split.seed},
+        "split": {**wish.split.model_dump(), "seed": seed, "refit": is_refit},
         "root": facts.root,
         "image_size": size,
         "crop_pct": facts.crop_pct,
@@ -285,17 +296,22 @@ def _decide_hardware(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any
     return {**wish.model_dump(), "devices": device, "precision": precision, "workers": workers}
 
 
-def _decide_evaluate(recipe: Recipe, facts: Facts, invariances: Any, decide: Any) -> dict[str, Any]:
+def _decide_evaluate(
+    recipe: Recipe, facts: Facts, invariances: Any, refit: Refit | None, decide: Any
+) -> dict[str, Any]:
+    """The section; `refit` is that of a probe which is the model, and whose temperature may be cross-fitted."""
     wish = recipe.evaluate
     views, calibrate = wish.views, wish.calibrate
     if views == "ten" and "hflip" not in invariances and not recipe.data.label_swap:
         views = "five"
         why = "ten crops mirror the image, and hflip is not among data.invariances"
         decide("evaluate.views", None, views, why)
-    count = sum(facts.counts["calibration"])
+    count, kind = sum(facts.counts["calibration"]), "calibration"
+    if refit is not None and refit.probe_on == "labelled" and is_cross_fitted(facts):
+        count, kind = sum(facts.labelled), "labelled"
     if calibrate and count < LEAST_CALIBRATION:
         calibrate = False
-        why = f"{count} calibration images, fewer than {LEAST_CALIBRATION}, say too little about a temperature"
+        why = f"{count} {kind} images, fewer than {LEAST_CALIBRATION}, say too little about a temperature"
         decide("evaluate.calibrate", None, calibrate, why)
     return {**wish.model_dump(), "views": views, "calibrate": calibrate}
 

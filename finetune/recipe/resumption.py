@@ -76,7 +76,9 @@ def another_wish(run: RunFolder, overrides: Sequence[str]) -> Recipe:
             f"no recipe. `finetune resume {run.path}` finishes it, and this command then makes another run from its "
             f"weights; `finetune train {run.path}/recipe.yaml {said}` starts anew."
         )
-    begins = [f"backbone={json.dumps(str(run.path.absolute()))}"]
+    plan = run.plan  # a refit has seen val, so the other run begins from what it repeated
+    beginning = run.stage_folder(plan.last_stage("train")) if plan.stages and plan.is_refit else run.path
+    begins = [f"backbone={json.dumps(str(beginning.absolute()))}"]
     if not recipe.pretrained:
         begins.append("pretrained=true")  # as the weights of the run now are
     if recipe.train.reinit:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from finetune.errors import RunError, explain_os_error, names_beside, nearest, os_error_behind
 from finetune.machine import try_lock
-from finetune.recipe.plan import Plan, read_plan
+from finetune.recipe.plan import Images, Plan, read_plan
 
 FILES = (
     "card.yaml",
@@ -99,10 +99,20 @@ class RunFolder:
         """`stages/K-NAME`, K counted from 1."""
         return self.path / "stages" / f"{index + 1}-{self.plan.stages[index].name}"
 
+    def stage_names(self, on: Images) -> list[str]:
+        """`K-NAME` of the stages on these images, as the curves call them."""
+        return [f"{number}-{stage.name}" for number, stage in enumerate(self.plan.stages, 1) if stage.images == on]
+
     def final_weights(self) -> Path:
         """The weights to judge: of the last stage, or of the probe where there is none."""
-        stages = self.plan.stages
-        return self.stage_folder(len(stages) - 1) / "weights.safetensors" if stages else self.file("probe.safetensors")
+        return self._weights_of(len(self.plan.stages) - 1)
+
+    def held_out_weights(self) -> Path:
+        """Those that val and calibration judge: before the refit, or the final ones where there is none."""
+        return self._weights_of(self.plan.last_stage("train"))
+
+    def _weights_of(self, index: int) -> Path:
+        return self.file("probe.safetensors") if index < 0 else self.stage_folder(index) / "weights.safetensors"
 
     def write_text(self, name: str, text: str) -> None:
         """Write a whole file or none."""

@@ -35,13 +35,16 @@ class SplitSpec(Section):
     """How images are divided where the data does not say it. The rest is for training."""
 
     val: Share = 0.15
-    """Share of each class used for choosing: early stopping, the probe's penalty, the strategy."""
+    """Share of each class used for choosing: early stopping, the probe's penalty, the strategy; see `refit`."""
     calibration: Share = 0.1
-    """Share of each class used for the temperature alone."""
+    """Share of each class used for the temperature alone, until a `refit`."""
     test: Share = 0.15
     """Share of each class read once, at the end."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """Of the division; null takes the recipe's own. Set it where runs of several seeds shall share their images."""
+    refit: bool | None = None
+    """Once val has chosen, train again from the start on train, val and calibration together; test is never touched.
+    Null: the probe always, a fine-tuned model where val is small."""
 
     @model_validator(mode="after")
     def _leave_something(self) -> "SplitSpec":

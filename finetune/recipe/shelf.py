@@ -104,6 +104,8 @@ def folder_of_backbone(name: str) -> Path | None:
 def card_at(name: str) -> "Card | None":
     """The card of the folder of weights that `name` means, by that name; None where it means no folder.
 
+    A stage of a finished run is such a folder too: so another run begins from weights before a refit.
+
     Raises:
         BackboneError: if the folder holds no card.
     """
@@ -111,6 +113,11 @@ def card_at(name: str) -> "Card | None":
 
     if (folder := folder_of_backbone(name)) is None:
         return None
+    run, weights = folder.parent.parent, folder / "weights.safetensors"
+    if folder.parent.name == "stages" and (run / "card.yaml").exists() and weights.exists():
+        card = read_card(run / "card.yaml")
+        is_before = not folder.name.endswith("-refit")
+        return replace(card, name=name, weights=weights, sha256=None, is_before_refit=is_before)
     if not (folder / "card.yaml").exists():
         raise BackboneError(f"backbone: {folder} {why_no_card(folder)}")
     return replace(read_card(folder / "card.yaml"), name=name)

@@ -11,6 +11,7 @@ from finetune.recipe.distillation import decide_distillation, inherit_imbalance,
 from finetune.recipe.facts import Facts
 from finetune.recipe.imbalance import uneven
 from finetune.recipe.plan import Stage
+from finetune.recipe.refit import refit_faults
 from finetune.recipe.schedules import whole_epochs
 from finetune.recipe.schema import Recipe, ScheduleSpec, TrainSpec
 from finetune.recipe.wise_ft import mixture_faults, mixture_share
@@ -273,7 +274,7 @@ def training_faults(recipe: Recipe, facts: Facts) -> list[str]:
         )
     if train.reinit:
         faults += _reinit_faults(recipe)
-    faults += _averaging_faults(recipe) + mixture_faults(recipe, facts)
+    faults += _averaging_faults(recipe) + mixture_faults(recipe, facts) + refit_faults(recipe, facts)
     return faults + _lbfgs_faults(recipe, facts) + teacher_faults(recipe, facts)
 
 

@@ -106,12 +106,17 @@ def plan_text(plan: Plan) -> str:
     """What will be done, and why."""
     lines = ["Plan", _table([(f"{r.key} = {r.value}", r.why) for r in plan.reasons], narrow=44)]
     for number, stage in enumerate(plan.stages, 1):
+        if stage.images == "labelled":
+            twin = plan.repeated(number - 1) + 1
+            lines.append(f"  stage {number}, refit: stage {twin} again, on all labelled images and without val,")
+            lines.append("           for as many epochs as are kept of it")
+            continue
         lines.append(
             f"  stage {number}, {stage.name}: {_moving(stage)} and the head, at most {stage.epochs} epochs, "
             f"rates {stage.lr_head:g} (head) and {stage.lr_backbone:g} (backbone)"
         )
         averaging = plan.train.averaging
-        start = averaging.swa_start if averaging.kind == "swa" and number == len(plan.stages) else None
+        start = averaging.swa_start if averaging.kind == "swa" and number - 1 == plan.last_stage("train") else None
         curve = draw_curve(stage.schedule, stage.epochs, 100, swa_start=start, swa_lr=averaging.swa_lr)
         lines.append(f"           rate |{curve.translate(_PLAIN_BARS)}| {stage.schedule.name}")
     if not plan.stages:
@@ -181,6 +186,8 @@ def scores_text(scores: Mapping[str, Any]) -> str:
             f"log loss {own['log_loss']['value']:.3f}   ECE {100 * own['ece']['value']:.1f} %"
             for name, own in shown.items()
         ]
+    if refit := scores.get("refit"):
+        lines += textwrap.wrap(refit["note"], WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
     lines += _uneven_lines(scores)
     lines += _difference_lines(scores, teacher)
     if sets := scores.get("conformal", {}).get("test"):
@@ -189,6 +196,8 @@ def scores_text(scores: Mapping[str, Any]) -> str:
             f"  sets promised to hold the true class of {100 * sets['promised']:g} %: they do for "
             f"{percent(sets['coverage'])}, with {size:.2f} classes on average{', some with none' if size < 1 else ''}"
         )
+        if note := scores["conformal"].get("held_out"):
+            lines.append(f"  their threshold: {note}")
     if flags := scores.get("chosen_by_val"):
         keys = ", ".join(dict.fromkeys(flag.partition(":")[0] for flag in flags))
         said = f"val is no estimate, for it chose: {keys}; test chose nothing"

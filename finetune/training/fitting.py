@@ -48,7 +48,7 @@ def fit(
     index: int,
     classifier: Classifier,
     train: Batches,
-    val: Batches,
+    val: Batches | None,
     folder: Path,
     curves: Curves,
     *,
@@ -56,6 +56,7 @@ def fit(
     origin: Mapping[str, torch.Tensor] | None = None,
     start: Mapping[str, torch.Tensor] | None = None,
     teacher: nn.Module | None = None,
+    slowdown: float = 1.0,
     say: Callable[[str], None],
     notify: Callable[[], None],
 ) -> None:
@@ -65,22 +66,22 @@ def fit(
         plan: what to do.
         index: of the stage, from 0.
         classifier: holds the weights that the stage begins from.
-        train: batches of the training images.
-        val: batches of the val images.
+        train: batches of the images that the stage trains on.
+        val: batches of the val images; None in a refit, which runs to its end.
         folder: gets `last.ckpt` after each epoch and `weights.safetensors` at the end.
         curves: gets what is measured.
         members: folder for snapshots and the last epochs, where the plan keeps them.
         origin: pretrained weights by name, for `regularization.l2_sp`; None: those the stage begins from.
         start: weights by name that the first stage began from, for `train.averaging.wise_ft`.
         teacher: what `train.distillation.teacher` names, from the student's images to logits.
+        slowdown: share of all rates to train with; in a refit as the stage that it repeats ended.
         say: prints a line for people.
         notify: called when what the curves hold is there to stay, for the state after it is on disk.
 
     Raises:
         RunError: if training diverges, and does so again at a lower rate.
     """
-    weights, checkpoint = folder / "weights.safetensors", folder / "last.ckpt"
-    stage = plan.stages[index]
+    stage, weights, checkpoint = plan.stages[index], folder / "weights.safetensors", folder / "last.ckpt"
     if weights.exists():
         if stage.trains == "lora":
             merge_lora(classifier.backbone)
@@ -93,20 +94,20 @@ def fit(
     recovery = Recovery()
     while True:
         module = _make_module(plan, index, classifier, train, origin, teacher, folding, say)
-        module.slowdown = recovery.factor
+        module.slowdown = slowdown * recovery.factor
         keeper = Keeper(plan, index, train, val, checkpoint, curves, members=members, say=say, notify=notify)
         keeper.mixture = _make_mixture(plan, index, start)
         done = torch.load(checkpoint, weights_only=True)["keeper"] if checkpoint.exists() else None
         if done is not None:
             keeper.load(done)
             say(f"stage {index + 1} ({stage.name}) goes on after epoch {keeper.epoch + 1}")
-        if keeper.is_finished:
+        if keeper.is_finished or not stage.epochs:
             break
         try:
             _run_trainer(plan, stage.epochs, module, train, keeper, checkpoint if done is not None else None)
             break
         except DivergenceError as fault:
-            recovery.times = max(recovery.times, int(module.slowdown < 1))  # before a kill, it may have been tried
+            recovery.times = max(recovery.times, int(module.slowdown < slowdown))  # tried before a kill
             say(recovery.after(str(fault), lr=stage.lr_head))
             if len(train) < WINDOW and checkpoint.exists():
                 say(f"an epoch of fewer than {WINDOW} steps may spoil weights unseen, so the stage begins anew")
@@ -117,7 +118,7 @@ def fit(
         good = torch.load(checkpoint, weights_only=True)["keeper"]["epoch"] if checkpoint.exists() else -2
         curves.forget_after(keeper.label, good)
         notify()
-    classifier.load_state_dict(keeper.best_state)
+    classifier.load_state_dict(keeper.best_state or before)
     if stage.trains == "lora":
         merge_lora(classifier.backbone)
     state = {name: value.contiguous() for name, value in classifier.state_dict().items()}
@@ -150,7 +151,7 @@ def _make_module(
     say: Callable[[str], None],
 ) -> Finetuning:
     stage, spec, averaging = plan.stages[index], plan.train, plan.train.averaging
-    is_last, steps = index + 1 == len(plan.stages), stage.epochs * len(train)
+    is_last, steps = index == plan.last_stage(stage.images), stage.epochs * len(train)
     keeps_average = is_last and averaging.kind in ("ema", "swa")
     swa_start = averaging.swa_start if keeps_average and averaging.kind == "swa" else None
     plateau = Plateau(factor=stage.schedule.factor, patience=stage.schedule.patience)
@@ -176,7 +177,7 @@ def _make_module(
             swa_lr=averaging.swa_lr,
         ),
         clip_norm=spec.clip_norm,
-        seed=_seed(f"{plan.seed} {index} mixing"),
+        seed=_seed(f"{plan.seed} {plan.repeated(index)} mixing"),
         mixing=Mixing(augment.mixup, augment.cutmix, len(plan.classes)) if augment.mixup or augment.cutmix else None,
         anchor=Anchor(classifier, anchored, pulls, start=origin) if pulls else None,
         distillation=make_distillation(plan, teacher),
@@ -195,8 +196,8 @@ def _make_module(
 
 
 def _make_mixture(plan: Plan, index: int, start: Mapping[str, torch.Tensor] | None) -> StartMixture | None:
-    share = plan.train.averaging.wise_ft
-    if start is None or index + 1 < len(plan.stages) or share is None or share == 1:
+    share, is_last = plan.train.averaging.wise_ft, index == plan.last_stage(plan.stages[index].images)
+    if start is None or not is_last or share is None or share == 1:
         return None
     return StartMixture(start, share)
 

@@ -47,14 +47,17 @@ class PlainFile(TorchCheckpointIO):
 
 
 class Keeper(pl.Callback):
-    """Seeds each epoch, measures val, keeps the weights to be shipped, and writes the state after each epoch."""
+    """Seeds each epoch, measures val, keeps the weights to be shipped, and writes the state after each epoch.
+
+    Without val, in a refit, nothing is measured and the last epoch is kept.
+    """
 
     def __init__(
         self,
         plan: Plan,
         index: int,
         train: Batches,
-        val: Batches,
+        val: Batches | None,
         checkpoint: Path,
         curves: Curves,
         *,
@@ -67,7 +70,7 @@ class Keeper(pl.Callback):
         stage, averaging = plan.stages[index], plan.train.averaging
         has_cycles = stage.schedule.name in ("cyclic", "growing")
         self._ends = cycle_ends(stage.schedule, stage.epochs) if has_cycles else ()
-        self._is_last = index + 1 == len(plan.stages)
+        self._is_last = index == plan.last_stage(stage.images)
         self._snapshots = self._ends if self._is_last and averaging.snapshots else ()
         self.stop = EarlyStop(
             patience=int(plan.train.patience or 1), keeps_last=plan.train.keep == "last", cycle_ends=self._ends
@@ -90,18 +93,21 @@ class Keeper(pl.Callback):
 
     def verdict(self) -> str:
         """Which epoch was kept, in words."""
+        if self.val is None:
+            return f"{self.epoch + 1} epochs on {len(self.train.indices):,} labelled images, to the end"
         kept = "the start, for no epoch did better" if self.stop.best_epoch < 0 else f"epoch {self.stop.best_epoch + 1}"
         return f"{self.epoch + 1} epochs, kept {kept} (val loss at the best temperature {self.stop.best_loss:.4f})"
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Measure the starting point, which is the first candidate for the best."""
-        if self.epoch < 0:
-            self._measure(module, {})
+        if self.epoch < 0 and self.val is not None:
+            self._measure(module, self.val, {})
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Everything random in this epoch follows (seed, stage, epoch)."""
         epoch = trainer.current_epoch
-        key = hashlib.blake2b(f"{self.plan.seed} {self.index} {epoch}".encode(), digest_size=4).digest()
+        stage = self.plan.repeated(self.index)
+        key = hashlib.blake2b(f"{self.plan.seed} {stage} {epoch}".encode(), digest_size=4).digest()
         torch.manual_seed(int.from_bytes(key, "little"))
         self.train.set_epoch(epoch)
         self._began = time.perf_counter()
@@ -133,15 +139,43 @@ class Keeper(pl.Callback):
         if totals.get("ratios"):
             values["update_ratio"] = totals["update_ratio"] / totals["ratios"]
         module.refuse_epoch(values["train/loss"])
-        found = self._measure(module, values)
-        module.refuse_epoch(found.loss if not math.isfinite(found.loss) else 0.0)
-        self._keep_members(module)
-        if module.plateau is not None and module.plateau.sees(found.chosen_by):
-            self.say(f"{self.label}  val does not improve: rates are now {module.plateau.factor:g} of the schedule's")
-        self.is_finished = self.stop.is_over(self.epoch) or self.epoch + 1 == self.plan.stages[self.index].epochs
+        self.is_finished = self.epoch + 1 == self.plan.stages[self.index].epochs
+        if self.val is None:
+            self._keep_end(module, values)
+        else:
+            self._judge(module, self.val, values)
         write_whole(self.checkpoint, lambda path: trainer.save_checkpoint(path))
         self.notify()
         trainer.should_stop = self.is_finished
+
+    def _judge(self, module: Finetuning, val: Batches, values: dict[str, float]) -> None:
+        """Measure val after an epoch, and what follows for the rates and for going on."""
+        found = self._measure(module, val, values)
+        module.refuse_epoch(found.loss if not math.isfinite(found.loss) else 0.0)
+        self._keep_members(module, val)
+        if module.plateau is not None and module.plateau.sees(found.chosen_by):
+            self.say(f"{self.label}  val does not improve: rates are now {module.plateau.factor:g} of the schedule's")
+        self.is_finished |= self.stop.is_over(self.epoch)
+
+    def _keep_end(self, module: Finetuning, values: dict[str, float]) -> None:
+        """Where no val watches: what training itself says goes to the curves, and the last epoch is kept."""
+        self._tell(module, values, {})
+        if self.is_finished:
+            with self._shipped(module):
+                self._keep(module.classifier)
+
+    def _keep(self, classifier: nn.Module) -> None:
+        self.stop.best_epoch = self.epoch
+        self.best_state = {name: value.detach().cpu().clone() for name, value in classifier.state_dict().items()}
+
+    def _tell(self, module: Finetuning, values: dict[str, float], more: dict[str, float]) -> None:
+        """Values to the curves and, but for `more`, to people."""
+        self.curves.append(self.label, self.epoch, module.steps_done, {**values, **more})
+        epochs = self.plan.stages[self.index].epochs
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        where = f"epoch {self.epoch + 1}/{epochs}" if self.epoch >= 0 else "start"
+        is_kept = self.val is not None and self.stop.best_epoch == self.epoch
+        self.say(f"{self.label}  {where}  {shown}{'  *' if is_kept else ''}")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the weights to be kept and the rule's state."""
@@ -156,41 +190,35 @@ class Keeper(pl.Callback):
             "start_dead": self.start_dead,
         }
 
-    def _measure(self, module: pl.LightningModule, values: dict[str, float]) -> ValLoss:
+    def _measure(self, module: pl.LightningModule, val: Batches, values: dict[str, float]) -> ValLoss:
         """Judge what would be shipped, keep it if it is the best, and leave rows in the curves."""
         assert isinstance(module, Finetuning)
         hardware, train = self.plan.hardware, self.plan.train
-        judged = (self.val, str(hardware.devices), str(hardware.precision))
+        judged = (val, str(hardware.devices), str(hardware.precision))
         is_averaged = module.average is not None and module.average.num_shown > 0
         if is_averaged:
             raw = measure_loss(module.classifier, *judged)
             values = {**values, "val/raw_loss": raw.loss, "val/raw_top1": raw.top1}
         with self._shipped(module):
             found = measure_loss(module.classifier, *judged, choose=str(train.choose))
-            dead = self._dead_share(module.classifier)
+            dead = self._dead_share(module.classifier, val)
             top1 = found.balanced_top1 if train.choose == "balanced" else found.top1
             if self.epoch < 0:
                 self.start_top1, self.start_dead = top1, dead or 0.0
-            is_harmed = is_clearly_worse(top1, self.start_top1, len(self.val.indices))
+            is_harmed = is_clearly_worse(top1, self.start_top1, len(val.indices))
             is_best = self.stop.sees(self.epoch, found.chosen_by, is_harmed=is_harmed)
             if is_best or (not is_harmed and self._has_settled(found)):
-                self.stop.best_epoch, self.stop.best_loss = self.epoch, found.chosen_by
-                self.best_losses, state = found.losses, module.classifier.state_dict()
-                self.best_state = {name: value.detach().cpu().clone() for name, value in state.items()}
+                self.stop.best_loss, self.best_losses = found.chosen_by, found.losses
+                self._keep(module.classifier)
         values = {**values, "val/loss": found.loss, "val/tempered_loss": found.chosen_by, "val/top1": found.top1}
         if train.choose == "balanced":
             values["val/balanced_top1"] = found.balanced_top1
-        dead_units = {} if dead is None else {"dead_units": dead}
-        self.curves.append(self.label, self.epoch, module.steps_done, {**values, **dead_units})
+        self._tell(module, values, {} if dead is None else {"dead_units": dead})
         if dead is not None and dead > self.start_dead + DEAD_RISE:
             self.say(
                 f"{self.label}  {dead:.0%} of the units never fire on val, {self.start_dead:.0%} did not at the start; "
                 "a lower train.optimizer.lr keeps them awake"
             )
-        epochs = self.plan.stages[self.index].epochs
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        where = f"epoch {self.epoch + 1}/{epochs}" if self.epoch >= 0 else "start"
-        self.say(f"{self.label}  {where}  {shown}{'  *' if self.stop.best_epoch == self.epoch else ''}")
         return found
 
     def _has_settled(self, found: ValLoss) -> bool:
@@ -214,20 +242,20 @@ class Keeper(pl.Callback):
         take = exact_statistics if self.plan.train.averaging.batch_norm == "exact" else pooled_statistics
         take(classifier, self.train, device=str(self.plan.hardware.devices))
 
-    def _dead_share(self, classifier: Classifier) -> float | None:
+    def _dead_share(self, classifier: Classifier, val: Batches) -> float | None:
         """Share of units that never fire, on the first val batch; at the start, the end, and some epochs between."""
         epochs = self.plan.stages[self.index].epochs
         if (self.epoch + 1) % math.ceil(epochs / DEAD_LOOKS) and self.epoch + 1 != epochs:
             return None
-        return dead_share(classifier, [next(iter(self.val))[0]], device=str(self.plan.hardware.devices))
+        return dead_share(classifier, [next(iter(val))[0]], device=str(self.plan.hardware.devices))
 
-    def _keep_members(self, module: Finetuning) -> None:
+    def _keep_members(self, module: Finetuning, val: Batches) -> None:
         """Write the raw weights where the plan keeps them, with what val says of them."""
         epoch, most = self.epoch + 1, self.plan.train.averaging.keep_last if self._is_last else 0
         if epoch not in self._snapshots and not most:
             return
         hardware = self.plan.hardware
-        raw = measure_loss(module.classifier, self.val, str(hardware.devices), str(hardware.precision))
+        raw = measure_loss(module.classifier, val, str(hardware.devices), str(hardware.precision))
         facts = {"epoch": epoch, "val_loss": raw.loss, "val_top1": raw.top1}
         if epoch in self._snapshots:
             save_member(self.members, f"cycle-{self._snapshots.index(epoch) + 1}", module.classifier, facts)

@@ -18,7 +18,7 @@ from finetune.models.classifier import Classifier
 from finetune.models.heads import PROBE_SOFTENING, make_head
 from finetune.models.initialization import reinitialize_stages
 from finetune.models.regularization import insert_channel_dropout, insert_fractional_pooling, set_stochastic_depth
-from finetune.recipe.plan import Plan
+from finetune.recipe.plan import Images, Plan
 from finetune.training.losses import Kind, log_priors
 
 Vary = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -139,25 +139,6 @@ def make_batches(
     plan: Plan, seen: Look, *, most_images: int | None = None, vary: Vary | None = None
 ) -> tuple[Batches, Batches]:
     """Training batches, shuffled and varied, of all images or the first few; val batches, as they are."""
-    workers = plan.hardware.workers or 0
-    rows, labels = seen.indices("train"), seen.labels("train").tolist()
-    if most_images is not None and most_images < len(rows):
-        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(plan.seed))[:most_images].tolist()
-        rows, labels = [rows[at] for at in chosen], [labels[at] for at in chosen]
-    size = plan.train.batch_size
-    train = Batches(
-        seen.store,
-        rows,
-        labels,
-        batch_size=min(size, len(rows)),
-        augmentation=make_augmentation(plan, seen, vary),
-        shuffle=plan.train.optimizer.name != "lbfgs",
-        seed=plan.seed,
-        workers=workers,
-        even=True,
-        mirror_labels=plan.data.mirror_classes(plan.classes),
-        balanced=plan.train.imbalance.kind == "sampler",
-    )
     val = Batches(
         seen.store,
         seen.indices("val"),
@@ -166,6 +147,31 @@ def make_batches(
         augmentation=None,
         shuffle=False,
         seed=plan.seed,
-        workers=workers,
+        workers=plan.hardware.workers or 0,
     )
-    return train, val
+    return training_batches(plan, seen, "train", most_images=most_images, vary=vary), val
+
+
+def training_batches(
+    plan: Plan, seen: Look, on: Images, *, most_images: int | None = None, vary: Vary | None = None
+) -> Batches:
+    """Batches, shuffled and varied, of the training images or of all labelled ones; of all or of the first few."""
+    rows = seen.indices("train") if on == "train" else seen.labelled()
+    labels = seen.items.labels[rows].tolist()
+    if most_images is not None and most_images < len(rows):
+        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(plan.seed))[:most_images].tolist()
+        rows, labels = [rows[at] for at in chosen], [labels[at] for at in chosen]
+    size = plan.train.batch_size
+    return Batches(
+        seen.store,
+        rows,
+        labels,
+        batch_size=min(size, len(rows)),
+        augmentation=make_augmentation(plan, seen, vary),
+        shuffle=plan.train.optimizer.name != "lbfgs",
+        seed=plan.seed,
+        workers=plan.hardware.workers or 0,
+        even=True,
+        mirror_labels=plan.data.mirror_classes(plan.classes),
+        balanced=plan.train.imbalance.kind == "sampler",
+    )

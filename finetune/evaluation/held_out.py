@@ -1,0 +1,111 @@
+"""Which model says what of which images: the final one of test, and the one before a refit of val and calibration.
+
+A refit has seen val and calibration, so no number on them may be its own. Here stands who answers for whom, and what a
+temperature and a conformal threshold are fitted to, in words that go with the numbers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from finetune.errors import RunError
+from finetune.evaluation.prediction import load_final, load_held_out
+from finetune.features.survey import Look
+from finetune.models.classifier import Classifier
+from finetune.recipe.distillation import list_networks
+from finetune.recipe.plan import Plan
+from finetune.recipe.runs import RunFolder
+
+ROLES = ("val", "test", "calibration")
+What = Literal["model", "probe"]
+Answers = Mapping[str, torch.Tensor]
+"""Probabilities (N, K) by role."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitting:
+    """Answers that a temperature or a threshold is fitted to, each by a model that never saw the image."""
+
+    probabilities: torch.Tensor  # (N, K)
+    labels: torch.Tensor  # (N,)
+    rows: tuple[int, ...] = ()
+    """The images, where they are of several roles: out-of-fold; else those of role calibration."""
+    note: str | None = None
+    """Who answered, where it is not the model that is shipped."""
+
+
+def networks(run: RunFolder) -> dict[str, Classifier]:
+    """The network that answers for the images of each role; one and the same where nothing was refit."""
+    final = load_final(run)
+    other = load_held_out(run) if is_refit(run) else final
+    return {role: final if role == "test" else other for role in ROLES}
+
+
+def is_refit(run: RunFolder) -> bool:
+    """Whether the model, or a member of it, ends on all labelled images."""
+    return any(one.plan.is_refit for one in list_networks(run))
+
+
+def probe_answers(look: Look, plan: Plan) -> dict[str, torch.Tensor] | None:
+    """What the probe of a plan says of the images of each role; None where there is none.
+
+    Raises:
+        RunError: if the plan and what was looked at disagree on a refit.
+    """
+    if look.probe is None:
+        return None
+    final = look.probe
+    if plan.probe_on == "labelled":
+        if look.refit is None:
+            raise RunError(
+                "plan.yaml ends the probe on all labelled images, and recipe.yaml says data.split.refit false: one of "
+                "the two was changed by hand. Change it back."
+            )
+        final = look.refit.probe
+    by_role = {role: final if role == "test" else look.probe for role in ROLES}
+    return {role: probe.logits(look.stacked(role)).softmax(1).float() for role, probe in by_role.items()}
+
+
+def probe_fitting(look: Look, plan: Plan, answers: Answers) -> Fitting:
+    """Out-of-fold answers where there are any, else those of the calibration images."""
+    if plan.probe_on == "labelled" and look.refit is not None and look.refit.judged:
+        rows = look.refit.judged
+        labels = torch.from_numpy(look.items.labels[list(rows)]).long()
+        note = "out-of-fold: each labelled image by a probe that was solved without it"
+        return Fitting(probabilities=look.refit.logits.double().softmax(1), labels=labels, rows=rows, note=note)
+    return role_fitting(look, answers, "probe" if plan.probe_on == "labelled" else None)
+
+
+def role_fitting(look: Look, answers: Answers, what: What | None) -> Fitting:
+    """The answers of the calibration images; `what` was refit since, None: nothing was."""
+    note = None if what is None else held_out_note(what)
+    return Fitting(probabilities=answers["calibration"], labels=look.labels("calibration"), note=note)
+
+
+def held_out_note(what: What) -> str:
+    """Who answers for val and calibration, beside numbers on them."""
+    return f"held out: by the {what} before refit"
+
+
+def refit_record(look: Look, plan: Plan, *, is_refit: bool) -> dict[str, Any]:
+    """What `scores.json` says of a refit, and the sentence for people; nothing where there was none.
+
+    Args:
+        look: at the images of the run.
+        plan: of the run.
+        is_refit: of the model or of a member of it; the probe beside it may be all that was.
+    """
+    if not is_refit and plan.probe_on == "train":
+        return {}
+    rows = look.labelled()
+    roles = {role: sum(look.roles[row] == role for row in rows) for role in ("train", "val", "calibration")}
+    what = "model" if plan.stages else "probe"
+    told = ", ".join(f"{count:,} {role}" for role, count in roles.items() if count)
+    images = f"all {len(rows):,} labelled images ({told})"
+    if is_refit:
+        note = f"test is answered by the {what} trained again on {images}; val and calibration by the one before that"
+    else:
+        note = f"the probe beside the model ends on {images}; of val it answers as it was before that"
+    return {"refit": {"model": is_refit, "probe": plan.probe_on == "labelled", "num_images": roles, "note": note}}
