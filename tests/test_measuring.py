@@ -18,7 +18,7 @@ SMALL = ["data.image_size=32", "tracking.enabled=false", "data.split.refit=false
 PROBE, FULL = "train.strategy=probe", "train.strategy=full"
 COMPUTING = (
     "cross_validate", "fit_probe", "knn_predict", "look_at_all", "measure_chirality", "measure_control",
-    "measure_profile", "measure_response", "measure_shift", "sweep_probe",
+    "measure_curve", "measure_profile", "measure_response", "measure_shift", "sweep_probe",
 )  # fmt: skip
 
 
@@ -28,7 +28,9 @@ def facts_of(folder, *wishes):
 
 def found_in(facts):
     """What was measured, but for what a clock says."""
-    return {name: getattr(facts, name) for name in ("probe", "knn", "profile", "similarity", "chirality")}
+    return {
+        name: getattr(facts, name) for name in ("probe", "knn", "learning_curve", "profile", "similarity", "chirality")
+    }
 
 
 def stored():

@@ -23,8 +23,9 @@ from finetune.data.loading import ImageStore
 from finetune.data.splits import draw_sample
 from finetune.features.cache import FeatureCache
 from finetune.features.chirality import measure_chirality, sided_classes
-from finetune.features.depths import NEIGHBOURS, cross_validate, measure_profile, neighbours_left_out, proportion
+from finetune.features.depths import FOLDS, NEIGHBOURS, cross_validate, measure_profile, neighbours_left_out, proportion
 from finetune.features.extraction import look_at_all
+from finetune.features.learning_curve import measure_curve
 from finetune.features.probing import L2_GRID, Probe, fit_probe, knn_predict, sweep_probe
 from finetune.features.similarity import (
     measure_control,
@@ -54,7 +55,7 @@ from finetune.recipe.shelf import cache_folder
 from finetune.scores.intervals import paired_difference
 from finetune.scores.metrics import balanced_accuracy, macro_f1
 
-FORMAT = "7"
+FORMAT = "8"
 """Part of the key; raised when what is measured, or how, changes."""
 LEAST_VAL = 100
 """With fewer val images, penalties are chosen by cross-validation on the training images."""
@@ -190,6 +191,10 @@ def _probe(material: Material) -> tuple[Probe, Findings]:
     if len(val[1]) >= LEAST_VAL:
         probe, sweep = sweep_probe(*train, *val, num_classes=num_classes)
         chosen_by, at_edge = "val", any(row["at_edge"] for row in sweep)
+        right = probe.logits(val[0]).argmax(1) == val[1]
+        curve = measure_curve(
+            *train, num_classes=num_classes, l2=probe.l2, seed=material.seed, right=right, val=(val[0], val[1])
+        )
     else:
         alone = material.one_of_each_file(parts["train"][0])
         known, labels = material.features(alone), material.labels[alone]
@@ -197,7 +202,11 @@ def _probe(material: Material) -> tuple[Probe, Findings]:
         probe = fit_probe(*train, num_classes=num_classes, l2=found.l2)
         chosen_by, at_edge = "cross-validation", found.at_edge
         near = neighbours_left_out(known, labels, num_classes=num_classes, k=min(NEIGHBOURS, len(labels) - 1))
-        left_out = (proportion(found.predictions == labels), proportion(near == labels))
+        right, folds = found.predictions == labels, min(FOLDS, len(labels))
+        curve = measure_curve(
+            known, labels, num_classes=num_classes, l2=found.l2, seed=material.seed, right=right, folds=folds
+        )
+        left_out = (proportion(right), proportion(near == labels))
     k = min(NEIGHBOURS, len(train[1]))
     votes = knn_predict(*train, val[0], num_classes=num_classes, k=k)
     logits = probe.logits(val[0])
@@ -215,6 +224,7 @@ def _probe(material: Material) -> tuple[Probe, Findings]:
             macro_f1=Measure.model_validate(macro_f1(said, val[1]).as_dict()),
         ),
         knn=NeighbourFacts(val=proportion(votes == val[1]), k=k, left_out=left_out[1]),
+        learning_curve=curve,
     )
 
 

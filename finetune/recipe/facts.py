@@ -5,23 +5,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from finetune.recipe.cards import View
+from finetune.recipe.measures import LearningCurveFacts, Measure, Proportion
 
 
 class _Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-
-class Measure(_Value):
-    """A number measured on `n` images, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-class Proportion(Measure):
-    """A share of `n` trials with its Wilson interval."""
 
 
 class BadFile(_Value):
@@ -233,6 +221,7 @@ class Findings(_Value):
     probe: ProbeFacts | None = None
     """None where the backbone has random weights; so are all others."""
     knn: NeighbourFacts | None = None
+    learning_curve: LearningCurveFacts | None = None
     profile: ProfileFacts | None = None
     """None where the recipe leaves the depth of fine-tuning no choice; so are chirality and timing."""
     similarity: SimilarityFacts | None = None

@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 from finetune.errors import FinetuneError, RunError
 from finetune.recipe.runs import write_whole
 from finetune.reporting import figures
+from finetune.reporting.curve import curve_context
 from finetune.reporting.decision import decision_context
 from finetune.reporting.figures import Series, is_number, percent
 from finetune.reporting.sentences import is_uneven
@@ -117,6 +118,7 @@ def render_report(run_folder: Path, *, read_image: ReadImage | None = None) -> s
         reliability=figures.reliability_diagram(bins),
         mistakes=[{**mistake, "image": _thumbnail(mistake["name"], read_image)} for mistake in mistakes],
         decision=decision_context(facts, plan),
+        curve=curve_context(facts.get("learning_curve") or {}),
         counts=count_rows(facts),
         max_rows=MAX_ROWS,
     )

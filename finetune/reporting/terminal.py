@@ -8,6 +8,7 @@ from finetune.recipe.advice import UNMEASURED
 from finetune.recipe.facts import Facts, Measure, ProfileFacts, RangeFacts
 from finetune.recipe.plan import Advice, Plan, Stage
 from finetune.recipe.schedules import draw_curve
+from finetune.reporting.curve import curve_sentence
 from finetune.reporting.decision import forecast_rows
 from finetune.reporting.grid_text import grid_text
 from finetune.reporting.sentences import (
@@ -300,6 +301,8 @@ def _measures(facts: Facts) -> list[tuple[str, str]]:
         rows.append(("probe", _probe_words(facts)))
     if facts.knn:
         rows.append(("neighbours", f"{percent(facts.knn.val)} val images right (k = {facts.knn.k})"))
+    if facts.learning_curve:
+        rows.append(("more labels", curve_sentence(facts.learning_curve.model_dump())))
     if facts.similarity:
         found = facts.similarity
         value = f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
