@@ -414,6 +414,7 @@ def test_a_key_changes_the_run(case, place):
 
 def test_what_is_preferred_changes_the_advice(place, monkeypatch):
     monkeypatch.setattr(matrix, "GAINS", {"partial": [2.0] * 24, "full": [2.01] * 24})
+    monkeypatch.setattr(matrix, "COST", {"probe": 0.0, "partial": 1.0, "full": 1.2})
     chosen = {}
     for prefer in ("accuracy", "balanced", "speed"):
         _, plan = pipeline.plan(place.recipe(["train.strategy=null", f"train.prefer={prefer}"]), quiet)
