@@ -143,9 +143,9 @@ WEIGHTS = [
     *of("weights", "hardware.precision=32 | hardware.precision=bf16"),
 ]
 
-UNSTEADY = "train.optimizer.name=sgd train.optimizer.lr=3 train.clip_norm=100 train.epochs=4"
+UNSTEADY = "train.optimizer.name=sgd train.optimizer.lr=3 train.clip_norm=100 train.epochs=8"
 """A rate so high that epochs differ much."""
-WANDERING = f"{UNSTEADY} train.optimizer.lr=0.3 train.schedule.name=constant"
+WANDERING = f"{UNSTEADY} train.optimizer.lr=1 train.schedule.name=constant"
 """The last of its epochs is not the best."""
 WEIGHTS += [
     *of("weights", "train.keep=best", beside=WANDERING),
