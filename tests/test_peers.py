@@ -108,17 +108,22 @@ def test_hits_come_back_from_the_table():
 
 
 def _row(peer, status="ok", **more):
-    return dict(zip(run.KEYS, CELL.key(peer), strict=True)) | {"status": status} | more
+    return dict(zip(run.KEYS, CELL.key(peer), strict=True)) | {"status": status, "commit": "abc"} | more
 
 
 def test_what_has_a_row_is_left_out_and_what_failed_is_retried_when_asked():
     rows = [_row("ours"), _row("fastai", "failed")]
     peers = ["ours", "fastai", "keras"]
-    assert run.missing([CELL], peers, rows, retry=False) == [(CELL, "keras")]
-    assert run.missing([CELL], peers, rows, retry=True) == [(CELL, "fastai"), (CELL, "keras")]
-    assert run.missing([CELL], peers, [*rows, _row("fastai")], retry=True) == [(CELL, "keras")]
+    assert run.missing([CELL], peers, rows, False, "abc") == [(CELL, "keras")]
+    assert run.missing([CELL], peers, rows, True, "abc") == [(CELL, "fastai"), (CELL, "keras")]
+    assert run.missing([CELL], peers, [*rows, _row("fastai")], True, "abc") == [(CELL, "keras")]
     other = run.Cell("shapes", 3, 1, "backbone", 64, None)
-    assert len(run.missing([other], peers, rows, retry=False)) == 3
+    assert len(run.missing([other], peers, rows, False, "abc")) == 3
+
+
+def test_ours_is_run_again_when_it_has_changed_and_peers_are_not():
+    rows = [_row("ours"), _row("fastai")]
+    assert run.missing([CELL], ["ours", "fastai"], rows, False, "def") == [(CELL, "ours")]
 
 
 def _script(tmp_path, text):
@@ -222,7 +227,7 @@ def test_times_of_a_busy_machine_are_not_told(tmp_path):
 
 
 def test_the_newest_row_of_a_peer_counts():
-    first, second = _row("ours", "failed"), _row("ours")
+    first, second = _row("ours", "failed"), _row("ours", commit="def")
     assert tables.newest([first, second]) == [second]
 
 
@@ -241,7 +246,7 @@ def test_a_weights_folder_is_what_timm_loads(tmp_path):
     import timm
     import torch
     import yaml
-    from safetensors.torch import save_file
+    from safetensors.torch import load_file, save_file
 
     card = {
         "arch": "mobilenetv2_035",
@@ -268,17 +273,26 @@ def test_a_weights_folder_is_what_timm_loads(tmp_path):
     view = timm.data.resolve_data_config({}, model=again)
     assert (list(view["mean"]), list(view["std"]), view["crop_pct"]) == ([0.5] * 3, [0.25] * 3, 0.9)
     assert json.loads((folder / "config.json").read_text())["architecture"] == "mobilenetv2_035"
+    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.float32}
 
 
 def test_the_weights_go_back_into_keras_in_its_own_order():
     import timm
 
     keras_door = pytest.importorskip("with_keras")
-    names = list(timm.create_model("mobilenetv2_100").state_dict())
+    weights = timm.create_model("mobilenetv2_100").state_dict()
+    names = list(weights)
     order = keras_door.timm_layers(sorted(names))
-    assert order[:4] == ["conv_stem", "blocks.0.0.conv_dw", "blocks.0.0.conv_pw", "blocks.1.0.conv_pw"]
-    assert order[-1] == "conv_head" and len(order) == 52
-    assert {keras_door.norm_of(name) for name in order} == {
-        n.removesuffix(".running_var") for n in names if "running_var" in n
-    }
     assert order == [name.removesuffix(".weight") for name in names if "conv" in name]
+    norms = [keras_door.norm_of(name) for name in order]
+    assert norms == [name.removesuffix(".running_var") for name in names if "running_var" in name]
+    for name, norm in zip(order, norms, strict=True):
+        assert len(weights[f"{name}.weight"]) == len(weights[f"{norm}.bias"])
+
+
+def test_the_error_in_a_log_is_told_not_the_bar_after_it(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("start\nOSError: image file is truncated\n\r 0%|   | 0/3 [00:01<?, ?it/s]")
+    assert run.last_words(log) == "OSError: image file is truncated"
+    log.write_text("\x1b[31mtoo bad\x1b[0m\n╰────╯\n")
+    assert run.last_words(log) == "too bad"

@@ -9,9 +9,9 @@ r"""Peers and ours, each through its own front door: same images, weights, pixel
 Every peer in `PEERS` has a script in `doors/` that says where its settings are advised, and an environment. Each is
 a process tree of its own, held to `--cores` cores and as many threads; nothing else of this benchmark runs beside
 it. A row is appended to `results/peers.csv` when a peer is done, and cells that have a row are left out, so a
-stopped benchmark goes on; rows that failed are tried again with `--retry`. `--quiet yes` says that nothing else ran
-on the machine: only then are its times told anywhere. Accuracy and log loss are judged here, from the probabilities
-that a peer writes for the test files.
+stopped benchmark goes on; rows that failed are tried again with `--retry`, and ours whenever `finetune/` has
+changed. `--quiet yes` says that nothing else ran on the machine: only then are its times told anywhere. Accuracy and
+log loss are judged here, from the probabilities that a peer writes for the test files.
 """
 
 import argparse
@@ -55,6 +55,7 @@ PEERS = {
     "sklearn": Peer("with_sklearn", "timm"),
     "fastai": Peer("with_fastai", "fastai"),
     "fastai_lr_find": Peer("with_fastai", "fastai", "lr_find"),
+    "fastai_batch16": Peer("with_fastai", "fastai", "batch16"),
     "timm_shipped": Peer("with_timm", "timm", "shipped"),
     "timm_advised": Peer("with_timm", "timm", "advised"),
     "autotimm": Peer("with_autotimm", "autotimm"),
@@ -223,10 +224,11 @@ def user_lines(script: Path) -> int:
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that says something, shortened."""
+    """The last line of a log that tells an error, or else the last that says something; shortened."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(encoding="utf-8", errors="replace")).replace("\r", "\n")
     lines = [line.strip() for line in text.splitlines() if line.strip(" │╰╯╭╮─")]
-    return lines[-1][:200] if lines else ""
+    errors = [line for line in lines if re.match(r"([\w.]+(Error|Exception)|finetune|\S+: error)\b", line)]
+    return (errors or lines or [""])[-1][:200]
 
 
 def make_row(name: str, cell: Cell, folder: Path, out: Path, spent: Spent) -> dict[str, object]:
@@ -262,9 +264,18 @@ def make_row(name: str, cell: Cell, folder: Path, out: Path, spent: Spent) -> di
     }
 
 
-def missing(cells: list[Cell], peers: list[str], rows: list[dict[str, str]], retry: bool) -> list[tuple[Cell, str]]:
-    """Which peers have no row yet, cell by cell; with `retry`, those whose last row is no score either."""
-    done = {tuple(row[key] for key in KEYS): row["status"] for row in rows}
+def missing(
+    cells: list[Cell], peers: list[str], rows: list[dict[str, str]], retry: bool, commit: str
+) -> list[tuple[Cell, str]]:
+    """Which peers have no row yet, cell by cell; with `retry`, those whose last row is no score either.
+
+    A row of ours is one only of this `commit` of ours; other peers stand still.
+    """
+    done = {
+        tuple(row[key] for key in KEYS): row["status"]
+        for row in rows
+        if row["commit"] == commit or (row["peer"] in PEERS and PEERS[row["peer"]].environment is not None)
+    }
     return [
         (cell, name)
         for cell in cells
@@ -333,7 +344,7 @@ def main() -> None:
         for per_class in arguments.per_class
         for name in arguments.sets
     ]
-    for cell, name in missing(cells, arguments.peers, read_rows(arguments.results), arguments.retry):
+    for cell, name in missing(cells, arguments.peers, read_rows(arguments.results), arguments.retry, arguments.commit):
         row = run_peer(name, cell, arguments)
         append_row(arguments.results, FIELDS, row)
         told = {key: row.get(key) for key in ("set", "peer", "status", "top1", "log_loss", "cpu_seconds", "note")}

@@ -119,7 +119,9 @@ def page(rows: list[Row]) -> str:
             cells[row["set"], row["per_class"], row["backbone"], row["pixels"]].append(row)
     lines = []
     for (name, per_class, backbone, pixels), part in cells.items():
-        title = f"`{name}`, {per_class} labelled images per class, `{backbone}` at {pixels} px:"
+        title = f"`{name}`, {per_class} labelled images per class, `{backbone}` at {pixels} px"
+        ours = sorted({f"`{row['peer']}` at {row['commit']}" for row in part if PEERS[row["peer"]].environment is None})
+        title += f" ({', '.join(ours)}):" if ours else ":"
         lines += table(part, title)
     return "\n".join(lines).strip()
 

@@ -3,7 +3,8 @@
 https://pypi.org/project/autotimm/ ("Your First Model"): `ImageDataModule`, `ImageClassifier(lr=1e-3)`,
 `AutoTrainer(max_epochs=10)` with rate and batch size found. Its `TransformConfig` carries the backbone's mean,
 deviation, interpolation and crop. 10 % for validation, its default; the checkpoint with the lowest val loss, which
-it keeps by itself. Local weights: `BackboneConfig(extra_kwargs={"pretrained_cfg_overlay": {"file": ...}})`, which go
+it keeps by itself; its checkpoints hold the `TransformConfig`, and Lightning 2.6 loads them when told to trust them.
+Local weights: `BackboneConfig(extra_kwargs={"pretrained_cfg_overlay": {"file": ...}})`, which go
 to `timm.create_model`.
 """
 
@@ -34,7 +35,7 @@ def fine_tune(task: Task) -> None:
         crop_pct=pixels["crop_pct"],
     )
     images = ImageDataModule(
-        task.cell, image_size=task.pixels, transform_config=view, backbone=config["architecture"], batch_size=64
+        str(task.cell), image_size=task.pixels, transform_config=view, backbone=config["architecture"], batch_size=64
     )
     accuracy = MetricConfig(
         name="accuracy",
@@ -58,7 +59,7 @@ def fine_tune(task: Task) -> None:
     task.mark_fitted()
     # user code
     test = ImageFolder(str(task.cell / "test"), images.eval_transforms)
-    probabilities = torch.cat(trainer.predict(model, DataLoader(test, 64), ckpt_path="best"))
+    probabilities = torch.cat(trainer.predict(model, DataLoader(test, 64), ckpt_path="best", weights_only=False))
     # end of user code
     names = [task.name_of(path) for path, _ in test.samples]
     task.write(names, probabilities, test.classes, ("autotimm", "pytorch-lightning", "timm", "torch"))

@@ -4,7 +4,8 @@ Settings: chapter 2 of the library's book, which fine-tunes on 150 images a clas
 (https://github.com/fastai/fastbook/blob/master/02_production.ipynb): 20 % for validation,
 RandomResizedCrop(min_scale=0.5), `aug_transforms()`, four epochs after one frozen. `lr_find` and its valley:
 https://docs.fast.ai/callback.schedule.html. The batch is the default of 64, or all training images where there are
-fewer: fastai drops what does not fill a batch. Local weights: a timm name may be `local-dir:FOLDER`.
+fewer. fastai drops what does not fill a batch, so 120 images make one step an epoch: `batch16` gives it more steps,
+and is ours. Local weights: a timm name may be `local-dir:FOLDER`.
 """
 
 from door import Task, read_task
@@ -29,7 +30,7 @@ def fine_tune(task: Task) -> None:
         seed=task.seed,
         item_tfms=RandomResizedCrop(task.pixels, min_scale=0.5),
         batch_tfms=aug_transforms(),
-        bs=min(64, int(0.8 * task.num_train)),
+        bs=min(16 if task.variant == "batch16" else 64, int(0.8 * task.num_train)),
     )
     learner = vision_learner(images, f"local-dir:{task.weights}", metrics=error_rate, path=task.out)
     rate = {}

@@ -24,7 +24,9 @@ def train(task: Task) -> None:
     words += [f"data.image_size={task.pixels}"] if task.pixels != task.config["pretrained_cfg"]["input_size"][1] else []
     words += [f"train.epochs={task.epochs}"] if task.epochs and task.variant != "probe" else []
     words += ["train.optimizer.learning_rate=0.001"] if task.misspelt else []
-    sys.argv = ["finetune", *(["resume", "latest"] if task.resume else words)]
+    if task.resume:
+        words = ["resume", str(next(path for path in runs.iterdir() if (path / "recipe.yaml").exists()))]
+    sys.argv = ["finetune", *words]
     try:
         runpy.run_module("finetune", run_name="__main__", alter_sys=True)
     except SystemExit as leave:
