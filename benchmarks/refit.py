@@ -140,6 +140,7 @@ def run_all(cells: list[Cell], arguments: argparse.Namespace) -> None:
     """Append the rows that are not there; nothing new is begun after the time is up."""
     import torch
 
+    from finetune.errors import RunError
     from finetune.machine import tune_process
 
     tune_process()
@@ -154,7 +155,11 @@ def run_all(cells: list[Cell], arguments: argparse.Namespace) -> None:
     for cell in cells:
         if (*map(str, cell), str(arguments.pixels)) in known or time.monotonic() - began > arguments.seconds:
             continue
-        row = run_cell(cell, arguments.pixels, shared, work, commit)
+        try:
+            row = run_cell(cell, arguments.pixels, shared, work, commit)
+        except RunError as fault:  # a training that diverges ships nothing, refit or not
+            print(*cell, fault, flush=True)
+            continue
         append_row(arguments.results, FIELDS, row)
         print(*cell, *(row[f"{kind}_{name}"] for name in ("top1", "log_loss") for kind in ("held", "refit")),
               row["cpu_seconds"], flush=True)  # fmt: skip

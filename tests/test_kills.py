@@ -47,6 +47,7 @@ MOMENTS = {
     "rows of an epoch that has not ended": lambda folder: count_lines(folder) > 12,
     "between the first and the second stage": lambda folder: has_stage(folder, 1, "weights.safetensors"),
     "in the second stage": lambda folder: has_stage(folder, 2, "last.ckpt"),
+    "in the refit of the first stage": lambda folder: any(folder.glob("stages/*-refit/last.ckpt")),
     "when MLflow has some rows": lambda folder: rows_sent(folder) > 0,
     "while MLflow is told the end": lambda folder: (folder / "report.html").exists(),
 }

@@ -1,7 +1,11 @@
 """A refit: on which images, from which weights, who answers for what, how it goes on, and where it is refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -413,6 +417,23 @@ def test_a_run_stopped_in_the_refit_goes_on_to_the_same_weights(shapes, tmp_path
     assert run.held_out_weights().exists()
     assert not run.final_weights().exists()
     ft.resume(run, say=quiet)
+    assert run.final_weights().read_bytes() == full.final_weights().read_bytes()
+    assert run.read_json("scores.json") == full.read_json("scores.json")
+
+
+@pytest.mark.parametrize("file", ["last.ckpt", "weights.safetensors"])
+@pytest.mark.slow
+def test_a_run_killed_in_the_refit_goes_on_to_the_same_weights(shapes, tmp_path, full, file):
+    words = [sys.executable, "-m", "finetune", "train", f"data.root={shapes}", *SMALL, *FULL]
+    env, silent = {**os.environ, "FINETUNE_RUNS": str(tmp_path)}, subprocess.DEVNULL
+    process = subprocess.Popen(words, env=env, stdout=silent, stderr=silent)
+    while not list(tmp_path.glob(f"*/stages/2-refit/{file}")):
+        assert process.poll() is None, "the run was faster"
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    (folder,) = tmp_path.iterdir()
+    run = ft.resume(folder, say=quiet)
     assert run.final_weights().read_bytes() == full.final_weights().read_bytes()
     assert run.read_json("scores.json") == full.read_json("scores.json")
 
