@@ -41,6 +41,7 @@ def test_it_was_asked_about_images_of_the_run_and_answers_alike(exported):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_python_of_its_card_needs_nothing_of_ours_and_says_what_the_run_says(exported, run, shapes):
     folder, _ = exported
     image = next(shapes.rglob("*.png"))
@@ -61,6 +62,7 @@ def test_the_loader_of_timms_hub_reads_the_folder(exported, run):
         torch.testing.assert_close(model(images), load_final(run)(images), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_probe_is_exported_with_its_backbone_and_without_the_images_on_noise(shapes, tmp_path):
     own = shutil.copytree(shapes, tmp_path / "own")
     probe = start(own, tmp_path / "runs", "train.strategy=probe")
@@ -69,6 +71,7 @@ def test_a_probe_is_exported_with_its_backbone_and_without_the_images_on_noise(s
     assert not made["are_real"] and made["difference"] < 1e-4
 
 
+@pytest.mark.slow
 def test_what_timm_has_no_place_for_is_said(shapes, tmp_path):
     other = start(shapes, tmp_path / "runs", "train.strategy=full", "head.kind=mlp", "head.hidden=8")
     with pytest.raises(RunError, match="head of kind mlp"):

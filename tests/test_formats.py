@@ -101,6 +101,7 @@ def test_a_class_of_which_nothing_can_be_read_stops_survey_and_ranking(marred):
         images.draw(10)
 
 
+@pytest.mark.slow
 def test_a_survey_tells_of_formats_and_of_files_under_wrong_names(marred):
     for number, file in enumerate((marred / "square").iterdir()):
         Image.new("RGB", (40, 40), (number, 0, 0)).save(file, format="WEBP")

@@ -254,6 +254,7 @@ def test_features_are_those_of_each_frame_and_the_facts_say_how_many(moving):
     assert sum(map(sum, seen.facts.counts.values())) == 68
 
 
+@pytest.mark.slow
 def test_who_judges_an_image_that_is_left_out_has_seen_no_other_frame_of_its_file(moving):
     seen = look(ft.load_recipe(None, ["data.frame=each", f"data.root={moving}", "data.image_size=32"]))
     files = {seen.files[index] for index in seen.indices("train")}

@@ -196,6 +196,7 @@ def test_what_no_training_can_begin_from_is_refused_by_what_it_is(shapes, first,
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_more_epochs_of_a_finished_run_are_another_run_from_its_weights(first):
     before, lines = sorted(path.name for path in first.path.iterdir()), []
     again = ft.resume(first.path, ["train.epochs=3"], say=lines.append)
@@ -244,6 +245,7 @@ def test_images_that_have_moved_are_named_and_found_by_their_content(shapes, fir
     assert ft.evaluate(run.path, views="five", say=quiet)["views"] == "five"
 
 
+@pytest.mark.slow
 def test_other_images_are_not_taken_for_those_that_have_moved(others, first, tmp_path):
     run = RunFolder(shutil.copytree(first.path, tmp_path / "run"))
     plan_before = run.file("plan.yaml").read_bytes()

@@ -194,6 +194,7 @@ def test_a_plan_with_pairs_keeps_ten_crops_and_names_the_pairs(facts):
     assert not any(r.key == "data.label_swap" for r in ft.make_plan(ft.load_recipe(None, []), facts).reasons)
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_swapped_labels_and_watches_plain_ones(arrows):
     wishes = [f"data.root={arrows}", "data.image_size=32", "train.strategy=full", "augment.preset=light", SWAP]
     seen = look(ft.load_recipe(None, wishes))

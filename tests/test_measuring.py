@@ -288,6 +288,7 @@ def mirror_half(folder, target):
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.technique("T147")
 def test_shapes_without_a_side_are_called_safe_where_val_is_large_enough_to_say_so(tmp_path):
     """With fewer than 35 val images the cost of mirroring cannot be bounded by a tenth, even if it is none."""

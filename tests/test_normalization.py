@@ -92,6 +92,7 @@ def test_the_plan_fixes_the_constants_for_every_later_step(shapes):
     assert facts.normalized_images == sum(facts.counts["train"])
 
 
+@pytest.mark.slow
 def test_pretrained_weights_keep_their_own_constants_and_random_ones_get_some(shapes):
     own = ft.survey(ft.load_recipe(str(shapes), ["data.image_size=32"]))
     assert (own.normalize, own.normalized_images) == ("weights", 0)

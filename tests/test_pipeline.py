@@ -210,6 +210,7 @@ def test_halves_of_files_that_a_kill_left_are_swept_by_the_resume(shapes, tmp_pa
     assert not any(path.exists() for path in left)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_resumable_run_and_says_how(shapes, tmp_path):
     env = {**os.environ, "FINETUNE_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
     words = [

@@ -462,6 +462,7 @@ def test_in_other_views_a_refit_probe_is_judged_on_val_by_the_one_before(probe, 
     assert scores["center"]["test"]["top1"] == probe.read_json("scores.json")["test"]["top1"]
 
 
+@pytest.mark.slow
 def test_another_run_begins_from_the_weights_before_the_refit_which_have_not_seen_val(full, shapes):
     wish = another_wish(full, ["train.epochs=3"])
     assert wish.backbone == str(full.path / "stages" / "1-full")

@@ -42,6 +42,7 @@ def stopped(shapes, tmp_path, words, *wishes):
     return RunFolder(folder)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_written_beside_their_target_and_need_no_temporary_folder(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     run = start(shapes, tmp_path, FULL, "train.epochs=1")
@@ -81,6 +82,7 @@ def test_the_recipe_of_a_run_makes_its_plan_again(shapes, tmp_path, wishes):
     assert again.model_dump(exclude=leave) == run.plan.model_dump(exclude=leave)
 
 
+@pytest.mark.slow
 def test_a_run_with_snapshots_stopped_before_its_plan_is_resumed(shapes, tmp_path):
     run = stopped(shapes, tmp_path, "run folder", *KINDS["snapshots"])
     assert not run.file("plan.yaml").exists()
@@ -106,6 +108,7 @@ def two_cards(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETUNE_ZOO", str(tmp_path / "zoo"))
 
 
+@pytest.mark.slow
 def test_a_backbone_that_was_chosen_is_not_chosen_again(shapes, tmp_path, two_cards):
     run = start(shapes, tmp_path, "train.strategy=probe")
     assert "backbone" not in yaml.safe_load(run.file("recipe.yaml").read_text())
@@ -115,6 +118,7 @@ def test_a_backbone_that_was_chosen_is_not_chosen_again(shapes, tmp_path, two_ca
     assert ft.evaluate(run.path, say=quiet)["test"]["top1"]["n"] > 0
 
 
+@pytest.mark.slow
 def test_a_backbone_is_chosen_again_where_there_was_no_plan_yet(shapes, tmp_path, two_cards):
     run = stopped(shapes, tmp_path, "run folder", "train.strategy=probe")
     lines = []

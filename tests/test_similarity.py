@@ -11,7 +11,7 @@ from torch import nn
 
 import finetune as ft
 from finetune.data.loading import normalize
-from finetune.features.similarity import measure_control, measure_response, measure_shift, source_logits
+from finetune.features.similarity import _stage_shift, measure_control, measure_response, measure_shift, source_logits
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.recipe.cards import Card
 from finetune.recipe.shelf import read_zoo
@@ -104,11 +104,27 @@ def test_the_shift_is_the_distance_of_moments_channel_by_channel():
         handle.remove()
     x, norm = seen[backbone.model.bn1].double(), backbone.model.bn1  # the only one of the stem
     known = norm.running_var.double() + norm.eps
-    mean = ((x.mean((0, 2, 3)) - norm.running_mean).square() / known).mean()
+    sampling = x.mean((2, 3)).var(0) / len(x)  # the variance of the mean of 20 images
+    mean = (((x.mean((0, 2, 3)) - norm.running_mean).square() - sampling) / known).mean()
     spread = ((x.var((0, 2, 3), correction=0) + norm.eps) / known).log().abs().mean()
     row = shift(backbone, crops)[0]
     assert row.mean.value == pytest.approx(float(mean), rel=1e-4)
     assert row.spread.value == pytest.approx(float(spread), rel=1e-4)
+
+
+@pytest.mark.technique("T016")
+@pytest.mark.parametrize("images", [4, 16, 128])
+def test_few_images_are_as_similar_as_many_of_their_kind(images):
+    """Means of images that differ by 1 around a shift of 0.5, in units of the source: 0.25, however few there are."""
+    generator = torch.Generator().manual_seed(0)
+    known = torch.stack([torch.zeros(50), torch.ones(50)])[None]
+    values = []
+    for _ in range(40):
+        means = 0.5 + torch.randn(images, 50, generator=generator)
+        moments = torch.stack([means, means.square() + 0.1], dim=1)
+        values.append(_stage_shift("stem", [torch.cat([moments, known]).double()], 0).mean)
+    assert np.mean([one.value for one in values]) == pytest.approx(0.25, abs=0.03)  # plus 1 / images, were it left in
+    assert np.mean([one.low <= 0.25 <= one.high for one in values]) >= (0.5 if images == 4 else 0.85)
 
 
 def test_a_channel_that_is_dead_here_and_was_dead_there_has_not_moved(known):
@@ -257,6 +273,7 @@ def test_the_control_draws_from_its_own_seed_and_leaves_all_else_alone():
     assert control(backbone, crops, labels, seed=1) == one  # what pretraining left is not in it
 
 
+@pytest.mark.slow
 @pytest.mark.technique("T015")
 @pytest.mark.technique("T016")
 def test_sixteen_bit_grey_pictures_are_surveyed_and_found_far_from_photographs(tmp_path):

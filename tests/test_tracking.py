@@ -111,6 +111,7 @@ def test_importing_the_module_costs_neither_mlflow_nor_torch():
     assert answer.stdout.strip() == "set()"
 
 
+@pytest.mark.slow
 def test_a_run_arrives_whole_and_quietly_in_a_new_embedded_store(run, capfd):
     said = []
     tracker = tracker_of(run, said)

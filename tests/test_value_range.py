@@ -155,6 +155,7 @@ def recipe_of(folder, *wishes):
     return ft.load_recipe(str(folder), [*SMALL, *wishes])
 
 
+@pytest.mark.slow
 def test_a_faint_set_is_seen_as_its_eight_bit_twin_and_the_range_is_told(tmp_path):
     plain = grey_set(tmp_path / "plain", eight)
     faint = grey_set(tmp_path / "faint", lambda grey, path: sixteen(grey * 12, path))  # 0 to 3060: twelve bits
@@ -170,6 +171,7 @@ def test_a_faint_set_is_seen_as_its_eight_bit_twin_and_the_range_is_told(tmp_pat
     assert facts.view.digest != look(recipe_of(faint, "data.value_range=[0,5000]")).facts.view.digest
 
 
+@pytest.mark.slow
 def test_the_range_is_measured_on_training_images_alone_and_what_others_hold_beyond_it_is_said(tmp_path):
     folder = grey_set(tmp_path / "set", sixteen, role="train")
     grey_set(folder, lambda grey, path: sixteen(grey * 200, path), role="test", count=4)
@@ -192,6 +194,7 @@ def test_files_of_eight_bits_beside_wider_ones_stay_as_they_are(tmp_path):
     np.testing.assert_array_equal(other.store.get(index), seen.store.get(index))
 
 
+@pytest.mark.slow
 def test_wide_images_of_a_set_that_is_learned_from_eight_bits_are_warned_of(tmp_path):
     folder = grey_set(tmp_path / "set", eight, role="train")
     grey_set(folder, sixteen, role="test", count=4)
@@ -200,6 +203,7 @@ def test_wide_images_of_a_set_that_is_learned_from_eight_bits_are_warned_of(tmp_
     assert any("more than 8 bits" in warning and "data.value_range" in warning for warning in facts.warnings)
 
 
+@pytest.mark.slow
 def test_a_run_decodes_new_images_with_its_own_range(tmp_path):
     folder = grey_set(tmp_path / "set", lambda grey, path: sixteen(grey + 1000, path))
     run = ft.train(recipe_of(folder), runs=tmp_path / "runs", say=quiet)

@@ -22,9 +22,9 @@ SIZES, LEAST_PER_CLASS = 3, 2
 CHEAP, MOST = 10**9, 2 * 10**9
 """Products of images, features and classes. With more training images than the first, one part of each size gets a
 probe; a part of more than the second gets none."""
-MISFIT = 0.15
+MISFIT = 0.05
 """By how much the law may miss the error at half the images, as a share of it; and so again for every halving."""
-EXPONENT, EXPONENT_SPREAD = 0.3, 0.2
+EXPONENT, EXPONENT_SPREAD = 0.25, 0.2
 """What is expected of the exponent before anything is seen: `benchmarks/curve.py` says how well that serves."""
 WIDEST = 0.2
 """An interval wider than this says too little to be told as a number."""

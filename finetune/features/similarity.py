@@ -49,7 +49,8 @@ def measure_shift(
     """How far images move the inputs of each stage's batch norms from their running statistics.
 
     Per channel, (mean - running mean)^2 / running variance and |log (variance / running variance)|, averaged over the
-    channels of a stage. Both are 0 for the images of pretraining, up to their sampling.
+    channels of a stage. The first is without the bias of few images: the variance that their mean has by sampling is
+    taken off. It is 0 on average for the images of pretraining.
 
     Args:
         backbone: in evaluation mode, unfused.
@@ -95,8 +96,14 @@ def _stage_shift(stage: str, layers: Sequence[torch.Tensor], seed: int) -> Shift
     moments, (mean, variance) = every[:-1], every[-1]
     first, second = moments[:, 0], moments[:, 1]  # (N, C)
 
+    def sampling(weights: torch.Tensor) -> torch.Tensor:
+        """The variance of the weighted mean of each channel: (R, N) to (R, C)."""
+        between = (weights @ first.square() - (weights @ first).square()).clamp(min=0.0)
+        squares = weights.square().sum(1, keepdim=True)  # 1 / n for even weights, about 2 / n for resampled ones
+        return between * squares / (1 - squares).clamp(min=1e-12)
+
     def moved(weights: torch.Tensor) -> torch.Tensor:
-        return ((weights @ first - mean).square() / variance).mean(1)
+        return (((weights @ first - mean).square() - sampling(weights)) / variance).mean(1)
 
     def stretched(weights: torch.Tensor) -> torch.Tensor:
         spread = (weights @ second - (weights @ first).square()).clamp(min=1e-12)
@@ -232,7 +239,7 @@ def _measure(
 
     Reflected, because these statistics are biased in small samples, and resampling adds the same bias again: Davison &
     Hinkley, Bootstrap Methods and their Application, 1997, section 5.2. Where the bias exceeds the noise, the interval
-    is drawn out to the value itself; it never goes below `least`, the smallest value that there can be.
+    is drawn out to the value itself; neither goes below `least`, the smallest value that there can be.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(n, (RESAMPLES, n), generator=generator)
@@ -242,4 +249,4 @@ def _measure(
     value = float(statistic(torch.full((1, n), 1 / n, dtype=torch.float64))[0])
     low, high = percentiles(statistic(weights))
     low, high = 2 * value - high, 2 * value - low
-    return Measure(value=value, low=max(least, min(low, value)), high=max(high, value), n=n)
+    return Measure(value=max(least, value), low=max(least, min(low, value)), high=max(high, value, least), n=n)
