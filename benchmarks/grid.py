@@ -2,6 +2,7 @@
 
     python benchmarks/grid.py [--shared ../shared] [--work benchmarks/grid] [--processes 1] [--seconds 3600]
                               [--sets ...] [--per-class ...] [--backbones ...] [--seeds ...]
+    python benchmarks/grid.py --similarity      # measures it again in every cell that has rows, and trains nothing
 
 A cell is a data set cut to so many labelled images per class (a sixth of them for val), a backbone at its own size, and
 a seed. In each the probe is solved once, and every variant of `VARIANTS` is trained at every rate of `RATES` from the
@@ -87,6 +88,13 @@ def ordered_cells(sets: list[str], backbones: list[str], sizes: list[int], seeds
     return cells
 
 
+def wishes_of(cell: Cell, shared: Path, work: Path) -> list[str]:
+    table = cell_table(cell.set, cell.per_class or 10**6, cell.seed, shared, work)
+    return [f"data.root={table}", f"backbone={cell.backbone}", f"seed={cell.seed}", "data.split.val=0.167",
+            "data.split.calibration=0", "evaluate.calibrate=false", "tracking.enabled=false",
+            "hardware.workers=0", *SETTINGS]  # fmt: skip
+
+
 def run_cell(cell: Cell, wanted: list[tuple[str, float]], known: set[tuple[str, str]], shared: Path, work: Path,
              results: Path, commit: str) -> int:  # fmt: skip
     """Append a row for every `wanted` variant and rate of a cell that is not `known`; how many."""
@@ -98,10 +106,7 @@ def run_cell(cell: Cell, wanted: list[tuple[str, float]], known: set[tuple[str, 
     from finetune.machine import tune_process
 
     tune_process()
-    table = cell_table(cell.set, cell.per_class or 10**6, cell.seed, shared, work)
-    wishes = [f"data.root={table}", f"backbone={cell.backbone}", f"seed={cell.seed}", "data.split.val=0.167",
-              "data.split.calibration=0", "evaluate.calibrate=false", "tracking.enabled=false",
-              "hardware.workers=0", *SETTINGS]  # fmt: skip
+    wishes = wishes_of(cell, shared, work)
     seen = look(ft.load_recipe(None, [*wishes, "train.strategy=partial"]))
     num_train = len(seen.indices("train"))
     epochs = min(EPOCHS[1], max(EPOCHS[0], round(BUDGET / num_train)))
@@ -134,6 +139,25 @@ def run_cell(cell: Cell, wanted: list[tuple[str, float]], known: set[tuple[str, 
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(folder / ("-".join(map(str, cell)) + f"-{os.getpid()}.npz"), **kept)
     return count
+
+
+def measure_again(results: Path, shared: Path, work: Path) -> None:
+    """Write the similarity that this version measures into the rows of every cell, and leave the rest as it is."""
+    import finetune as ft
+    from finetune.machine import tune_process
+
+    tune_process()
+    rows = read_rows(results)
+    cells = dict.fromkeys(Cell(row["set"], row["backbone"], int(row["per_class"]), int(row["seed"])) for row in rows)
+    found = {}
+    for cell in cells:
+        facts = ft.survey(ft.load_recipe(None, [*wishes_of(cell, shared, work), "train.strategy=partial"]))
+        found[cell] = f"{facts.similarity.value:.3f}"
+        print(*cell, found[cell], flush=True)
+    for row in rows:
+        row["similarity"] = found[Cell(row["set"], row["backbone"], int(row["per_class"]), int(row["seed"]))]
+    lines = [",".join(FIELDS), *(",".join(row[key] for key in FIELDS) for row in rows)]
+    results.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def run_variant(recipe, seen, probe):
@@ -274,9 +298,13 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     parser.add_argument("--settings", nargs="*", default=[], help="overrides for every run, such as data.image_size=64")
+    parser.add_argument("--similarity", action="store_true", help="only measure it again")
     arguments = parser.parse_args()
     shared, work = arguments.shared.resolve(), arguments.work.resolve()
     os.environ |= {"FINETUNE_ZOO": str(shared / "zoo"), "FINETUNE_CACHE": str(work / "cache")}
+    if arguments.similarity:
+        measure_again(arguments.results, shared, work)
+        return
     cells = ordered_cells(list(arguments.sets), list(arguments.backbones), arguments.per_class, arguments.seeds)
     run_all(cells, arguments, shared, work)
 
