@@ -105,7 +105,7 @@ def measure_cell(cell: Cell, shared: Path, work: Path) -> list[dict[str, object]
     for place, own in enumerate(ranking.rows, 1):
         seen = look(ft.load_recipe(None, [*wishes, f"backbone={own.name}"]))
         assert seen.probe is not None
-        labels, logits = seen.labels("test"), seen.probe.logits(seen.stacked("test"))
+        labels, logits = seen.dataset.labels("test"), seen.probe.logits(seen.features("test"))
         rows.append({
             "backbone": own.name, "num_train": ranking.num_images, "num_test": len(labels),
             "num_classes": len(ranking.classes), "pixels": own.image_size, "place": place,

@@ -152,9 +152,10 @@ def compare_epochs(shared: Path, work: Path) -> None:
             wishes = ["train.strategy=partial", "train.keep=last", "train.averaging.keep_last=20"]
             run = train(name, per_class, wishes, shared, work)
             seen = look(advice.cell_recipe(name, BACKBONE, per_class, 0, shared, work, []))
+            images = seen.dataset
             judges = [
-                Batches(seen.store, seen.indices(role), seen.labels(role).tolist(), batch_size=64, augmentation=None,
-                        shuffle=False, seed=0) for role in ("val", "test")
+                Batches(images.store, images.indices(role), images.labels(role).tolist(), batch_size=64,
+                        augmentation=None, shuffle=False, seed=0) for role in ("val", "test")
             ]  # fmt: skip
             classifier, found = load_final(run), []
             for member in read_members(run.file("snapshots")):
@@ -187,7 +188,7 @@ def compare_scales(shared: Path, work: Path) -> None:
                             ("sign_digits", 50), ("malaria", 50), ("ants_bees", 20), ("cifar10_20k", 5)):  # fmt: skip
         recipe = advice.cell_recipe(name, BACKBONE, per_class, 0, shared, work, ["train.strategy=probe"])
         seen, row = survey.look(recipe), []
-        parts = [(seen.stacked(role), seen.labels(role)) for role in ("train", "val", "test")]
+        parts = [(seen.features(role), seen.dataset.labels(role)) for role in ("train", "val", "test")]
         features, labels = (torch.cat([parts[0][k], parts[1][k]]) for k in (0, 1))
         for probing.SHRUNK_IMAGES in (0.0, 30.0, 100.0, 1000.0, 1e12):
             right = [
@@ -209,7 +210,7 @@ def compare_whitening(shared: Path, work: Path) -> None:
             name, BACKBONE, 400, 0, shared, work, ["train.strategy=probe", "data.image_size=96"]
         )
         seen = look(recipe)
-        features, labels = seen.stacked("train"), seen.labels("train")
+        features, labels = seen.features("train"), seen.dataset.labels("train")
         rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:1000]
         features, labels = features[rows], labels[rows]
         made = [features, features - features.mean(0)]

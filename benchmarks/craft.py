@@ -82,17 +82,16 @@ def run_plain(name: str, seed: int, shared: Path) -> dict:
     from finetune.features.survey import _Survey
 
     seen = _Survey(recipe_for(name, seed, shared, []), lambda *rest: None, ROLES)
-    roles, _, _ = seen._divide(looks=False)  # decodes, as every script must; extracts nothing
-    rows = {role: [index for index, own in enumerate(roles) if own == role] for role in ("train", "test")}
-    labels = {role: [seen.source.items[index].label for index in own] for role, own in rows.items()}
-    vary = Augmentation(
-        "light", size_pixels=seen.view.size_pixels, interpolation=seen.view.interpolation, invariances=()
-    )
-    train = Batches(seen.store, rows["train"], labels["train"], batch_size=64, augmentation=vary, shuffle=True,
+    seen._divide(looks=False)  # decodes, as every script must; extracts nothing
+    store, view = seen.dataset.store, seen.dataset.store.view
+    rows = {role: seen.dataset.indices(role) for role in ("train", "test")}
+    labels = {role: seen.dataset.labels(role).tolist() for role in rows}
+    vary = Augmentation("light", size_pixels=view.size_pixels, interpolation=view.interpolation, invariances=())
+    train = Batches(store, rows["train"], labels["train"], batch_size=64, augmentation=vary, shuffle=True,
                     seed=seed, even=True)  # fmt: skip
-    test = Batches(seen.store, rows["test"], labels["test"], batch_size=64, augmentation=None, shuffle=False, seed=seed)
+    test = Batches(store, rows["test"], labels["test"], batch_size=64, augmentation=None, shuffle=False, seed=seed)
     torch.manual_seed(seed)
-    head = torch.nn.Linear(seen.backbone.num_features, len(seen.source.classes))
+    head = torch.nn.Linear(seen.backbone.num_features, len(seen.dataset.classes))
     model = torch.nn.Sequential(seen.backbone, head).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PLAIN_RATE)
     steps = PLAIN_EPOCHS * len(train)

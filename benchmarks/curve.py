@@ -78,8 +78,8 @@ def look_at(table: Path, seed: int):
 
 def judge(seen) -> dict[str, tuple[float, int]]:
     """Accuracy of a survey's probe, and on how many images: `like` the labelled ones, and of `test`."""
-    right = seen.probe.logits(seen.stacked("test")).argmax(1) == seen.labels("test")
-    places = [Path(seen.items[index].name).parent.parent.name for index in seen.indices("test")]
+    right = seen.probe.logits(seen.features("test")).argmax(1) == seen.dataset.labels("test")
+    places = [Path(seen.dataset.items[index].name).parent.parent.name for index in seen.dataset.indices("test")]
     found = {}
     for name, folder in (("like", "train"), ("test", "test")):
         own = [bool(hit) for hit, place in zip(right, places, strict=True) if place == folder]

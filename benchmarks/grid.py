@@ -108,13 +108,13 @@ def run_cell(cell: Cell, wanted: list[tuple[str, float]], known: set[tuple[str, 
     tune_process()
     wishes = wishes_of(cell, shared, work)
     seen = look(ft.load_recipe(None, [*wishes, "train.strategy=partial"]))
-    num_train = len(seen.indices("train"))
+    num_train = len(seen.dataset.indices("train"))
     epochs = min(EPOCHS[1], max(EPOCHS[0], round(BUDGET / num_train)))
     probe = {"test": _probe(seen, "test"), "val": _probe(seen, "val")}
-    common = {**cell._asdict(), "num_train": num_train, "num_val": len(seen.indices("val")), "epochs": epochs,
+    common = {**cell._asdict(), "num_train": num_train, "num_val": len(seen.dataset.indices("val")), "epochs": epochs,
               "num_test": len(probe["test"]), "commit": commit}  # fmt: skip
     kept: dict[str, np.ndarray] = {f"probe_{role}": rows.numpy().astype(np.float32) for role, rows in probe.items()}
-    kept |= {f"labels_{role}": seen.labels(role)[_some(seen, role)].numpy() for role in ("test", "val")}
+    kept |= {f"labels_{role}": seen.dataset.labels(role)[_some(seen.dataset, role)].numpy() for role in ("test", "val")}
     count = 0
     for name, lr in wanted:
         if (name, f"{lr:g}") in known:
@@ -166,7 +166,6 @@ def run_variant(recipe, seen, probe):
     import torch
 
     import finetune as ft
-    from finetune.evaluation.prediction import predict_probabilities
     from finetune.training.fitting import fit
     from finetune.training.starting import make_batches, make_classifier
     from finetune.training.watching import Curves
@@ -176,23 +175,21 @@ def run_variant(recipe, seen, probe):
     began, cpu = time.perf_counter(), time.process_time()
     classifier = make_classifier(plan, copy.deepcopy(seen.backbone), weights, seen.facts.counts["train"])
     start = {key: value.detach().clone() for key, value in classifier.state_dict().items()}
-    train, val = make_batches(plan, seen)
+    train, val = make_batches(plan, seen.dataset)
     with tempfile.TemporaryDirectory() as folder:
         here, curves = Path(folder), Curves(Path(folder) / "curves.csv")
         fit(plan, 0, classifier, train, val, here, curves, members=here, say=lambda _: None, notify=lambda: None)
         curve = {(row["name"], int(row["epoch"])): float(row["value"]) for row in curves.rows()}
     spent = time.perf_counter() - began, time.process_time() - cpu
-    final = {role: predict_probabilities(classifier, seen.store, seen.indices(role)[_some(seen, role)], plan, "center")
-             for role in ("test", "val")}  # fmt: skip
+    final = {role: answer(classifier, seen.dataset, role, plan) for role in ("test", "val")}
     end = {key: value.detach().cpu().clone() for key, value in classifier.state_dict().items()}
     wise = {}
     for share in (0.5, 0.75):
         mixed = {key: torch.lerp(start[key], value, share) if value.is_floating_point() else value
                  for key, value in end.items()}  # fmt: skip
         classifier.load_state_dict(mixed)
-        rows = predict_probabilities(classifier, seen.store, seen.indices("test")[_some(seen, "test")], plan, "center")
-        wise["wise_" if share == 0.5 else "wise75_"] = rows
-    labels = seen.labels("test")[_some(seen, "test")]
+        wise["wise_" if share == 0.5 else "wise75_"] = answer(classifier, seen.dataset, "test", plan)
+    labels = seen.dataset.labels("test")[_some(seen.dataset, "test")]
     mean = (final["test"] + probe["test"]) / 2
     judged = {"": final["test"], "probe_": probe["test"], "mean_": mean, **wise}
     row = {prefix + key: value for prefix, rows in judged.items() for key, value in _scores(rows, labels).items()}
@@ -215,13 +212,20 @@ def run_variant(recipe, seen, probe):
     return row, arrays
 
 
+def answer(classifier, dataset, role, plan):
+    """Probabilities (N, K) of the images of a role that are judged, in the centre view."""
+    from finetune.evaluation.prediction import predict_probabilities
+
+    return predict_probabilities(classifier, dataset.store, dataset.indices(role)[_some(dataset, role)], plan, "center")
+
+
 def _probe(seen, role):
-    return seen.probe.logits(seen.stacked(role)).softmax(1).float()[_some(seen, role)]
+    return seen.probe.logits(seen.features(role)).softmax(1).float()[_some(seen.dataset, role)]
 
 
-def _some(seen, role) -> slice:
+def _some(dataset, role) -> slice:
     """Every image of a role or, of more than `MOST_JUDGED`, every second or third."""
-    return slice(None, None, -(-len(seen.indices(role)) // MOST_JUDGED) or 1)
+    return slice(None, None, -(-len(dataset.indices(role)) // MOST_JUDGED) or 1)
 
 
 def _scores(probabilities, labels) -> dict[str, str]:

@@ -40,7 +40,7 @@ def read_features(name: str, shared: Path, work: Path) -> list[tuple[torch.Tenso
 
     recipe = advice.cell_recipe(name, advice.BACKBONES[0], LARGEST, 0, shared, work, ["train.strategy=probe"])
     seen = survey.look(recipe)
-    parts = [(seen.stacked(role).float(), seen.labels(role)) for role in ("train", "val", "test")]
+    parts = [(seen.features(role).float(), seen.dataset.labels(role)) for role in ("train", "val", "test")]
     features, labels = (torch.cat([part[k] for part in parts[:2]]) for k in (0, 1))
     mean, std = features.mean(0), features.std()
     return [((features - mean) / std, labels), ((parts[2][0] - mean) / std, parts[2][1])]

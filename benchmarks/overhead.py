@@ -39,7 +39,7 @@ def prepare(shared: Path) -> tuple[Any, Any, Any, Any]:
     def make() -> Any:
         return make_classifier(plan, copy.deepcopy(seen.backbone), probe, seen.facts.counts["train"])
 
-    return plan, make, *make_batches(plan, seen)
+    return plan, make, *make_batches(plan, seen.dataset)
 
 
 def time_fit(plan: Any, classifier: Any, train: Any, val: Any) -> tuple[float, float]:

@@ -73,8 +73,8 @@ def run_cell(cell: Cell, pixels: int, shared: Path, work: Path, commit: str) -> 
     plan = ft.make_plan(recipe, seen.facts)
     judge = judge_probes if cell.strategy == "probe" else judge_tuned
     held, refit, fitting = judge(recipe, seen, plan, work)
-    labels, before = seen.labels("test"), role_fitting(seen, held, None)
-    counts = {f"num_{role}": len(seen.indices(role)) for role in ("train", "val", "calibration", "test")}
+    labels, before = seen.dataset.labels("test"), role_fitting(seen.dataset, held, None)
+    counts = {f"num_{role}": len(seen.dataset.indices(role)) for role in ("train", "val", "calibration", "test")}
     return {
         **cell._asdict(), **counts, "pixels": pixels, "num_labelled": sum(seen.facts.labelled),
         "chosen_by": seen.facts.probe.chosen_by if seen.facts.probe else "", "commit": commit,
@@ -86,11 +86,12 @@ def run_cell(cell: Cell, pixels: int, shared: Path, work: Path, commit: str) -> 
 
 def judge_probes(recipe, seen, plan, work):
     """What the probe before and after the refit says by role, and what a temperature of the latter is fitted to."""
-    from finetune.evaluation.held_out import probe_answers, probe_fitting
+    from finetune.evaluation.held_out import probe_fitting
+    from finetune.features.answers import probe_answers
 
     held = probe_answers(seen, plan.model_copy(update={"probe_on": "train"}))
     refit = probe_answers(seen, plan)
-    return held, refit, probe_fitting(seen, plan, refit)
+    return held.by_role, refit.by_role, probe_fitting(seen.dataset, plan, refit)
 
 
 def judge_tuned(recipe, seen, plan, work):
@@ -101,12 +102,12 @@ def judge_tuned(recipe, seen, plan, work):
 
     run = ft.train(recipe, runs=work / "runs", say=lambda text: None)
     held, refit = (
-        {role: predict_probabilities(load(run), seen.store, seen.indices(role), run.plan, "center")
+        {role: predict_probabilities(load(run), seen.dataset.store, seen.dataset.indices(role), run.plan, "center")
          for role in ("val", "test", "calibration")}
         for load in (load_held_out, load_final)
     )  # fmt: skip
     shutil.rmtree(run.path)
-    return held, refit, role_fitting(seen, held, None)
+    return held, refit, role_fitting(seen.dataset, held, None)
 
 
 def scores(answers, labels, fitting) -> dict[str, str]:

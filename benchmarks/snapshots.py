@@ -39,13 +39,15 @@ def judge(run, seen) -> list[dict]:
     from finetune.evaluation.prediction import load_final, predict_probabilities
     from finetune.training.snapshots import load_member, read_members
 
-    classifier, labels = load_final(run), seen.labels("test")
+    classifier, labels = load_final(run), seen.dataset.labels("test")
     plan = run.plan
     classifier.freeze(plan.stages[-1].trainable_stages, batch_norm=plan.stages[-1].batch_norm)
     parts = []
     for member in read_members(run.file("snapshots")):
         load_member(classifier, member)
-        parts.append(predict_probabilities(classifier, seen.store, seen.indices("test"), plan, "center"))
+        parts.append(
+            predict_probabilities(classifier, seen.dataset.store, seen.dataset.indices("test"), plan, "center")
+        )
     rows = []
     for count in range(1, len(parts) + 1):
         average = torch.stack(parts[-count:]).mean(0)

@@ -51,7 +51,7 @@ def prepare(root: Path) -> tuple[dict[str, Any], Any, list[int]]:
     classifier = Classifier(seen.backbone, torch.nn.Linear(seen.backbone.num_features, len(plan.classes)))
     classifier.eval().to(memory_format=torch.channels_last)
     viewers = {views: Viewer(classifier, plan, views) for views in VIEWS}
-    return viewers, ImageStore(seen.items, plan.view, limit_bytes=0), list(range(len(seen.items)))
+    return viewers, ImageStore(seen.dataset.items, plan.view, limit_bytes=0), list(range(len(seen.dataset.items)))
 
 
 def measure(viewers: dict[str, Any], store: Any, rows: list[int]) -> dict[str, dict[str, list[float]]]:

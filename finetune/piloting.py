@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune.errors import RecipeError
-from finetune.features.survey import Look
+from finetune.features.survey import Survey
 from finetune.recipe.facts import Facts, PilotFacts, Proportion
 from finetune.recipe.forecasts import EPOCH_SECONDS
 from finetune.recipe.matrix import ORDER
@@ -28,7 +28,7 @@ MOST_EPOCHS = 20
 """However many seconds there are."""
 
 
-def run_pilot(recipe: Recipe, seen: Look, seconds: float, say: Callable[[str], None]) -> Facts:
+def run_pilot(recipe: Recipe, seen: Survey, seconds: float, say: Callable[[str], None]) -> Facts:
     """The facts with what short trainings showed; about `seconds` are spent, whatever the images.
 
     Args:
@@ -66,7 +66,7 @@ def run_pilot(recipe: Recipe, seen: Look, seconds: float, say: Callable[[str], N
     return facts.model_copy(update={"pilot": tuple(rows)})
 
 
-def _try(recipe: Recipe, seen: Look, strategy: str, seconds: float, number: int) -> PilotFacts:
+def _try(recipe: Recipe, seen: Survey, strategy: str, seconds: float, number: int) -> PilotFacts:
     """Train for about `seconds` and look at val; the backbone that was surveyed stays as it is."""
     from finetune.training.fitting import fit  # here, for Lightning is slow to load
     from finetune.training.starting import make_batches, make_classifier
@@ -79,7 +79,7 @@ def _try(recipe: Recipe, seen: Look, strategy: str, seconds: float, number: int)
     probe = {} if seen.probe is None else {"weight": seen.probe.weight.float(), "bias": seen.probe.bias.float()}
     began = time.perf_counter()
     classifier = make_classifier(plan, copy.deepcopy(seen.backbone), probe, seen.facts.counts["train"])
-    train, val = make_batches(plan, seen, most_images=images)
+    train, val = make_batches(plan, seen.dataset, most_images=images)
     with tempfile.TemporaryDirectory() as folder:
         curves = Curves(Path(folder) / "curves.csv")
         here = Path(folder)

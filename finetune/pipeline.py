@@ -29,9 +29,10 @@ from finetune.evaluation.page_images import seen_images, stored_images
 from finetune.evaluation.teaching import find_teacher, load_teacher
 from finetune.evaluation.viewing import refuse_views
 from finetune.evaluation.whole_model import keep_model
+from finetune.features.answers import probe_answers
 from finetune.features.ranking import choose_backbone
 from finetune.features.refitting import probe_tensors
-from finetune.features.survey import Look, look, survey_part
+from finetune.features.survey import Survey, look, survey_part
 from finetune.machine import describe_environment, every_few_seconds, tune_process
 from finetune.models.classifier import Classifier, refuse_layers
 from finetune.piloting import run_pilot
@@ -103,7 +104,7 @@ def show_images(recipe: Recipe, path: Path, say: Say = say_on_stderr) -> Path:
     recipe, _ = _with_backbone(recipe, say)
     seen = look(recipe, every_few_seconds(say), roles_seen=_roles_seen(recipe))
     facts = seen.facts.model_copy(update={"teacher": teacher})
-    draw_training_views(make_plan(recipe, facts), seen, path)
+    draw_training_views(make_plan(recipe, facts), seen.dataset, path)
     return path
 
 
@@ -207,9 +208,9 @@ def evaluate(path: str | PathLike[str], *, views: str | None = None, say: Say = 
         refuse_changes(run.plan, seen.facts)
         if not run.final_weights().exists():
             raise RunError(f"{path} is not trained to its end. `finetune resume {path}` goes on.")
-        keep_model(run, seen)
-        scores = evaluate_run(run, seen, views)
-        write_report(run.path, read_image=seen_images(seen))
+        keep_model(run, seen.dataset, seen.backbone)
+        scores = evaluate_run(run, seen.dataset, seen.facts, probe_answers(seen, run.plan), views)
+        write_report(run.path, read_image=seen_images(seen.dataset))
     return scores
 
 
@@ -285,14 +286,14 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, va
     try:
         classifier = _train_stages(run, plan, seen, vary, tracker, say)
         clock.lap("training")
-        keep_model(run, seen)
+        keep_model(run, seen.dataset, seen.backbone)
         if not run.file("scores.json").exists():
-            evaluate_run(run, seen)
+            evaluate_run(run, seen.dataset, seen.facts, probe_answers(seen, plan))
         del classifier
         clock.lap("evaluation")
         say(scores_text(run.read_json("scores.json")))
         clock.write()
-        page = write_report(run.path, read_image=seen_images(seen))
+        page = write_report(run.path, read_image=seen_images(seen.dataset))
         say(f"report: {page}")
     except BaseException as fault:
         if tracker is not None:
@@ -302,7 +303,7 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, va
         _tell_unsent(tracker.close("FINISHED"), run, say)
 
 
-def _decide(run: RunFolder, recipe: Recipe, seen: Look, vary: Vary | None, say: Say) -> None:
+def _decide(run: RunFolder, recipe: Recipe, seen: Survey, vary: Vary | None, say: Say) -> None:
     """Write what was measured and what was decided; the plan last, for it marks a run that can go on."""
     decided = _checked_plan(recipe, seen)
     if vary is not None and decided.train.optimizer.name == "lbfgs":
@@ -317,7 +318,7 @@ def _decide(run: RunFolder, recipe: Recipe, seen: Look, vary: Vary | None, say: 
     say(plan_text(decided))
 
 
-def _checked_plan(recipe: Recipe, seen: Look) -> Plan:
+def _checked_plan(recipe: Recipe, seen: Survey) -> Plan:
     """The plan, once the backbone has been asked whether it can be trained and judged so."""
     decided = make_plan(recipe, seen.facts)
     refuse_layers(seen.backbone, decided.train.layers)
@@ -326,7 +327,7 @@ def _checked_plan(recipe: Recipe, seen: Look) -> Plan:
 
 
 def _train_stages(
-    run: RunFolder, plan: Plan, seen: Look, vary: Vary | None, tracker: Tracker | None, say: Say
+    run: RunFolder, plan: Plan, seen: Survey, vary: Vary | None, tracker: Tracker | None, say: Say
 ) -> Classifier | None:
     if not plan.stages:
         return None
@@ -334,7 +335,7 @@ def _train_stages(
 
     notify = tracker.notify if tracker is not None else (lambda: None)
     teach = partial(load_teacher, plan)
-    return train_stages(run, plan, seen, vary=vary, teach=teach, say=say, notify=notify)
+    return train_stages(run, plan, seen.dataset, seen.backbone, vary=vary, teach=teach, say=say, notify=notify)
 
 
 def _start_tracker(run: RunFolder, plan: Plan, say: Say, wish: str | None) -> Tracker | None:

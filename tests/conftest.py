@@ -20,6 +20,12 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_the_user(tmp_path_factory):
+    """Fixtures of modules are made before those of a test, and are not to find what other versions have kept."""
+    os.environ["FINETUNE_CACHE"] = str(tmp_path_factory.mktemp("session-cache"))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path_factory.mktemp("cache")))

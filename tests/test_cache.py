@@ -172,11 +172,11 @@ def test_only_what_changed_is_computed_again(tmp_path):
 
 def test_the_features_of_an_image_do_not_depend_on_what_else_is_looked_at(shapes):
     seen = look(ft.load_recipe(str(shapes), SMALL))
-    index, view = seen.indices("train")[0], seen.facts.view
+    index, view = seen.dataset.indices("train")[0], seen.facts.view
     alone = FeatureCache("alone", "v", "32")
     extract(
-        seen.items,
-        seen.digests,
+        seen.dataset.items,
+        seen.dataset.digests,
         [index],
         view,
         backbone=lambda: FrozenBackbone(seen.backbone, size_pixels=view.size_pixels, device="cpu"),
@@ -186,4 +186,4 @@ def test_the_features_of_an_image_do_not_depend_on_what_else_is_looked_at(shapes
         precision="32",
         progress=lambda done, total: None,
     )
-    assert torch.equal(alone.features([seen.digests[index]])[0], seen.stacked("train")[0])
+    assert torch.equal(alone.features([seen.dataset.digests[index]])[0], seen.features("train")[0])

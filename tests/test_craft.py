@@ -156,7 +156,7 @@ def test_regions_that_move_in_training_are_in_the_network_that_is_shipped_and_st
         assert torch.equal(network(images), network(images))
     seen = look(ft.load_recipe(run.file("recipe.yaml")))
     with np.load(run.file("predictions.npz")) as stored:
-        said = predict_probabilities(network, seen.store, seen.indices("test"), run.plan, "center")
+        said = predict_probabilities(network, seen.dataset.store, seen.dataset.indices("test"), run.plan, "center")
         np.testing.assert_allclose(stored["test_probabilities"], said.numpy(), atol=1e-6)
 
 
@@ -470,5 +470,7 @@ def test_principal_colours_are_those_of_training_images_alone(shapes, monkeypatc
         return fit_color_basis(store, rows, **rest)
 
     monkeypatch.setattr(starting, "fit_color_basis", fit)
-    assert starting.make_augmentation(plan, seen) is not None
-    assert {seen.roles[index] for index in shown} == {"train"} and len(shown) == len(seen.indices("train"))
+    assert starting.make_augmentation(plan, seen.dataset) is not None
+    assert {seen.dataset.roles[index] for index in shown} == {"train"} and len(shown) == len(
+        seen.dataset.indices("train")
+    )

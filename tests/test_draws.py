@@ -78,8 +78,10 @@ def test_the_information_is_never_negative_nor_above_the_entropy(monkeypatch):
 @pytest.mark.technique("T125")
 def test_scores_tell_the_mean_of_the_draws_beside_the_ordinary_answer(run, seen):
     scores = run.read_json("scores.json")
-    told, labels = scores["draws"], seen.labels("test")
-    rows = predict_draws(load_final(run), seen.store, seen.indices("test"), run.plan, draws=6, seed=run.plan.seed)
+    told, labels = scores["draws"], seen.dataset.labels("test")
+    rows = predict_draws(
+        load_final(run), seen.dataset.store, seen.dataset.indices("test"), run.plan, draws=6, seed=run.plan.seed
+    )
     assert rows.shape == (len(labels), 6, 3) and rows.std(1).max() > 0
     mean = rows.double().mean(1).float()
     assert told["n"] == 6 and told["temperature"] is None
@@ -103,13 +105,13 @@ def test_judged_again_the_draws_are_the_same_whatever_the_views(run):
 
 
 def test_the_backbone_looks_once_and_the_draws_are_those_of_whole_passes_bit_for_bit(run, seen):
-    classifier, rows = load_final(run), seen.indices("test")
+    classifier, rows = load_final(run), seen.dataset.indices("test")
     viewer, looks = Viewer(classifier, run.plan, "center"), []
     hook = classifier.backbone.register_forward_hook(lambda *rest: looks.append(1))
-    found = predict_draws(classifier, seen.store, rows, run.plan, draws=4, seed=1)
+    found = predict_draws(classifier, seen.dataset.store, rows, run.plan, draws=4, seed=1)
     hook.remove()
     assert len(looks) == 1
-    crops = torch.stack([torch.from_numpy(viewer.read(seen.store, row)[0]) for row in rows])
+    crops = torch.stack([torch.from_numpy(viewer.read(seen.dataset.store, row)[0]) for row in rows])
     assert torch.equal(found, sample_predictions(classifier, viewer.images(crops.numpy()), 4, 1).transpose(0, 1))
 
 

@@ -89,7 +89,7 @@ def ensemble(runs, tmp_path, how, **rest):
 
 
 def said_by(classifier, run, seen, role="test"):
-    return predict_probabilities(classifier, seen.store, seen.indices(role), run.plan, "center")
+    return predict_probabilities(classifier, seen.dataset.store, seen.dataset.indices(role), run.plan, "center")
 
 
 def altered(run, tmp_path, **changes):
@@ -197,11 +197,11 @@ def test_equal_weights_count_once_however_often_they_are_given(pool, seen, tmp_p
 def test_trainings_of_different_strategies_are_averaged_and_their_table_shows_the_gain(pool, seen, tmp_path):
     made = ensemble([pool[2], pool[0]], tmp_path, "average")
     assert made.plan.stages  # the folder is that of the trained member
-    tables = score_members(made, seen)
+    tables = score_members(made, seen.dataset)
     assert tables.keys() == {"val", "test"}
     both = torch.stack([said_by(load_final(run), run, seen) for run in (pool[2], pool[0])])
     whole = tables["test"][-1]
-    labels = seen.labels("test")
+    labels = seen.dataset.labels("test")
     assert whole["accuracy"] == pytest.approx(float((average(both).argmax(1) == labels).float().mean()))
     assert whole["log_loss"] <= tables["test"][2]["log_loss"]
     assert [row["cost"] for row in tables["test"]] == [1, 1, 1, 2]
@@ -209,20 +209,20 @@ def test_trainings_of_different_strategies_are_averaged_and_their_table_shows_th
 
 @pytest.mark.technique("T158")
 def test_val_chooses_members_greedily_and_the_run_says_so(pool, seen, tmp_path):
-    made = ensemble(pool[:2], tmp_path, "greedy", seen=seen)
+    made = ensemble(pool[:2], tmp_path, "greedy", dataset=seen.dataset)
     found = read_membership(made)
     assert (found["selected_on"], found["num_candidates"]) == ("val", 2)
     losses = found["val_log_losses"]
     assert losses == sorted(losses, reverse=True)
     assert sum(one["weight"] for one in found["members"]) == pytest.approx(1)
     said = log_probabilities(said_by(load_ensemble(made), made, seen, "val"))
-    assert float(nn.functional.nll_loss(said, seen.labels("val"))) == pytest.approx(losses[-1], rel=1e-5)
+    assert float(nn.functional.nll_loss(said, seen.dataset.labels("val"))) == pytest.approx(losses[-1], rel=1e-5)
     assert selection_note(made).startswith("val was used to select members, so its score is not reported")
 
 
 def test_how_often_a_member_was_taken_is_its_weight(pool, seen, tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.evaluation.ensembles.greedy_selection", lambda *rest, **options: (1, 0, 1))
-    made = ensemble(pool[:2], tmp_path, "greedy", seen=seen)
+    made = ensemble(pool[:2], tmp_path, "greedy", dataset=seen.dataset)
     assert [one["weight"] for one in read_membership(made)["members"]] == pytest.approx([1 / 3, 2 / 3])
     both = torch.stack([said_by(load_final(run), run, seen) for run in pool[:2]])
     wanted = average(both, "probability", [1, 2])
@@ -240,7 +240,7 @@ def test_an_early_stop_on_val_is_said_too(pool, tmp_path):
 @pytest.mark.technique("T162")
 def test_a_soup_costs_one_network_has_its_own_statistics_and_is_a_run_like_any_other(pool, seen, tmp_path):
     first, second, _ = pool
-    soup = ensemble([first, second], tmp_path, "soup", seen=seen)
+    soup = ensemble([first, second], tmp_path, "soup", dataset=seen.dataset)
     ours, theirs, mixed = (load_file(run.final_weights()) for run in (first, second, soup))
     assert {name: tensor.shape for name, tensor in mixed.items()} == {name: t.shape for name, t in ours.items()}
     weight = "head.linear.weight"
@@ -248,7 +248,7 @@ def test_a_soup_costs_one_network_has_its_own_statistics_and_is_a_run_like_any_o
     names = moved_norms([ours, theirs])
     assert names
     classifier = load_final(soup)
-    pooled_statistics(classifier, make_batches(first.plan, seen)[0], device="cpu", names=names)
+    pooled_statistics(classifier, make_batches(first.plan, seen.dataset)[0], device="cpu", names=names)
     for name in names:
         again = classifier.get_submodule(name)
         torch.testing.assert_close(again.running_mean, mixed[f"{name}.running_mean"], rtol=1e-4, atol=1e-5)
@@ -257,7 +257,7 @@ def test_a_soup_costs_one_network_has_its_own_statistics_and_is_a_run_like_any_o
     before = soup.final_weights().read_bytes()
     ft.resume(soup.path, say=quiet)  # finds nothing to train
     assert soup.final_weights().read_bytes() == before
-    assert soup.read_json("scores.json")["test"]["n"] == len(seen.indices("test"))
+    assert soup.read_json("scores.json")["test"]["n"] == len(seen.dataset.indices("test"))
     assert soup.file("report.html").exists()
 
 
@@ -268,9 +268,9 @@ def test_a_soup_of_one_set_of_weights_is_those_weights_bit_for_bit(pool, tmp_pat
 
 
 def test_a_greedy_soup_is_at_least_as_good_on_val_as_its_best_member(pool, seen, tmp_path):
-    soup = ensemble(pool[:2], tmp_path, "greedy_soup", seen=seen)
+    soup = ensemble(pool[:2], tmp_path, "greedy_soup", dataset=seen.dataset)
     found = read_membership(soup)
-    right = said_by(load_final(soup), soup, seen, "val").argmax(1) == seen.labels("val")
+    right = said_by(load_final(soup), soup, seen, "val").argmax(1) == seen.dataset.labels("val")
     assert len(found["val_top1"]) == 2
     assert float(right.double().mean()) >= max(found["val_top1"]) - 1e-9
     assert sum(one["weight"] for one in found["members"]) == pytest.approx(1)
@@ -279,7 +279,7 @@ def test_a_greedy_soup_is_at_least_as_good_on_val_as_its_best_member(pool, seen,
 @pytest.fixture(scope="module")
 def wise(pool, seen, tmp_path_factory):
     """The mixture of a training's start and end that val likes best."""
-    return ensemble(pool[:1], tmp_path_factory.mktemp("wise"), "wise", seen=seen)
+    return ensemble(pool[:1], tmp_path_factory.mktemp("wise"), "wise", dataset=seen.dataset)
 
 
 def test_at_its_ends_wise_gives_the_logits_of_the_start_of_the_training_and_of_the_run(pool, tmp_path):

@@ -204,9 +204,9 @@ def test_an_image_that_is_removed_or_spoilt_in_mid_run_is_named(tmp_path, monkey
     root = draw_shapes(tmp_path / "images", per_class=12)
     real = pipeline.evaluate_run
 
-    def judge(run, seen, spoil):
-        spoil(root / seen.items[seen.indices("test")[0]].name)
-        return real(run, seen)
+    def judge(run, dataset, *rest, spoil):
+        spoil(root / dataset.items[dataset.indices("test")[0]].name)
+        return real(run, dataset, *rest)
 
     for reason, spoil in {"it is not there": Path.unlink, "cannot be read": lambda path: path.write_text("")}.items():
         monkeypatch.setattr(pipeline, "evaluate_run", partial(judge, spoil=spoil))

@@ -13,8 +13,11 @@ from PIL import Image
 
 import finetune as ft
 from finetune.cli import main
+from finetune.data import digests as digesting
 from finetune.data import frames
+from finetune.data.dataset import open_dataset
 from finetune.data.decoding import center_crop, decode
+from finetune.data.digests import digest_images
 from finetune.data.items import Found, Item, Items
 from finetune.data.loading import ImageStore
 from finetune.data.sources import open_source
@@ -27,10 +30,8 @@ from finetune.evaluation.page_images import stored_images
 from finetune.evaluation.prediction import load_final
 from finetune.evaluation.serving import predict_stream
 from finetune.evaluation.viewing import MixedViewer, Viewer, open_viewer
-from finetune.features import extraction
-from finetune.features.extraction import digest_images
 from finetune.features.ranking import _Images
-from finetune.features.survey import divide, look
+from finetune.features.survey import look
 from finetune.recipe.cards import View
 from finetune.recipe.schema import DataSpec
 
@@ -97,10 +98,9 @@ def opened(root):
 
 def divided(root, *more):
     """Items, files and roles of the images under `root`."""
-    recipe, source = ft.load_recipe(None, wishes(root, *more)), opened(root)
-    files = digest_images(source.items)
-    digests = frames.frame_digests(source.items, files)
-    return source.items, files, divide(recipe, source, digests, files, range(len(files)))
+    recipe = ft.load_recipe(None, wishes(root, *more))
+    dataset = open_dataset(recipe.data, recipe.seed)
+    return dataset.items, list(dataset.files), dataset.divide()
 
 
 def test_every_frame_is_an_item_with_the_label_of_its_file(moving):
@@ -193,7 +193,7 @@ def test_an_image_of_one_frame_is_divided_as_it_is_without_frames(shapes):
     items, expanded, split = divided(shapes, *(f"data.split.{role}={share}" for role, share in _shares(recipe).items()))
     assert items == source.items and expanded == files == frames.frame_digests(items, files)
     again = cut_split(items.labels, files, [None] * len(files), source.classes, seed=0, **_shares(recipe))
-    assert divide(recipe, source, files, files, range(len(files))) == again == split
+    assert open_dataset(recipe.data, 0).divide() == again == split
 
 
 def _shares(recipe):
@@ -216,14 +216,13 @@ def test_a_limit_of_training_images_takes_frames_of_different_files(moving):
 
 def test_the_split_is_told_apart_by_its_frames(moving):
     _, _, whole = divided(moving)
-    recipe, source = ft.load_recipe(None, [f"data.root={moving}", *SMALL]), open_source(moving)
-    files = digest_images(source.items)
-    assert divide(recipe, source, files, files, range(len(files))).digest != whole.digest
+    recipe = ft.load_recipe(None, [f"data.root={moving}", *SMALL])
+    assert open_dataset(recipe.data, recipe.seed).divide().digest != whole.digest
 
 
 def test_a_file_is_read_once_for_the_digests_of_its_frames(moving, monkeypatch):
-    read, original = [], extraction.read_bytes
-    monkeypatch.setattr(extraction, "read_bytes", lambda item: read.append(item.file) or original(item))
+    read, original = [], digesting.read_bytes
+    monkeypatch.setattr(digesting, "read_bytes", lambda item: read.append(item.file) or original(item))
     digest_images(opened(moving).items)
     assert len(read) == len(set(read)) == 20
 
@@ -249,7 +248,7 @@ def test_features_are_those_of_each_frame_and_the_facts_say_how_many(moving):
     seen = look(ft.load_recipe(None, wishes(moving)))
     assert seen.facts.several_frames == 16 and seen.facts.frame_images == 64
     assert "16 files hold several frames or pages: 64 images; the frames of one file stay" in seen.facts.frames_text
-    rows = seen.stacked("train")
+    rows = seen.features("train")
     assert len(torch.unique(rows, dim=0)) == len(rows)
     assert sum(map(sum, seen.facts.counts.values())) == 68
 
@@ -257,8 +256,8 @@ def test_features_are_those_of_each_frame_and_the_facts_say_how_many(moving):
 @pytest.mark.slow
 def test_who_judges_an_image_that_is_left_out_has_seen_no_other_frame_of_its_file(moving):
     seen = look(ft.load_recipe(None, ["data.frame=each", f"data.root={moving}", "data.image_size=32"]))
-    files = {seen.files[index] for index in seen.indices("train")}
-    assert len(files) < len(seen.indices("train"))
+    files = {seen.dataset.files[index] for index in seen.dataset.indices("train")}
+    assert len(files) < len(seen.dataset.indices("train"))
     facts = seen.facts
     assert facts.probe.left_out.n == facts.knn.left_out.n == facts.profile.num_images == len(files)
 
@@ -267,24 +266,24 @@ def test_who_judges_an_image_that_is_left_out_has_seen_no_other_frame_of_its_fil
 @pytest.mark.slow
 def test_files_that_weights_have_seen_are_told_whichever_of_their_frames_are_used(run, moving, frame):
     before = look(ft.load_recipe(None, wishes(moving)))
-    used = {before.files[index] for role in ("train", "val") for index in before.indices(role)}
+    used = {before.dataset.files[index] for role in ("train", "val") for index in before.dataset.indices(role)}
     others = [f"data.frame={frame}", f"backbone={run.path}", "seed=1"]
     seen = look(ft.load_recipe(None, [f"data.root={moving}", *SMALL, *others]))
-    test = [seen.files[index] in used for index in seen.indices("test")]
+    test = [seen.dataset.files[index] in used for index in seen.dataset.indices("test")]
     assert any(f"{sum(test)} of {len(test)} test images" in line for line in seen.facts.warnings) and sum(test) > 1
 
 
 def test_backbones_are_ranked_on_one_frame_of_a_file(moving):
     images = _Images(ft.load_recipe(None, wishes(moving)))
     rows = images.draw(1000)
-    assert len({images.files[row] for row in rows}) == len(rows) > 8
+    assert len({images.dataset.files[row] for row in rows}) == len(rows) > 8
 
 
 @pytest.mark.parametrize("frame", ["first", "middle"])
 @pytest.mark.slow
 def test_of_files_that_are_one_image_the_facts_say_which_frame(moving, frame):
     seen = look(ft.load_recipe(None, [f"data.root={moving}", *SMALL, f"data.frame={frame}"]))
-    assert len(seen.items) == 20 and seen.facts.frame_images == 0
+    assert len(seen.dataset.items) == 20 and seen.facts.frame_images == 0
     assert seen.facts.frames_text == f"16 files hold several frames or pages; the {frame} of each is used"
 
 

@@ -62,6 +62,13 @@ def test_imports_look_down_only(path):
             assert name.split(".")[1] in [*allowed, "__version__"], f"{path} imports {name}"
 
 
+def test_training_and_judging_need_no_features():
+    """What they need of the images is the data set, and of the probe its weights and answers."""
+    for path in FILES:
+        if _room(path) in ("training", "evaluation", "reporting", "export"):
+            assert not [name for name in _imports(path) if name.startswith("finetune.features")], path
+
+
 @pytest.mark.parametrize(
     ("library", "homes"),
     [

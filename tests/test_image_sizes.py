@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 import finetune as ft
 from finetune.errors import BackboneError
 from finetune.evaluation.serving import predict
-from finetune.features.viewing import TRAINABLE_PIXELS, fit_size
 from finetune.models.backbones import load_backbone
 from finetune.models.image_sizes import nearest_size, size_unit
+from finetune.models.input_size import TRAINABLE_PIXELS, fit_size
 from finetune.pipeline import plan
 from finetune.recipe.cards import ARCH, Card, read_card
 

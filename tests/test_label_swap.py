@@ -202,7 +202,7 @@ def test_a_run_trains_on_swapped_labels_and_watches_plain_ones(arrows):
     for loader, swaps in ((train, True), (val, False)):
         images, labels, indices = (torch.cat(parts) for parts in zip(*loader, strict=True))
         assert labels.tolist() == [side_of(image.numpy()) for image in images]
-        assert (labels.tolist() != [seen.items[index].label for index in indices]) is swaps
+        assert (labels.tolist() != [seen.dataset.items[index].label for index in indices]) is swaps
 
 
 def test_a_run_judges_an_image_and_its_mirror_image_alike(arrows, tmp_path):

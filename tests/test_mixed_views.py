@@ -76,8 +76,8 @@ def joined(pool, tmp_path_factory):
 
 def alone(run, seen, views, role="test"):
     """What a run says by view (V, N, K), from images prepared for it alone."""
-    store = ImageStore(seen.items, run.plan.view, limit_bytes=0)
-    return predict_views(load_final(run), store, seen.indices(role), run.plan, views).transpose(0, 1)
+    store = ImageStore(seen.dataset.items, run.plan.view, limit_bytes=0)
+    return predict_views(load_final(run), store, seen.dataset.indices(role), run.plan, views).transpose(0, 1)
 
 
 @pytest.mark.technique("T158")
@@ -87,7 +87,9 @@ def alone(run, seen, views, role="test"):
 def test_every_member_says_what_it_says_alone_bit_for_bit(pool, seen, views, kind):
     assert len({run.plan.view for run in pool}) == 3
     classifier = Ensemble([load_final(run) for run in pool], [1, 2, 1], kind, [run.plan.view for run in pool])
-    found = predict_views(classifier, seen.store, seen.indices("test"), pool[0].plan, views).transpose(0, 1)
+    found = predict_views(classifier, seen.dataset.store, seen.dataset.indices("test"), pool[0].plan, views).transpose(
+        0, 1
+    )
     said = torch.stack([alone(run, seen, views) for run in pool])  # (M, V, N, K)
     wanted = average(said.flatten(1, 2), kind, [0.25, 0.5, 0.25]).view(said.shape[1:])
     assert torch.equal(found, wanted)
@@ -99,7 +101,7 @@ def test_the_run_that_is_made_is_judged_so_and_its_table_tells_each_member(pool,
     said = torch.stack([alone(run, seen, "center")[0] for run in pool])
     with np.load(joined.file("predictions.npz")) as stored:
         np.testing.assert_allclose(stored["test_probabilities"], average(said).numpy(), rtol=0, atol=1e-7)
-    labels = seen.labels("test")
+    labels = seen.dataset.labels("test")
     for row, own in zip(joined.read_json("scores.json")["members"]["test"], said, strict=False):
         assert row["accuracy"] == pytest.approx(float((own.argmax(1) == labels).double().mean()))
         assert row["log_loss"] == pytest.approx(float(nn.functional.nll_loss(log_probabilities(own), labels)), abs=1e-6)
@@ -112,7 +114,9 @@ def test_the_order_of_members_does_not_matter(pool, seen, tmp_path):
     for number, runs in enumerate((pool, pool[::-1], (pool[1], pool[0], pool[2]))):
         made = make_ensemble(runs, how="average", folder=tmp_path / str(number), say=quiet)
         classifier = load_ensemble(made)
-        said.append(predict_probabilities(classifier, seen.store, seen.indices("test"), made.plan, "ten"))
+        said.append(
+            predict_probabilities(classifier, seen.dataset.store, seen.dataset.indices("test"), made.plan, "ten")
+        )
     assert made.plan.view == pool[1].plan.view
     for other in said[1:]:
         torch.testing.assert_close(other, said[0], rtol=0, atol=1e-6)
@@ -120,7 +124,7 @@ def test_the_order_of_members_does_not_matter(pool, seen, tmp_path):
 
 def test_an_ensemble_of_one_larger_run_is_that_run_bit_for_bit(pool, seen, tmp_path):
     made = make_ensemble(pool[1:2], how="average", folder=tmp_path / "one", say=quiet)
-    found = predict_views(load_ensemble(made), seen.store, seen.indices("test"), made.plan, "ten")
+    found = predict_views(load_ensemble(made), seen.dataset.store, seen.dataset.indices("test"), made.plan, "ten")
     assert torch.equal(found.transpose(0, 1), alone(pool[1], seen, "ten"))
 
 
@@ -129,7 +133,7 @@ def test_a_file_is_read_and_decoded_in_one_go_for_all_members(pool, seen, joined
     read, decode = viewing.read_bytes, viewing.decode_sizes
     monkeypatch.setattr(viewing, "read_bytes", lambda item: reads.append(item) or read(item))
     monkeypatch.setattr(viewing, "decode_sizes", lambda data, wanted: sizes.append(wanted) or decode(data, wanted))
-    crops = viewer.read(seen.store, seen.indices("test")[0])
+    crops = viewer.read(seen.dataset.store, seen.dataset.indices("test")[0])
     assert isinstance(viewer, MixedViewer) and len(reads) == 1
     assert [[one.shorter_pixels for one in wanted] for wanted in sizes] == [[pool[0].plan.view.shorter_pixels, 60]]
     assert [crop.shape[0] for crop in crops] == [32] * 10 + [48] * 10  # other constants need no pixels of their own
@@ -155,12 +159,15 @@ def test_val_chooses_among_members_each_in_its_own_view(pool, seen, tmp_path):
     made = make_ensemble(pool, how="greedy", folder=tmp_path / "greedy", say=quiet)
     found = read_membership(made)
     said = [alone(run, seen, "center", "val")[0] for run in pool]
-    losses = [float(nn.functional.nll_loss(log_probabilities(own), seen.labels("val"))) for own in said]
+    losses = [float(nn.functional.nll_loss(log_probabilities(own), seen.dataset.labels("val"))) for own in said]
     assert found["val_log_losses"][0] == pytest.approx(min(losses), rel=1e-6)
-    chosen = predict_probabilities(load_ensemble(made), seen.store, seen.indices("val"), made.plan, "center")
-    loss = float(nn.functional.nll_loss(log_probabilities(chosen), seen.labels("val")))
+    rows = seen.dataset.indices("val")
+    chosen = predict_probabilities(load_ensemble(made), seen.dataset.store, rows, made.plan, "center")
+    loss = float(nn.functional.nll_loss(log_probabilities(chosen), seen.dataset.labels("val")))
     assert loss == pytest.approx(found["val_log_losses"][-1], rel=1e-5)
-    assert len(score_members(made, look(ft.load_recipe(made.file("recipe.yaml"))))["test"]) >= len(found["members"])
+    assert len(score_members(made, look(ft.load_recipe(made.file("recipe.yaml"))).dataset)["test"]) >= len(
+        found["members"]
+    )
 
 
 @pytest.mark.slow

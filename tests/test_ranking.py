@@ -181,8 +181,8 @@ def test_the_sample_is_of_the_images_that_a_run_trains_on(own_zoo, shapes):
     recipe = recipe_for(shapes, "train.strategy=probe", f"backbone={default_backbone()}")
     images = ranking_module._Images(recipe)
     seen = look(recipe)
-    drawn = {images.source.items[index].name for index in images.draw(1000)}
-    assert drawn == {seen.items[index].name for index in seen.indices("train")}
+    drawn = {images.dataset.items[index].name for index in images.draw(1000)}
+    assert drawn == {seen.dataset.items[index].name for index in seen.dataset.indices("train")}
 
 
 def test_a_second_ranking_looks_at_nothing(own_zoo, shapes):

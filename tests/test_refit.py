@@ -94,7 +94,7 @@ def stored(run):
 
 
 def answers(classifier, run, seen, role):
-    return predict_probabilities(classifier, seen.store, seen.indices(role), run.plan, "center").numpy()
+    return predict_probabilities(classifier, seen.dataset.store, seen.dataset.indices(role), run.plan, "center").numpy()
 
 
 def curves(run, stage):
@@ -107,9 +107,9 @@ def test_the_probe_ends_on_all_labelled_images_with_the_penalty_that_was_chosen_
     run = request.getfixturevalue(name)
     seen, found = seen_by(run), load_file(run.file("probe.safetensors"))
     assert set(found) == {"weight", "bias", "held_out.weight", "held_out.bias"}
-    rows = [index for role in ("train", "val", "calibration") for index in seen.indices(role)]
-    features = seen.cache.features([seen.digests[row] for row in rows])
-    labels = torch.from_numpy(seen.items.labels[rows]).long()
+    rows = [index for role in ("train", "val", "calibration") for index in seen.dataset.indices(role)]
+    features = seen.cache.features([seen.dataset.digests[row] for row in rows])
+    labels = torch.from_numpy(seen.dataset.items.labels[rows]).long()
     solved = fit_probe(features, labels, num_classes=3, l2=seen.facts.probe.l2)
     torch.testing.assert_close(found["weight"], solved.weight.float(), rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(found["held_out.weight"], seen.probe.weight.float())
@@ -130,7 +130,7 @@ def test_test_is_answered_by_the_refit_weights_and_val_by_those_before(full):
         np.testing.assert_allclose(said[f"{role}_probabilities"], answers(classifier, full, seen, role), atol=1e-6)
         assert np.abs(said[f"{role}_probabilities"] - answers(other, full, seen, role)).max() > 1e-4
     for role, probe in (("test", seen.refit.probe), ("val", seen.probe)):
-        wanted = probe.logits(seen.stacked(role)).softmax(1).numpy()
+        wanted = probe.logits(seen.features(role)).softmax(1).numpy()
         np.testing.assert_allclose(said[f"probe_{role}_probabilities"], wanted, atol=1e-6)
 
 
@@ -222,8 +222,8 @@ def test_a_second_look_solves_nothing_and_a_damaged_memory_is_solved_again(shape
 def test_the_temperature_and_the_threshold_of_a_refit_probe_are_cross_fitted(probe):
     seen, found, scores = seen_by(probe), stored(probe), probe.read_json("scores.json")
     rows = list(seen.refit.judged)
-    labels = torch.from_numpy(seen.items.labels[rows]).long()
-    assert sorted(rows) == seen.labelled()
+    labels = torch.from_numpy(seen.dataset.items.labels[rows]).long()
+    assert sorted(rows) == seen.dataset.labelled()
     fitted = fit_temperature(seen.refit.logits, labels)
     assert scores["temperature"]["value"] == pytest.approx(fitted.value, rel=1e-3)
     assert (scores["temperature"]["n"], scores["conformal"]["num_calibration"]) == (len(rows), len(rows))
@@ -232,10 +232,10 @@ def test_the_temperature_and_the_threshold_of_a_refit_probe_are_cross_fitted(pro
     assert fit_temperature(torch.from_numpy(found["out_of_fold_probabilities"]).log(), labels).value == pytest.approx(
         1, abs=0.01
     )
-    features = seen.cache.features([seen.digests[row] for row in rows])
+    features = seen.cache.features([seen.dataset.digests[row] for row in rows])
     own = seen.refit.probe.logits(features)  # in-sample: surer of every label, and no judge of itself
     assert fit_temperature(own, labels).value is None or fit_temperature(own, labels).value < 0.7 * fitted.value
-    assert list(found["out_of_fold_names"]) == [seen.items[row].name for row in rows]
+    assert list(found["out_of_fold_names"]) == [seen.dataset.items[row].name for row in rows]
 
 
 def noise(num, width, seed=0):
@@ -307,13 +307,13 @@ def leaky(divided):
 
 def test_a_refit_takes_given_val_images_and_never_a_test_image(leaky):
     seen, plan = leaky
-    batches = training_batches(plan, seen, "labelled")
+    batches = training_batches(plan, seen.dataset, "labelled")
     met = {int(index) for _, _, rows in batches for index in rows} | set(batches.indices.tolist())
-    tested = {seen.digests[index] for index in seen.indices("test")}
-    assert not tested & {seen.digests[index] for index in met}
-    assert not tested & {seen.digests[row] for row in seen.refit.rows}
+    tested = {seen.dataset.digests[index] for index in seen.dataset.indices("test")}
+    assert not tested & {seen.dataset.digests[index] for index in met}
+    assert not tested & {seen.dataset.digests[row] for row in seen.refit.rows}
     assert len(batches.indices) == sum(seen.facts.labelled) == 3 * 18
-    assert {seen.roles[index] for index in met} == {"train", "val", "calibration"}
+    assert {seen.dataset.roles[index] for index in met} == {"train", "val", "calibration"}
     assert seen.facts.labelled == (18, 18, 18)
     (why,) = [reason.why for reason in plan.reasons if reason.key == "data.split.refit"]
     assert "17 val, 10 calibration, val and calibration as the data name them; 3 whose bytes are also in test" in why

@@ -160,9 +160,9 @@ def test_a_faint_set_is_seen_as_its_eight_bit_twin_and_the_range_is_told(tmp_pat
     plain = grey_set(tmp_path / "plain", eight)
     faint = grey_set(tmp_path / "faint", lambda grey, path: sixteen(grey * 12, path))  # 0 to 3060: twelve bits
     seen, twin = look(recipe_of(faint)), look(recipe_of(plain))
-    for index in range(len(twin.items)):
-        expected = twin.store.get(index).astype(float) * 12 * 255 / 4095
-        assert np.abs(seen.store.get(index) - expected).max() <= 2
+    for index in range(len(twin.dataset.items)):
+        expected = twin.dataset.store.get(index).astype(float) * 12 * 255 / 4095
+        assert np.abs(seen.dataset.store.get(index) - expected).max() <= 2
     facts, decided = plan(recipe_of(faint), quiet)
     assert facts.value_range is not None and facts.value_range.why == "12 bits"
     assert decided.data.value_range == (0, 4095) == decided.view.value_range == facts.view.value_range
@@ -177,8 +177,8 @@ def test_the_range_is_measured_on_training_images_alone_and_what_others_hold_bey
     grey_set(folder, lambda grey, path: sixteen(grey * 200, path), role="test", count=4)
     seen = look(recipe_of(folder))
     assert seen.facts.view.value_range == (0, 255)
-    test = seen.indices("test")[0]
-    assert (seen.store.get(test) == 255).mean() > 0.5
+    test = seen.dataset.indices("test")[0]
+    assert (seen.dataset.store.get(test) == 255).mean() > 0.5
     assert any("outside 0 to 255" in warning and "8 images" in warning for warning in seen.facts.warnings)
 
 
@@ -189,9 +189,9 @@ def test_files_of_eight_bits_beside_wider_ones_stay_as_they_are(tmp_path):
         sixteen(np.asarray(Image.open(path)).astype(float) * 16, path)
     seen = look(recipe_of(folder))
     assert seen.facts.view.value_range == (0, 4095)
-    index = next(i for i, item in enumerate(seen.items) if item.name == "above/00.png")
+    index = next(i for i, item in enumerate(seen.dataset.items) if item.name == "above/00.png")
     other = look(recipe_of(folder, "data.value_range=[0,9]"))
-    np.testing.assert_array_equal(other.store.get(index), seen.store.get(index))
+    np.testing.assert_array_equal(other.dataset.store.get(index), seen.dataset.store.get(index))
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_every_view_is_stored_under_its_name_and_their_mean_is_the_average(run, 
     stored = arrays(run)
     assert tuple(stored[f"{role}_view_names"]) == view_names("ten") and stored[f"{role}_view_names"].dtype.kind == "U"
     views = stored[f"{role}_view_probabilities"]
-    said = predict_views(load_final(run), seen.store, seen.indices(role), run.plan, "ten")  # (N, V, K)
+    said = predict_views(load_final(run), seen.dataset.store, seen.dataset.indices(role), run.plan, "ten")  # (N, V, K)
     assert views.dtype == np.float16 and np.array_equal(views, said.half().numpy())
     assert run.read_json("scores.json")["temperature"] is None  # too few images, so the average is not tempered
     np.testing.assert_allclose(views.astype(np.float64).mean(1), stored[f"{role}_probabilities"], atol=1e-3)
@@ -73,9 +73,9 @@ def test_every_view_is_stored_under_its_name_and_their_mean_is_the_average(run, 
 
 @pytest.mark.technique("T152", "T154")
 def test_the_table_tells_each_view_alone_beside_the_average(run, seen):
-    rows, labels = run.read_json("scores.json")["views_table"], seen.labels("test")
+    rows, labels = run.read_json("scores.json")["views_table"], seen.dataset.labels("test")
     assert [row["name"] for row in rows] == [*view_names("ten"), "average"]
-    said = predict_views(load_final(run), seen.store, seen.indices("test"), run.plan, "ten")
+    said = predict_views(load_final(run), seen.dataset.store, seen.dataset.indices("test"), run.plan, "ten")
     answers = [*said.unbind(1), average_views(said.transpose(0, 1))]
     for row, own in zip(rows, answers, strict=True):
         assert row["top1"]["value"] == pytest.approx(float((own.argmax(1) == labels).double().mean()))
@@ -86,7 +86,7 @@ def test_the_table_tells_each_view_alone_beside_the_average(run, seen):
 
 
 def test_the_average_is_that_of_the_predictions_bit_for_bit(run, seen):
-    whole = predict_probabilities(load_final(run), seen.store, seen.indices("test"), run.plan, "ten")
+    whole = predict_probabilities(load_final(run), seen.dataset.store, seen.dataset.indices("test"), run.plan, "ten")
     assert np.array_equal(arrays(run)["test_probabilities"], whole.numpy())
 
 
@@ -99,7 +99,7 @@ def test_no_image_is_looked_at_a_second_time_for_it(run, seen, tmp_path, monkeyp
 
     monkeypatch.setattr(Viewer, "judge", counted)
     ft.evaluate(copied(run, tmp_path).path, say=quiet)
-    count = sum(len(seen.indices(role)) for role in ("val", "calibration", "test"))
+    count = sum(len(seen.dataset.indices(role)) for role in ("val", "calibration", "test"))
     assert looks == {"ten": count, "center": count}
 
 
@@ -129,8 +129,8 @@ def test_of_an_ensemble_every_view_is_the_average_of_its_members(shapes, run, se
     wishes = [f"data.root={shapes}", *SMALL, *TEN, "train.strategy=full", "seed=1", "data.split.seed=0"]
     other = ft.train(ft.load_recipe(None, wishes), runs=folder, say=quiet)
     made = ensemble([run.path, other.path], runs=folder, say=quiet)
-    rows = seen.indices("test")
-    both = [predict_views(load_final(one), seen.store, rows, one.plan, "ten") for one in (run, other)]
+    rows = seen.dataset.indices("test")
+    both = [predict_views(load_final(one), seen.dataset.store, rows, one.plan, "ten") for one in (run, other)]
     assert not torch.equal(*both)
     stored = arrays(made)
     np.testing.assert_allclose(stored["test_view_probabilities"], sum(both) / 2, atol=1e-3)

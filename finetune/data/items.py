@@ -2,6 +2,7 @@
 for.
 """
 
+import copy
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
@@ -129,6 +130,15 @@ class Items(Sequence[Item]):
         """Images by the folder their files are in."""
         held = np.bincount(self._folder_of, minlength=len(self._folders)).tolist()
         return dict(zip(self._folders, held, strict=True))
+
+    def taken(self, rows: np.ndarray) -> "Items":
+        """The items at the positions `rows` (M,), with the labels they have."""
+        chosen = copy.copy(self)
+        chosen._names, chosen._files = self._names.taken(rows), self._files.taken(rows)
+        chosen._folder_of, chosen._class_of, chosen._role_of, chosen._row_of, chosen._frame_of = (
+            one[rows] for one in (self._folder_of, self._class_of, self._role_of, self._row_of, self._frame_of)
+        )
+        return chosen
 
     @property
     def num_bytes(self) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from finetune.data.choosing_tables import choose_tables, not_a_table, outranks, split_tables
 from finetune.data.columns import Columns
 from finetune.data.delimited import TABLE_DELIMITERS
@@ -39,6 +41,11 @@ class Source:
     items: Items
     """Sorted by name."""
     warnings: tuple[str, ...]
+
+    def of_role(self, *roles: str | None) -> "Source":
+        """The same source with the images of these roles alone; None stands for images of no role."""
+        rows = [index for index in range(len(self.items)) if self.items.role(index) in roles]
+        return replace(self, items=self.items.taken(np.array(rows, dtype=np.int64)))
 
 
 def read_bytes(item: Item) -> bytes:

@@ -8,12 +8,13 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from finetune.data.decoding import BadImage
+from finetune.data.dataset import ALL, BAD, Dataset
+from finetune.data.digests import digest_images
 from finetune.data.frames import each_frame, open_images
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore
@@ -23,27 +24,15 @@ from finetune.evaluation.comparing import selection_flags
 from finetune.evaluation.prediction import load_final, predict_probabilities, temper
 from finetune.evaluation.viewing import BATCH
 from finetune.evaluation.views import average_views, permitted_views, view_crops
-from finetune.features.extraction import digest_images
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.recipe.cards import Card, View
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder
+from finetune.recipe.schema import DataSpec
 from finetune.recipe.shelf import read_zoo
 from finetune.scores.metrics import score_predictions
 
 SOURCE_VIEWS = ("center", "five", "ten")
-
-
-class _Images(NamedTuple):
-    """The images to judge on that can be read."""
-
-    source: Source
-    store: ImageStore
-    rows: list[int]
-    """Items of the source."""
-    role: str
-    """`test` where the source names such images, else `all`."""
-    bad: dict[int, str]
 
 
 def evaluate_elsewhere(run: RunFolder, data: Path, *, views: str | None = None) -> dict[str, Any]:
@@ -70,26 +59,25 @@ def evaluate_elsewhere(run: RunFolder, data: Path, *, views: str | None = None) 
     source = open_source(Path(data).expanduser(), is_learned=False)
     source = each_frame(source) if plan.view.frame == "each" else source
     columns = _columns_by_name(source, plan.classes, f"the run {run.path}")
-    images = _read_images(source, plan.view)
-    if images.bad and plan.data.on_bad_image == "fail":
-        named = "; ".join(f"{source.items[index].name} ({why})" for index, why in list(images.bad.items())[:5])
-        raise DataError(f"{len(images.bad)} images cannot be read: {named}. Mend them or take them away.")
+    dataset, role = _read_images(source, plan.view, plan.data)
+    dataset.refuse_bad()
+    images = dataset.indices(role)
     views, fallback = permitted_views(views or known["views"], plan.data.allowed_changes)
     rows = predict_probabilities(
-        load_final(run), images.store, images.rows, plan, views, known.get("average") or plan.evaluate.average
+        load_final(run), dataset.store, images, plan, views, known.get("average") or plan.evaluate.average
     )
     fitted = (known.get("temperature") or {}) if plan.evaluate.calibrate else {}
-    labels = _labels(images, columns)
+    labels = _labels(dataset, role, columns)
     own = known.get("test")
     return {
         "run": str(run.path),
-        **_what_was_judged(images, Path(data), plan.classes, columns),
+        **_what_was_judged(dataset, role, Path(data), plan.classes, columns),
         "views": views,
         "views_note": fallback,
         "scores": score_predictions(temper(rows, fitted.get("value") or 1.0), labels, plan.classes),
         "own_test": own["top1"] if own else None,
         "fitted_on": _fitted_on(run, plan, fitted),
-        "seen": _count_seen(plan, images),
+        "seen": _count_seen(plan, dataset, images),
     }
 
 
@@ -117,15 +105,15 @@ def evaluate_backbone(name: str, data: Path, *, views: str = "center") -> dict[s
         raise BackboneError(f"backbone {name} has no source classifier, so it names no classes. Train a head for it.")
     source = open_source(Path(data).expanduser(), is_learned=False)
     columns = _source_columns(source, card)
-    images = _read_images(source, card.view())
-    logits = source_view_logits(backbone, images.store, images.rows, views=views)  # (V, N, C)
+    dataset, role = _read_images(source, card.view(), DataSpec(root=str(data)))
+    logits = source_view_logits(backbone, dataset.store, dataset.indices(role), views=views)  # (V, N, C)
     classes = card.classes or tuple(str(number) for number in range(logits.shape[2]))
-    scores = score_predictions(average_views(logits.softmax(dim=2)), _labels(images, columns), classes)
+    scores = score_predictions(average_views(logits.softmax(dim=2)), _labels(dataset, role, columns), classes)
     del scores["confusion"]  # a million counts, nearly all of them 0
     scores["per_class"] = [row for row in scores["per_class"] if row["n"]]
     return {
         "backbone": card.name,
-        **_what_was_judged(images, Path(data), classes, columns),
+        **_what_was_judged(dataset, role, Path(data), classes, columns),
         "num_source_classes": len(classes),
         "views": views,
         "views_note": None,
@@ -167,32 +155,26 @@ def _plainly_normalized(crops: torch.Tensor, view: View) -> torch.Tensor:
     return images.mul_(1 / 255).sub_(mean).div_(std)
 
 
-def _read_images(source: Source, view: View) -> _Images:
-    named = {item.role for item in source.items}
-    role = "test" if "test" in named else "all"
-    chosen = [index for index, item in enumerate(source.items) if role == "all" or item.role == "test"]
-    store = ImageStore(source.items, view, limit_bytes=0)
-    with ThreadPoolExecutor(2) as pool:
-        faults = dict(zip(chosen, pool.map(lambda index: _fault(store, index), chosen), strict=True))
-    bad = {index: fault for index, fault in faults.items() if fault is not None}
-    rows = [index for index in chosen if index not in bad]
-    if not rows:
-        raise DataError(f"none of the {len(bad)} images in {source.root} can be read: {next(iter(bad.values()))}.")
-    return _Images(source, store, rows, role, bad)
+def _read_images(source: Source, view: View, spec: DataSpec) -> tuple[Dataset, str]:
+    """The images, faulty ones named, and the role of those to judge: `test` where the source names it, else all.
+
+    Raises:
+        DataError: if none can be read.
+    """
+    role = "test" if "test" in source.items.counts() else ALL
+    dataset = Dataset(source if role == ALL else source.of_role(role), spec, 0)
+    dataset.see(view)
+    dataset.roles = tuple(own if own == BAD else role for own in dataset.roles)
+    dataset.drop(dataset.find_faults(dataset.indices(role)))
+    if not dataset.indices(role):
+        why = next(iter(dataset.bad.values()))
+        raise DataError(f"none of the {len(dataset.bad)} images in {source.root} can be read: {why}.")
+    return dataset, role
 
 
-def _fault(store: ImageStore, index: int) -> str | None:
-    try:
-        store.get(index)
-    except BadImage as fault:
-        return str(fault)
-    except OSError as fault:
-        return fault.strerror or str(fault)
-    return None
-
-
-def _labels(images: _Images, columns: Mapping[str, int]) -> torch.Tensor:
-    return torch.tensor([columns[images.source.classes[images.source.items[index].label]] for index in images.rows])
+def _labels(dataset: Dataset, role: str, columns: Mapping[str, int]) -> torch.Tensor:
+    by_label = torch.tensor([columns[name] for name in dataset.classes])
+    return by_label[dataset.labels(role)]
 
 
 def _columns_by_name(source: Source, classes: Sequence[str], whose: str) -> dict[str, int]:
@@ -240,17 +222,20 @@ def _unknown(source: Source, hints: Mapping[str, str], whose: str, classes: Sequ
     )
 
 
-def _what_was_judged(images: _Images, data: Path, classes: Sequence[str], columns: Mapping[str, int]) -> dict[str, Any]:
-    source = images.source
-    present = {columns[source.classes[source.items[index].label]] for index in images.rows}
+def _what_was_judged(
+    dataset: Dataset, role: str, data: Path, classes: Sequence[str], columns: Mapping[str, int]
+) -> dict[str, Any]:
+    present = set(_labels(dataset, role, columns).tolist())
     return {
         "data": str(data),
-        "role": images.role,
-        "n": len(images.rows),
+        "role": role,
+        "n": len(dataset.indices(role)),
         "classes": {name: classes[column] for name, column in columns.items()},
         "missing_classes": [name for column, name in enumerate(classes) if column not in present],
-        "bad_images": [{"name": source.items[index].name, "reason": why} for index, why in images.bad.items()],
-        "warnings": list(source.warnings),
+        "bad_images": [
+            {"name": dataset.items[index].name, "reason": why} for index, why in sorted(dataset.bad.items())
+        ],
+        "warnings": list(dataset.source.warnings),
     }
 
 
@@ -268,18 +253,17 @@ def _fitted_on(run: RunFolder, plan: Plan, temperature: Mapping[str, Any]) -> di
     }
 
 
-def _count_seen(plan: Plan, images: _Images) -> dict[str, Any]:
+def _count_seen(plan: Plan, dataset: Dataset, images: Sequence[int]) -> dict[str, Any]:
     """How many of the images are, byte for byte, among all those of the run; None where these are not at hand."""
     try:
         theirs = open_images(plan.data).items
     except FinetuneError as fault:
         return {"n": None, "note": f"whether the run has seen these images cannot be told: {fault}"}
-    ours = [images.source.items[index] for index in images.rows]
-    sizes = {_size(item) for item in ours}
+    sizes = {_size(dataset.items[index]) for index in images}
     alike = [item for item in theirs if None in sizes or _size(item) in {*sizes, None}]  # the others need not be read
     known = set(digest_images(alike))
-    count = sum(digest in known for digest in digest_images(ours))
-    note = f"{count} of {len(ours)} images are among those the run was made from, so the scores flatter it"
+    count = sum(dataset.files[index] in known for index in images)
+    note = f"{count} of {len(images)} images are among those the run was made from, so the scores flatter it"
     return {"n": count, "note": note if count else None}
 
 

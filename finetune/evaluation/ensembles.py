@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
+from finetune.data.dataset import Dataset
 from finetune.errors import RunError
 from finetune.evaluation.averages import Ensemble
 from finetune.evaluation.members import (
@@ -34,7 +35,6 @@ from finetune.evaluation.soups import State, greedy_soup, interpolate, load_star
 from finetune.evaluation.soups import uniform_soup as mean_of
 from finetune.evaluation.views import permitted_views
 from finetune.evaluation.whole_model import copy_model
-from finetune.features.survey import Look
 from finetune.machine import describe_environment
 from finetune.recipe.plan import Plan, Stage
 from finetune.recipe.reading import recipe_text
@@ -83,14 +83,14 @@ def selection_note(run: RunFolder) -> str | None:
     return found["selection_note"] if found else None
 
 
-def score_members(run: RunFolder, seen: Look, views: str | None = None) -> dict[str, list[dict[str, Any]]]:
+def score_members(run: RunFolder, dataset: Dataset, views: str | None = None) -> dict[str, list[dict[str, Any]]]:
     """The table of an average on val and test: each member, their mean, and the ensemble as it grows; ready for JSON.
 
     Before any temperature, which is fitted to the whole.
 
     Args:
         run: has `ensemble.json`.
-        seen: its images.
+        dataset: its images.
         views: other views than the plan's.
     """
     plan, found = run.plan, run.read_json(AVERAGE_FILE)
@@ -98,11 +98,11 @@ def score_members(run: RunFolder, seen: Look, views: str | None = None) -> dict[
     names = [f"{Path(one['run']).name} {one['member']}" for one in found["members"]]
     tables = {}
     for role in JUDGED:
-        if rows := seen.indices(role):
+        if rows := dataset.indices(role):
             ensemble = load_ensemble(run, is_held_out=role != "test")
             pairs = zip(ensemble.members, ensemble.views, strict=True)
-            said = [predict(member, seen, rows, plan, views, view) for member, view in pairs]
-            labels, weights = seen.labels(role), ensemble.weights.tolist()
+            said = [predict(member, dataset, rows, plan, views, view) for member, view in pairs]
+            labels, weights = dataset.labels(role), ensemble.weights.tolist()
             table = ensemble_table(torch.stack(said), labels, names=names, kind=ensemble.average, weights=weights)
             tables[role] = [row.as_dict() for row in table]
     return tables
@@ -116,7 +116,7 @@ def make_ensemble(
     average: str = "probability",
     folder: Path,
     say: Say,
-    seen: Look | None = None,
+    dataset: Dataset | None = None,
     alpha: float | None = None,
     most: int = MOST_MEMBERS,
 ) -> RunFolder:
@@ -133,7 +133,7 @@ def make_ensemble(
         average: of predictions, one of `finetune.scores.selection.AVERAGES`.
         folder: is made; it may be there if it is empty.
         say: gets lines for people; `log.txt` gets them too.
-        seen: the images of the runs, where they are looked at already.
+        dataset: the images of the runs, where they are looked at already.
         alpha: for `wise`, the share of the end; None: the one that val likes best.
         most: for `greedy`, different members at most.
 
@@ -155,9 +155,9 @@ def make_ensemble(
 
     candidates = find_candidates(runs, members, voice)
     if how in ("average", "greedy"):
-        made = _average(candidates, how, average, most, seen, voice)
+        made = _average(candidates, how, average, most, dataset, voice)
     else:
-        made = _soup(candidates, how, alpha, seen, voice)
+        made = _soup(candidates, how, alpha, dataset, voice)
     is_selected = how in ("greedy", "greedy_soup") or (how == "wise" and alpha is None)
     note = selection_sentence(candidates, is_selected=is_selected)
     record = {**made.record, "selected_on": "val" if is_selected else None, "selection_note": note}
@@ -194,13 +194,15 @@ def _check(how: str, members: str, average: str, alpha: float | None) -> None:
         raise ValueError(f"alpha goes with how 'wise', and only with it; how is {how!r}.")
 
 
-def _average(candidates: Sequence[Candidate], how: How, average: str, most: int, seen: Look | None, say: Say) -> _Made:
+def _average(
+    candidates: Sequence[Candidate], how: How, average: str, most: int, dataset: Dataset | None, say: Say
+) -> _Made:
     """Members whose predictions are averaged: all of them, or those that val chooses."""
     chosen = tuple(range(len(candidates)))
     record: dict[str, Any] = {"how": how, "average": average, "num_candidates": len(candidates)}
     if how == "greedy":
         check_views(candidates[0].plan, candidates, lambda line: None)  # before val is looked at by any
-        judge = Val(candidates[0], seen)
+        judge = Val(candidates[0], dataset)
         said = torch.stack([judge.probabilities(one.load(is_held_out=True), one.plan.view) for one in candidates])
         chosen = greedy_selection(said, judge.labels, most=most, kind=average)
         record["val_log_losses"] = _losses_along(said, judge.labels, chosen, average)
@@ -224,14 +226,14 @@ def _losses_along(said: torch.Tensor, labels: torch.Tensor, chosen: Sequence[int
     return [log_loss(average(said[list(chosen[:size])], kind), labels) for size in range(1, len(chosen) + 1)]
 
 
-def _soup(candidates: Sequence[Candidate], how: How, alpha: float | None, seen: Look | None, say: Say) -> _Made:
+def _soup(candidates: Sequence[Candidate], how: How, alpha: float | None, dataset: Dataset | None, say: Say) -> _Made:
     """Mixed weights, and what they were mixed from."""
     base = next((candidate for candidate in candidates if candidate.plan.stages), None)
     if base is None:
         raise RunError(
             f"{candidates[0].run.path} is a probe, whose weights no training moved; there is nothing to mix."
         )
-    val, shares = Val(base, seen), [1 / len(candidates)] * len(candidates)
+    val, shares = Val(base, dataset), [1 / len(candidates)] * len(candidates)
     ends = [candidate.state(is_held_out=True) for candidate in candidates]
     record: dict[str, Any] = {"how": how, "num_candidates": len(candidates)}
     if how == "wise":

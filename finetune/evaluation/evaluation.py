@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.data.dataset import Dataset
 from finetune.evaluation.comparing import selection_flags
 from finetune.evaluation.draws import compare_draws, draw
 from finetune.evaluation.ensembles import read_membership, score_members, selection_note
@@ -17,7 +18,6 @@ from finetune.evaluation.held_out import (
     held_out_note,
     is_refit,
     networks,
-    probe_answers,
     probe_fitting,
     refit_record,
     role_fitting,
@@ -26,12 +26,13 @@ from finetune.evaluation.prediction import predict_probabilities, temper
 from finetune.evaluation.teaching import read_answers
 from finetune.evaluation.view_scores import Looked, look_by_view, view_arrays, view_scores
 from finetune.evaluation.views import permitted_views, view_names
-from finetune.features.survey import Look
 from finetune.models.classifier import Classifier
+from finetune.recipe.facts import Facts
 from finetune.recipe.ladder import next_experiment
 from finetune.recipe.plan import Plan
 from finetune.recipe.planning import LEAST_CALIBRATION
 from finetune.recipe.runs import RunFolder, write_whole
+from finetune.scores.answers import ProbeAnswers
 from finetune.scores.calibration import fit_temperature, log_probabilities
 from finetune.scores.comparison import answered_right
 from finetune.scores.conformal import describe, fit_threshold
@@ -40,43 +41,47 @@ from finetune.scores.metrics import score_predictions
 JUDGED = ("val", "test")
 
 
-def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[str, Any]:
+def evaluate_run(
+    run: RunFolder, dataset: Dataset, facts: Facts, probed: ProbeAnswers | None, views: str | None = None
+) -> dict[str, Any]:
     """Score the final model and the probe, and write `predictions.npz` and `scores.json`.
 
     Args:
         run: its stages are done.
-        look: the same images as those of the plan.
+        dataset: the same images as those of the plan.
+        facts: what was measured on them.
+        probed: what the probe of the plan says of them; None where there is no probe.
         views: other views than the plan's.
     """
     plan = run.plan
     views, fallback = permitted_views(views or plan.evaluate.views, plan.data.allowed_changes)
-    probe = probe_answers(look, plan)
+    probe = None if probed is None else probed.by_role
     is_probe = probe is not None and not plan.stages and views == "center"
     answering = {} if is_probe else networks(run)
-    looked = _look_by_view(answering, look, plan, views)
-    final = probe if is_probe else _network_answers(answering, look, plan, views, looked)
+    looked = _look_by_view(answering, dataset, plan, views)
+    final = probe if is_probe else _network_answers(answering, dataset, plan, views, looked)
     assert final is not None
     what: What | None = ("model" if plan.stages else "probe") if is_refit(run) else None
-    fitting = _fitting(look, plan, final, views, what)
-    labels = {role: look.labels(role) for role in (*JUDGED, "calibration")}
+    fitting = _fitting(dataset, plan, final, views, what, probed)
+    labels = {role: dataset.labels(role) for role in (*JUDGED, "calibration")}
     scores: dict[str, Any] = {"views": views, "views_note": fallback, "classes": list(plan.classes)}
-    scores |= refit_record(look, plan, is_refit=what is not None)
+    scores |= refit_record(dataset, plan, is_refit=what is not None)
     tempered, scores["temperature"] = _calibrate(plan, final, fitting)
     scores |= _score(tempered, labels, plan.classes, what)
     if len(fitting.labels):
         scores["conformal"] = _promise(plan, final, labels, fitting)
-    arrays = _arrays(tempered, labels, look) | view_arrays(looked)
-    arrays |= _fitted_arrays(fitting, scores["temperature"], look)
+    arrays = _arrays(tempered, labels, dataset) | view_arrays(looked)
+    arrays |= _fitted_arrays(fitting, scores["temperature"], dataset)
     scores |= view_scores(looked, labels["test"])
     center = tempered
     if views != "center":
-        single = _network_answers(answering, look, plan, "center", {})
-        center, _ = _calibrate(plan, single, _fitting(look, plan, single, "center", what))
+        single = _network_answers(answering, dataset, plan, "center", {})
+        center, _ = _calibrate(plan, single, _fitting(dataset, plan, single, "center", what, probed))
         scores["center"] = _score(center, labels, plan.classes, what)
         gains = {role: _pair(tempered[role], center[role], labels[role]) for role in JUDGED if len(labels[role])}
         scores["views_gain"] = {"crops": _num_crops(views, plan), **gains}
-    if probe is not None:
-        tempered_probe, _ = _calibrate(plan, probe, probe_fitting(look, plan, probe))
+    if probed is not None and probe is not None:
+        tempered_probe, _ = _calibrate(plan, probe, probe_fitting(dataset, plan, probed))
         scores["probe"] = _score(tempered_probe, labels, plan.classes, "probe" if plan.probe_on == "labelled" else None)
         if final is not probe:
             scores["paired"] = {
@@ -84,37 +89,36 @@ def evaluate_run(run: RunFolder, look: Look, views: str | None = None) -> dict[s
             }
         arrays |= {f"probe_{role}_probabilities": rows.numpy() for role, rows in tempered_probe.items()}
     if plan.train.distillation.teacher is not None and read_membership(run) is None:
-        scores["teacher"], more = _beside_teacher(run, look, tempered, labels, views)
+        scores["teacher"], more = _beside_teacher(run, dataset, tempered, labels, views)
         arrays |= more
     if plan.evaluate.draws:
-        scores["draws"] = _draw(answering, look, plan, center, labels, what)
-    scores["next"] = _propose(run, look)
-    probe_facts = look.facts.probe
-    scores["chosen_by_val"] = selection_flags(plan, probe_chosen_by=probe_facts.chosen_by if probe_facts else "val")
+        scores["draws"] = _draw(answering, dataset, plan, center, labels, what)
+    scores["next"] = _propose(run, dataset, num_stages=len(facts.backbone.stages))
+    scores["chosen_by_val"] = selection_flags(plan, probe_chosen_by=facts.probe.chosen_by if facts.probe else "val")
     if note := selection_note(run):
         scores["chosen_by_val"].append(note)
     if run.file("ensemble.json").exists():
-        scores["members"] = score_members(run, look, views)
+        scores["members"] = score_members(run, dataset, views)
     write_whole(run.file("predictions.npz"), lambda path: _save(path, arrays))
     run.write_json("scores.json", scores)
     return scores
 
 
 def _beside_teacher(
-    run: RunFolder, look: Look, final: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor], views: str
+    run: RunFolder, dataset: Dataset, final: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor], views: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Scores of the teacher, and student minus teacher on the same images; and what the teacher answered.
 
     Args:
         run: the student.
-        look: its images.
+        dataset: its images.
         final: its probabilities (N, K) by role.
         labels: (N,) by role.
         views: in which it looked at images.
     """
     facts = run.read_json("facts.json")["teacher"]
     record: dict[str, Any] = {"run": facts["run"], "networks": facts["networks"]}
-    answers = read_answers(run, look, JUDGED)
+    answers = read_answers(run, dataset, JUDGED)
     if answers is None:
         note = "its answers to these very images are not at hand, so the two are not compared"
         return {**record, "note": note}, {}
@@ -135,7 +139,7 @@ def _num_crops(views: str, plan: Plan) -> int:
     return len(view_names(views, plan.view.size_pixels))
 
 
-def _propose(run: RunFolder, look: Look) -> dict[str, str] | None:
+def _propose(run: RunFolder, dataset: Dataset, *, num_stages: int) -> dict[str, str] | None:
     """The one change to try next, from how training and val stood after the last epoch."""
     last, watched = dict[str, float](), run.stage_names("train")
     with run.file("curves.csv").open(encoding="utf-8", newline="") as file:
@@ -148,42 +152,49 @@ def _propose(run: RunFolder, look: Look) -> dict[str, str] | None:
         run.plan,
         train_top1=last["train/top1"],
         val_top1=last["val/top1"],
-        num_train=len(look.indices("train")),
-        num_val=len(look.indices("val")),
-        num_stages=len(look.facts.backbone.stages),
+        num_train=len(dataset.indices("train")),
+        num_val=len(dataset.indices("val")),
+        num_stages=num_stages,
     )
     return asdict(found) if found else None
 
 
-def _look_by_view(answering: Mapping[str, Classifier], look: Look, plan: Plan, views: str) -> dict[str, Looked]:
+def _look_by_view(answering: Mapping[str, Classifier], dataset: Dataset, plan: Plan, views: str) -> dict[str, Looked]:
     """What each view says of val and test; nothing where there is one view."""
     if _num_crops(views, plan) == 1:
         return {}
     return {
-        role: look_by_view(answering[role], look.store, look.indices(role), look.labels(role), plan, views)
+        role: look_by_view(answering[role], dataset.store, dataset.indices(role), dataset.labels(role), plan, views)
         for role in JUDGED
-        if look.indices(role)
+        if dataset.indices(role)
     }
 
 
 def _network_answers(
-    answering: Mapping[str, Classifier], look: Look, plan: Plan, views: str, looked: Mapping[str, Looked]
+    answering: Mapping[str, Classifier], dataset: Dataset, plan: Plan, views: str, looked: Mapping[str, Looked]
 ) -> dict[str, torch.Tensor]:
     """Averaged over views; roles that were `looked` at are not looked at again."""
     how = plan.evaluate.average
     return {
         role: looked[role].average
         if role in looked
-        else predict_probabilities(answering[role], look.store, look.indices(role), plan, views, how)
+        else predict_probabilities(answering[role], dataset.store, dataset.indices(role), plan, views, how)
         for role in (*JUDGED, "calibration")
     }
 
 
-def _fitting(look: Look, plan: Plan, answers: Mapping[str, torch.Tensor], views: str, what: What | None) -> Fitting:
+def _fitting(
+    dataset: Dataset,
+    plan: Plan,
+    answers: Mapping[str, torch.Tensor],
+    views: str,
+    what: What | None,
+    probed: ProbeAnswers | None,
+) -> Fitting:
     """What a temperature of these answers is fitted to; folds looked at the centre alone."""
-    if not plan.stages and look.probe is not None and views == "center":
-        return probe_fitting(look, plan, answers)
-    return role_fitting(look, answers, what)
+    if not plan.stages and probed is not None and views == "center":
+        return probe_fitting(dataset, plan, probed)
+    return role_fitting(dataset, answers, what)
 
 
 def _calibrate(
@@ -219,7 +230,7 @@ def _noted(note: str | None) -> dict[str, str]:
     return {} if note is None else {"held_out": note}
 
 
-def _fitted_arrays(fitting: Fitting, temperature: Mapping[str, Any] | None, look: Look) -> dict[str, np.ndarray]:
+def _fitted_arrays(fitting: Fitting, temperature: Mapping[str, Any] | None, dataset: Dataset) -> dict[str, np.ndarray]:
     """Out-of-fold answers, tempered as all others are; nothing where the calibration images were fitted to."""
     if not fitting.rows:
         return {}
@@ -227,13 +238,13 @@ def _fitted_arrays(fitting: Fitting, temperature: Mapping[str, Any] | None, look
     return {
         "out_of_fold_probabilities": tempered.numpy(),
         "out_of_fold_labels": fitting.labels.numpy(),
-        "out_of_fold_names": np.array([look.items[row].name for row in fitting.rows], dtype=str),
+        "out_of_fold_names": np.array([dataset.items[row].name for row in fitting.rows], dtype=str),
     }
 
 
 def _draw(
     answering: Mapping[str, Classifier],
-    look: Look,
+    dataset: Dataset,
     plan: Plan,
     center: Mapping[str, torch.Tensor],
     labels: Mapping[str, torch.Tensor],
@@ -243,9 +254,9 @@ def _draw(
     if not isinstance(answering["test"], Classifier):
         return {"n": 0, "sentence": "no draws: several networks are averaged, and each is judged without dropout"}
     roles = (*JUDGED, "calibration")
-    drawn = {role: draw(answering[role], look.store, look.indices(role), plan) for role in roles}
+    drawn = {role: draw(answering[role], dataset.store, dataset.indices(role), plan) for role in roles}
     means = {role: one.mean for role, one in drawn.items()}
-    tempered, temperature = _calibrate(plan, means, role_fitting(look, means, what))
+    tempered, temperature = _calibrate(plan, means, role_fitting(dataset, means, what))
     return {
         "n": plan.evaluate.draws,
         "temperature": temperature,
@@ -275,13 +286,13 @@ def _pair(final: torch.Tensor, other: torch.Tensor, labels: torch.Tensor, name: 
 
 
 def _arrays(
-    probabilities: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor], look: Look
+    probabilities: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor], dataset: Dataset
 ) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {}
     for role, rows in probabilities.items():
         arrays[f"{role}_probabilities"] = rows.numpy()
         arrays[f"{role}_labels"] = labels[role].numpy()
-        arrays[f"{role}_names"] = np.array([look.items[index].name for index in look.indices(role)], dtype=str)
+        arrays[f"{role}_names"] = np.array([dataset.items[index].name for index in dataset.indices(role)], dtype=str)
     return arrays
 
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 
-from finetune.errors import RunError
+from finetune.data.dataset import Dataset
 from finetune.evaluation.prediction import load_final, load_held_out
-from finetune.features.survey import Look
 from finetune.models.classifier import Classifier
 from finetune.recipe.distillation import list_networks
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder
+from finetune.scores.answers import ProbeAnswers
 
 ROLES = ("val", "test", "calibration")
 What = Literal["model", "probe"]
@@ -48,40 +48,19 @@ def is_refit(run: RunFolder) -> bool:
     return any(one.plan.is_refit for one in list_networks(run))
 
 
-def probe_answers(look: Look, plan: Plan) -> dict[str, torch.Tensor] | None:
-    """What the probe of a plan says of the images of each role; None where there is none.
-
-    Raises:
-        RunError: if the plan and what was looked at disagree on a refit.
-    """
-    if look.probe is None:
-        return None
-    final = look.probe
-    if plan.probe_on == "labelled":
-        if look.refit is None:
-            raise RunError(
-                "plan.yaml ends the probe on all labelled images, and recipe.yaml says data.split.refit false: one of "
-                "the two was changed by hand. Change it back."
-            )
-        final = look.refit.probe
-    by_role = {role: final if role == "test" else look.probe for role in ROLES}
-    return {role: probe.logits(look.stacked(role)).softmax(1).float() for role, probe in by_role.items()}
-
-
-def probe_fitting(look: Look, plan: Plan, answers: Answers) -> Fitting:
+def probe_fitting(dataset: Dataset, plan: Plan, probe: ProbeAnswers) -> Fitting:
     """Out-of-fold answers where there are any, else those of the calibration images."""
-    if plan.probe_on == "labelled" and look.refit is not None and look.refit.judged:
-        rows = look.refit.judged
-        labels = torch.from_numpy(look.items.labels[list(rows)]).long()
+    if probe.out_of_fold is not None:
+        labels = torch.from_numpy(dataset.items.labels[list(probe.rows)]).long()
         note = "out-of-fold: each labelled image by a probe that was solved without it"
-        return Fitting(probabilities=look.refit.logits.double().softmax(1), labels=labels, rows=rows, note=note)
-    return role_fitting(look, answers, "probe" if plan.probe_on == "labelled" else None)
+        return Fitting(probabilities=probe.out_of_fold, labels=labels, rows=probe.rows, note=note)
+    return role_fitting(dataset, probe.by_role, "probe" if plan.probe_on == "labelled" else None)
 
 
-def role_fitting(look: Look, answers: Answers, what: What | None) -> Fitting:
+def role_fitting(dataset: Dataset, answers: Answers, what: What | None) -> Fitting:
     """The answers of the calibration images; `what` was refit since, None: nothing was."""
     note = None if what is None else held_out_note(what)
-    return Fitting(probabilities=answers["calibration"], labels=look.labels("calibration"), note=note)
+    return Fitting(probabilities=answers["calibration"], labels=dataset.labels("calibration"), note=note)
 
 
 def held_out_note(what: What) -> str:
@@ -89,18 +68,18 @@ def held_out_note(what: What) -> str:
     return f"held out: by the {what} before refit"
 
 
-def refit_record(look: Look, plan: Plan, *, is_refit: bool) -> dict[str, Any]:
+def refit_record(dataset: Dataset, plan: Plan, *, is_refit: bool) -> dict[str, Any]:
     """What `scores.json` says of a refit, and the sentence for people; nothing where there was none.
 
     Args:
-        look: at the images of the run.
+        dataset: the images of the run.
         plan: of the run.
         is_refit: of the model or of a member of it; the probe beside it may be all that was.
     """
     if not is_refit and plan.probe_on == "train":
         return {}
-    rows = look.labelled()
-    roles = {role: sum(look.roles[row] == role for row in rows) for role in ("train", "val", "calibration")}
+    rows = dataset.labelled()
+    roles = {role: sum(dataset.roles[row] == role for row in rows) for role in ("train", "val", "calibration")}
     what = "model" if plan.stages else "probe"
     told = ", ".join(f"{count:,} {role}" for role, count in roles.items() if count)
     images = f"all {len(rows):,} labelled images ({told})"

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from finetune.data.dataset import Dataset, open_dataset
 from finetune.errors import RecipeError, RunError
 from finetune.evaluation.prediction import load_final, load_held_out, predict_probabilities
 from finetune.evaluation.soups import Score, State
 from finetune.evaluation.views import check_crops, list_crops, permitted_views
-from finetune.features.survey import Look, look
 from finetune.models.batch_norm import pooled_statistics
 from finetune.recipe.cards import View
 from finetune.recipe.plan import Images, Plan
@@ -196,40 +196,35 @@ def selection_sentence(candidates: Sequence[Candidate], *, is_selected: bool) ->
 
 
 class Val:
-    """What val says of weights, and statistics of the training images; these are looked at when first needed."""
+    """What val says of weights, and statistics of the training images; these are opened when first needed."""
 
-    def __init__(self, base: Candidate, seen: Look | None) -> None:
-        """Judge by the plan and the images of `base`, which are `seen` where they are looked at already."""
-        self._base, self._seen = base, seen
+    def __init__(self, base: Candidate, dataset: Dataset | None) -> None:
+        """Judge by the plan and the images of `base`, which are `dataset` where they are open already."""
+        self._base, self._dataset = base, dataset
         self._classifier: nn.Module | None = None
 
     @property
-    def seen(self) -> Look:
+    def dataset(self) -> Dataset:
         """The images.
 
         Raises:
             RunError: if they are no longer those of the plan.
         """
-        if self._seen is None:
-            # test images too, though none is judged: a broken one among them has changed the split
-            self._seen = look(read_wish(self._base.run))
-        if self._seen.facts.split_digest != self._base.plan.split_digest:
-            raise RunError(
-                f"the images have changed since {self._base.run.path} was made "
-                f"({self._base.plan.split_digest[:12]}, now {self._seen.facts.split_digest[:12]}). Put them back."
-            )
-        return self._seen
+        if self._dataset is None:
+            self._dataset = open_again(self._base.run)
+        refuse_other_images(self._base.run, self._dataset)
+        return self._dataset
 
     @property
     def labels(self) -> torch.Tensor:
         """(N,) of the val images."""
-        return self.seen.labels("val")
+        return self.dataset.labels("val")
 
     def probabilities(self, classifier: nn.Module, view: View | None = None) -> torch.Tensor:
         """(N, K) of the val images, in the views of the plan; `view` is the classifier's, where it is another."""
         plan = self._base.plan
         views, _ = permitted_views(plan.evaluate.views, plan.data.allowed_changes)
-        return predict(classifier, self.seen, self.seen.indices("val"), plan, views, view)
+        return predict(classifier, self.dataset, self.dataset.indices("val"), plan, views, view)
 
     def judge(self, state: State) -> Score:
         """Accuracy and log loss of a network with these weights."""
@@ -241,7 +236,7 @@ class Val:
         """The same weights with pooled statistics of these images, as training sees them, for these norms."""
         plan, classifier = self._base.plan, self._filled(state)
         device = str(plan.hardware.devices) if torch.cuda.is_available() else "cpu"
-        train = training_batches(plan, self.seen, on)
+        train = training_batches(plan, self.dataset, on)
         pooled_statistics(classifier.to(device), train, device=device, names=names)
         return {name: tensor.detach().cpu().clone() for name, tensor in classifier.state_dict().items()}
 
@@ -252,12 +247,41 @@ class Val:
         return self._classifier
 
 
+def open_again(run: RunFolder) -> Dataset:
+    """The images of a run, divided as they were, in the view of its plan; those that were faulty then stay out.
+
+    Raises:
+        DataError: if they are not where they were.
+    """
+    wish, then = read_wish(run), run.read_json("facts.json")["bad_images"]
+    dataset, faults = open_dataset(wish.data, wish.seed), {row["name"]: row["reason"] for row in then}
+    names = map(dataset.items.name, range(len(dataset.items)))
+    dataset.drop({index: faults[name] for index, name in enumerate(names) if name in faults})
+    dataset.divide()
+    dataset.see(run.plan.view, int(wish.hardware.image_cache_gb * 1e9))
+    return dataset
+
+
+def refuse_other_images(run: RunFolder, dataset: Dataset) -> None:
+    """Nothing, where these are the images of the run.
+
+    Raises:
+        RunError: if not.
+    """
+    now = "" if dataset.split is None else dataset.split.digest
+    if now != run.plan.split_digest:
+        raise RunError(
+            f"the images have changed since {run.path} was made ({run.plan.split_digest[:12]}, now {now[:12]}). "
+            "Put them back."
+        )
+
+
 def predict(
-    classifier: nn.Module, seen: Look, rows: Sequence[int], plan: Plan, views: str, view: View | None = None
+    classifier: nn.Module, dataset: Dataset, rows: Sequence[int], plan: Plan, views: str, view: View | None = None
 ) -> torch.Tensor:
-    """(N, K) of the images `rows` of `seen`; `view` is the classifier's, where it is not the plan's."""
+    """(N, K) of the images `rows`; `view` is the classifier's, where it is not the plan's."""
     how = plan.evaluate.average
-    return predict_probabilities(classifier, seen.store, rows, plan, views, how, view)  # type: ignore[arg-type]
+    return predict_probabilities(classifier, dataset.store, rows, plan, views, how, view)  # type: ignore[arg-type]
 
 
 def _digest(run: RunFolder, plan: Plan, member: Member | None) -> str:

@@ -5,20 +5,20 @@ from collections.abc import Callable
 
 from PIL import Image
 
+from finetune.data.dataset import Dataset
 from finetune.data.frames import open_images
 from finetune.data.items import Item
 from finetune.data.sources import read_bytes
 from finetune.errors import FinetuneError
-from finetune.features.survey import Look
 from finetune.recipe.runs import RunFolder
 
 Read = Callable[[str], bytes]
 """Name to bytes of an image file."""
 
 
-def seen_images(seen: Look) -> Read:
+def seen_images(dataset: Dataset) -> Read:
     """Those that were looked at."""
-    by_name = {item.name: item for item in seen.items}
+    by_name = {item.name: item for item in dataset.items}
     return lambda name: _picture(by_name[name])
 
 

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.errors import BackboneError, RunError
-from finetune.features.refitting import one_probe
-from finetune.features.viewing import fit_size
 from finetune.models.adapters import merge_lora
 from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
+from finetune.models.heads import one_probe
+from finetune.models.input_size import fit_size
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.shelf import read_zoo

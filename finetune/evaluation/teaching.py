@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from finetune.data.dataset import Dataset
 from finetune.errors import BackboneError
 from finetune.evaluation.prediction import load_final, load_held_out
 from finetune.evaluation.whole_model import CARD
-from finetune.features.survey import Look
 from finetune.models.backbones import refuse_unknown
 from finetune.recipe.distillation import KEY, list_networks, read_teacher
 from finetune.recipe.facts import TeacherFacts
@@ -73,8 +73,8 @@ def load_teacher(plan: Plan, on: Images = "train") -> Teacher | None:
         raise _not_at_hand(run, fault) from fault
 
 
-def read_answers(run: RunFolder, seen: Look, roles: tuple[str, ...]) -> Answers | None:
-    """What the teacher of `run` said of the images of `seen`.
+def read_answers(run: RunFolder, dataset: Dataset, roles: tuple[str, ...]) -> Answers | None:
+    """What the teacher of `run` said of the images of `dataset`.
 
     From the student's own `predictions.npz` where they are kept there already, so that it can be judged again without
     its teacher; else from the teacher's. Nothing is computed anew.
@@ -88,7 +88,7 @@ def read_answers(run: RunFolder, seen: Look, roles: tuple[str, ...]) -> Answers 
             continue
         with np.load(folder.file("predictions.npz")) as stored:
             views = str(stored["teacher_views"]) if prefix and "teacher_views" in stored else None
-            found = {role: _ordered(stored, role, prefix, seen) for role in roles}
+            found = {role: _ordered(stored, role, prefix, dataset) for role in roles}
         if not prefix and folder.file("scores.json").exists():
             views = folder.read_json("scores.json")["views"]
         answers = {role: rows for role, rows in found.items() if rows is not None}
@@ -101,11 +101,11 @@ def _not_at_hand(run: RunFolder, fault: BackboneError) -> BackboneError:
     return BackboneError(f"{KEY}: {run.path} needs a backbone that is not at hand. {fault}")
 
 
-def _ordered(stored: np.lib.npyio.NpzFile, role: str, prefix: str, seen: Look) -> torch.Tensor | None:
+def _ordered(stored: np.lib.npyio.NpzFile, role: str, prefix: str, dataset: Dataset) -> torch.Tensor | None:
     """(N, K) of one role by name; None where an image is missing."""
     names, key = f"{role}_names", f"{prefix}{role}_probabilities"
     if names not in stored or key not in stored:
         return None
     rows, place = stored[key], {str(name): row for row, name in enumerate(stored[names])}
-    wanted = [place.get(seen.items[index].name) for index in seen.indices(role)]
+    wanted = [place.get(dataset.items[index].name) for index in dataset.indices(role)]
     return None if None in wanted else torch.from_numpy(rows[np.array(wanted, dtype=int)])

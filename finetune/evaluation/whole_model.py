@@ -14,11 +14,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from finetune.data.ancestry import record_seen
+from finetune.data.dataset import Dataset
 from finetune.errors import BackboneError, RunError
-from finetune.features.ancestry import record_seen
-from finetune.features.refitting import one_probe
-from finetune.features.survey import Look
 from finetune.models.backbones import Backbone, load_backbone
+from finetune.models.heads import one_probe
 from finetune.recipe.cards import Card, read_card
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder, write_whole
@@ -27,14 +27,15 @@ from finetune.recipe.shelf import read_zoo
 MODEL, CARD, CLASSES, SEEN = "model.safetensors", "card.yaml", "classes.txt", "seen.npz"
 
 
-def keep_model(run: RunFolder, look: Look) -> None:
+def keep_model(run: RunFolder, dataset: Dataset, backbone: Backbone) -> None:
     """Write the model, its card, its classes, and digests of the images it was trained on, where they are not yet.
 
     Nothing is written for an average, whose members are networks of their own.
 
     Args:
         run: its stages are done.
-        look: at its images; where the probe is the model, with the backbone as it was loaded.
+        dataset: its images.
+        backbone: of its plan; where the probe is the model, as it was loaded.
     """
     if run.file("ensemble.json").exists():
         return
@@ -44,12 +45,12 @@ def keep_model(run: RunFolder, look: Look) -> None:
     if plan.stages:
         _copy(run.final_weights(), run.file(MODEL))
     else:
-        tensors = {f"backbone.{name}": tensor.contiguous() for name, tensor in look.backbone.state_dict().items()}
+        tensors = {f"backbone.{name}": tensor.contiguous() for name, tensor in backbone.state_dict().items()}
         probe = one_probe(load_file(run.file("probe.safetensors")), is_held_out=False)
         tensors |= {f"head.linear.{name}": tensor for name, tensor in probe.items()}
         write_whole(run.file(MODEL), lambda path: save_file(tensors, path))
-    record_seen(run.file(SEEN), _own_images(plan, look), look.backbone.card)
-    _write_card(run, _card(run, plan, look))
+    record_seen(run.file(SEEN), _own_images(plan, dataset), backbone.card)
+    _write_card(run, _card(run, plan, dataset, backbone))
 
 
 def copy_model(run: RunFolder, member: RunFolder) -> None:
@@ -114,44 +115,44 @@ def _weights(run: RunFolder, plan: Plan, is_held_out: bool) -> Path:
     return run.file(MODEL)
 
 
-def _own_images(plan: Plan, look: Look) -> dict[str, list[str]]:
+def _own_images(plan: Plan, dataset: Dataset) -> dict[str, list[str]]:
     """Digests of files by what they were for: `train`, `val`, and what a refit learned from beside `train`."""
     if not plan.stages:
         return {}
-    own = {role: [look.files[index] for index in look.indices(role)] for role in ("train", "val")}
+    own = {role: [dataset.files[index] for index in dataset.indices(role)] for role in ("train", "val")}
     if plan.is_refit:
-        own["refit"] = [look.files[index] for index in look.labelled() if look.roles[index] != "train"]
+        own["refit"] = [dataset.files[index] for index in dataset.labelled() if dataset.roles[index] != "train"]
     return own
 
 
-def _card(run: RunFolder, plan: Plan, look: Look) -> dict[str, Any]:
-    origin, view = look.backbone.card, plan.view
-    arch, options = look.backbone.network
+def _card(run: RunFolder, plan: Plan, dataset: Dataset, backbone: Backbone) -> dict[str, Any]:
+    origin, view = backbone.card, plan.view
+    arch, options = backbone.network
     return {
         "name": run.path.resolve().name,
         "arch": arch,
         "arch_kwargs": options,
         "num_classes": len(plan.classes),
         "classes": CLASSES,
-        "pretrained_on": _history(origin, plan, look),
+        "pretrained_on": _history(origin, plan, dataset),
         "source": {"licence": origin.licence, "begun_from": origin.name},
         "input_size": [3, view.size_pixels, view.size_pixels],
         "mean": list(view.mean),
         "std": list(view.std),
         "interpolation": view.interpolation,
         "crop_pct": plan.data.crop_pct,
-        "params_m": look.facts.backbone.params_m,
+        "params_m": run.read_json("facts.json")["backbone"]["params_m"],
         "weights": {"file": MODEL},
         "images": {"file": SEEN},
     }
 
 
-def _history(origin: Card, plan: Plan, look: Look) -> str:
+def _history(origin: Card, plan: Plan, dataset: Dataset) -> str:
     """What the weights were trained on, one after the other; a probe leaves those of its backbone as they were."""
     if not plan.stages:
         return origin.pretrained_on
     names = ", ".join(plan.classes[:5]) + (", ..." if len(plan.classes) > 5 else "")
-    count = len(look.labelled() if plan.is_refit else look.indices("train"))
+    count = len(dataset.labelled() if plan.is_refit else dataset.indices("train"))
     own = f"{count:,} images of {len(plan.classes)} classes ({names})"
     return f"{origin.pretrained_on}, then {own}" if plan.pretrained else own
 

@@ -3,7 +3,6 @@
 What was done is kept shard by shard, so a killed extraction of a million images goes on where it was.
 """
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,8 +12,6 @@ import numpy as np
 import torch
 
 from finetune.data.decoding import KINDS, BadImage, ImageFacts, center_crop, decode_sizes, facts_row, scaling
-from finetune.data.formats import Contents
-from finetune.data.frames import is_of_same_file
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import read_bytes
@@ -25,7 +22,6 @@ from finetune.recipe.cards import View
 
 BATCH = 64
 """Images per forward pass."""
-_AT_ONCE = 256
 AHEAD = 4 * BATCH
 """Images that may be decoded but not yet looked at; bounds memory."""
 
@@ -75,35 +71,6 @@ class Extraction:
     """Reason by item index."""
     hits: int = 0
     misses: int = 0
-
-
-def digest_images(items: Sequence[Item], contents: Contents | None = None) -> list[str | BadImage]:
-    """Digest of the file of every item, or the fault that reading it met; `contents` is told of the bytes, too.
-
-    A file of several frames, which stand one after the other, is read once or, rarely, twice.
-    """
-
-    def digest(item: Item) -> str | BadImage:
-        try:
-            data = read_bytes(item)
-        except OSError as fault:
-            return BadImage(fault.strerror or str(fault))
-        if contents is not None:
-            contents.note(item, data)
-        return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-    def digest_some(first: int) -> list[str | BadImage]:
-        found: list[str | BadImage] = []
-        some = items[first : first + _AT_ONCE]
-        for place, item in enumerate(some):
-            found.append(found[-1] if place and is_of_same_file(some[place - 1], item) else digest(item))
-        return found
-
-    if len(items) and items[0].row is not None:  # rows of mapped shards: threads would only wait for each other
-        return [own for first in range(0, len(items), _AT_ONCE) for own in digest_some(first)]
-    with ThreadPoolExecutor(num_cores()) as pool:  # in parts, for a thread's task costs as much as a small file
-        parts = pool.map(digest_some, range(0, len(items), _AT_ONCE))
-        return [answer for part in parts for answer in part]
 
 
 def extract(

@@ -12,29 +12,27 @@ from statistics import median
 import numpy as np
 import torch
 
-from finetune.data.decoding import BadImage, center_crop
-from finetune.data.frames import frame_digests, open_images
+from finetune.data.dataset import open_dataset
+from finetune.data.decoding import center_crop
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.normalization import measure_constants
-from finetune.data.splits import draw_sample, refuse_lost
-from finetune.data.training_range import RangeMeter
-from finetune.data.value_range import FULL_RANGE
-from finetune.errors import BackboneError, DataError, RecipeError
+from finetune.data.splits import draw_sample
+from finetune.errors import BackboneError, RecipeError
 from finetune.features.cache import FeatureCache
 from finetune.features.depths import NEIGHBOURS, cross_validate, neighbours_left_out, proportion
-from finetune.features.extraction import digest_images, extract
+from finetune.features.extraction import extract
 from finetune.features.ordering import Seen, explain, measure_agreement, order_rows
 from finetune.features.similarity import measure_distances, measure_response, source_logits
-from finetune.features.survey import Progress, divide
+from finetune.features.survey import Progress
 from finetune.features.viewing import (
     choose_view,
     fast_precision,
-    fit_size,
     measure_machine,
     whose_constants,
 )
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.models.frozen import FrozenBackbone
+from finetune.models.input_size import fit_size
 from finetune.recipe.cards import Card, View
 from finetune.recipe.facts import Measure, Ranking, RankRow, Unranked
 from finetune.recipe.schema import Recipe
@@ -108,8 +106,8 @@ def rank_backbones(
         raise BackboneError(f"none of {len(unranked)} backbones could look at the images. {reasons}")
     ranked = order_rows(seen)
     return Ranking(
-        root=str(images.source.root),
-        classes=images.source.classes,
+        root=str(images.dataset.source.root),
+        classes=images.dataset.classes,
         num_images=len(rows),
         image_size=recipe.data.image_size,
         device=images.device,
@@ -119,23 +117,18 @@ def rank_backbones(
         why=explain(ranked, len(rows)),
         agreement=tuple((a, b, value) for (a, b), value in measure_agreement(ranked).items()),
         features={"hits": sum(one.hits for one in seen), "misses": sum(one.misses for one in seen)},
-        warnings=(*images.source.warnings, *images.warnings, *images.unkept),
+        warnings=(*images.dataset.source.warnings, *images.warnings, *images.unkept),
     )
 
 
 class _Images:
-    """The recipe's images, divided as a run divides them, and which files have turned out broken."""
+    """The recipe's images, divided as a run divides them, and the machine that looks at them."""
 
     def __init__(self, recipe: Recipe) -> None:
         if recipe.data.root is None:
             raise RecipeError("no images are named. Give a folder: `finetune zoo rank FOLDER`, or set data.root.")
         self.recipe = recipe
-        self.source = open_images(recipe.data)
-        answers = digest_images(self.source.items)
-        self.files = [answer if isinstance(answer, str) else "" for answer in answers]
-        self.digests = frame_digests(self.source.items, self.files)
-        self.labels = self.source.items.labels.tolist()
-        self.bad = {index: str(answer) for index, answer in enumerate(answers) if isinstance(answer, BadImage)}
+        self.dataset = open_dataset(recipe.data, recipe.seed)
         self.found_bad = False
         self.warnings: tuple[str, ...] = ()
         self.unkept: tuple[str, ...] = ()
@@ -144,36 +137,25 @@ class _Images:
         self.device = machine.device
         wish = recipe.hardware.precision
         self.precision = fast_precision(machine) if wish == "auto" else wish
-        self._meter = RangeMeter(self.source.items, self.digests, recipe.data.frame, recipe.seed)
-        self._value_range = recipe.data.value_range or FULL_RANGE
 
     def draw(self, most: int) -> list[int]:
         """A sample of the training images, without those known to be broken."""
-        items = self.source.items
-        if self.bad and self.recipe.data.on_bad_image == "fail":
-            named = "; ".join(f"{items[index].name} ({why})" for index, why in sorted(self.bad.items())[:5])
-            raise DataError(f"{len(self.bad)} images cannot be read: {named}. Mend them, or set data.on_bad_image.")
-        self.found_bad = False
-        kept = [index for index in range(len(items)) if index not in self.bad]
-        refuse_lost(items, self.source.classes, self.bad)
-        split = divide(self.recipe, self.source, self.digests, self.files, kept)
-        lost = f"{len(self.bad)} images cannot be read and were left out."
-        self.warnings = (*split.warnings, *([lost] if self.bad else []))
-        train = [index for index, role in zip(kept, split.roles, strict=True) if role == "train"]
-        if self.recipe.data.value_range is None and (found := self._meter.measure(train, self.labels)) is not None:
-            self._value_range = (found.low, found.high)
-        return draw_sample(train, self.labels, self.files, most=most, seed=self.recipe.seed)  # one frame of a file
+        dataset, self.found_bad = self.dataset, False
+        split = dataset.divide()
+        lost = f"{len(dataset.bad)} images cannot be read and were left out."
+        self.warnings = (*split.warnings, *([lost] if dataset.bad else []))
+        train, labels = dataset.indices("train"), dataset.items.labels.tolist()
+        return draw_sample(train, labels, dataset.files, most=most, seed=dataset.seed)  # one frame of a file
 
-    def view(self, backbone: Backbone, rows: Sequence[int]) -> View:
-        """How a candidate sees; constants of the images themselves where the recipe asks for them."""
+    def see(self, backbone: Backbone, rows: Sequence[int]) -> ImageStore:
+        """Images as a candidate sees them; by constants of the images themselves where the recipe asks for them."""
         size, _ = fit_size(backbone, self.recipe.data.image_size)
         view, _ = choose_view(self.recipe, backbone, size)
-        view = replace(view, value_range=self._value_range)
-        if not (kind := whose_constants(self.recipe)).startswith("channel"):
-            return view
-        store, seed = ImageStore(self.source.items, view, 0), self.recipe.seed
-        found = measure_constants(store, rows, size_pixels=view.size_pixels, kind=kind, seed=seed)
-        return replace(view, mean=found.mean, std=found.std)
+        store = self.dataset.see(view)
+        if (kind := whose_constants(self.recipe)).startswith("channel"):
+            found = measure_constants(store, rows, size_pixels=size, kind=kind, seed=self.recipe.seed)
+            store.view = replace(store.view, mean=found.mean, std=found.std)
+        return store
 
 
 def _look_at_candidates(
@@ -201,12 +183,13 @@ def _look(
     images: _Images, rows: Sequence[int], backbone: Backbone, progress: Callable[[int, int], None]
 ) -> Seen | None:
     """What one candidate came to; None where files turned out broken."""
-    view = images.view(backbone, rows)
+    store, dataset = images.see(backbone, rows), images.dataset
+    view = store.view
     frozen = FrozenBackbone(backbone, size_pixels=view.size_pixels, device=images.device)
     cache = FeatureCache(backbone.digest, view.digest, images.precision)
     found = extract(
-        images.source.items,
-        images.digests,
+        dataset.items,
+        dataset.digests,
         rows,
         view,
         backbone=lambda: frozen,
@@ -218,17 +201,16 @@ def _look(
     )
     images.unkept = cache.warnings
     if found.bad:
-        images.bad.update(found.bad)
+        dataset.drop(found.bad)
         images.found_bad = True
         return None
-    features = cache.features([images.digests[index] for index in rows])  # (N, D)
+    features = cache.features([dataset.digests[index] for index in rows])  # (N, D)
     if not features.isfinite().all():
         raise BackboneError(f"{backbone.card.name} gives features that are not finite; its weights are damaged.")
-    store = ImageStore(images.source.items, view, 0)
     timed = [rows[place % len(rows)] for place in range(TIMED_IMAGES)]
     crops = np.stack([center_crop(store.get(index), view.size_pixels) for index in timed])
     milliseconds = time_images(frozen, crops, view, images.device, images.precision)
-    labels = torch.tensor([images.labels[index] for index in rows])
+    labels = torch.from_numpy(dataset.items.labels[list(rows)]).long()
     return _measure(backbone.to("cpu"), features, labels, images, view.size_pixels, milliseconds, found.hits)
 
 
@@ -241,7 +223,7 @@ def _measure(
     milliseconds: float,
     hits: int,
 ) -> Seen:
-    card, classes, seed = backbone.card, images.source.classes, images.recipe.seed
+    card, classes, seed = backbone.card, images.dataset.classes, images.recipe.seed
     found = cross_validate(features, labels, num_classes=len(classes), seed=seed)
     right = found.predictions == labels
     k = min(NEIGHBOURS, len(labels) - 1)

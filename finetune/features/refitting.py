@@ -8,7 +8,7 @@ https://arxiv.org/abs/1208.0806). Solved once and remembered beside the features
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from finetune.data.splits import draw_sample, labelled_rows
 from finetune.features.depths import FOLDS, assign_folds
 from finetune.features.measuring import PROBE_BYTES, Material
 from finetune.features.probing import Probe, fit_probe
+from finetune.models.heads import HELD_OUT
 from finetune.recipe.runs import write_whole
 from finetune.recipe.shelf import cache_folder
 
@@ -27,8 +28,6 @@ FORMAT = "1"
 """Part of the key; raised when what is solved, or how, changes."""
 MOST_ANSWERS = 10_000
 """Images that are answered by a probe of the other folds; more would tell no more of a temperature."""
-HELD_OUT = "held_out."
-"""Begins the names of the tensors of the probe before the refit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,17 +131,6 @@ def probe_tensors(held_out: Probe | None, refit: RefitProbe | None) -> dict[str,
         for prefix, probe in named.items()
         for name, tensor in (("weight", probe.weight), ("bias", probe.bias))
     }
-
-
-def one_probe(tensors: Mapping[str, torch.Tensor], *, is_held_out: bool) -> dict[str, torch.Tensor]:
-    """`weight` and `bias` of the probe that a run ends on, or of the one before the refit, where there was a refit.
-
-    Args:
-        tensors: as in `probe.safetensors`.
-        is_held_out: which of the two.
-    """
-    prefix = HELD_OUT if is_held_out and f"{HELD_OUT}weight" in tensors else ""
-    return {name: tensors[f"{prefix}{name}"] for name in ("weight", "bias") if f"{prefix}{name}" in tensors}
 
 
 def _file(material: Material, l2: float, makes_folds: bool) -> Path:

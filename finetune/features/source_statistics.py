@@ -9,20 +9,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from finetune.data.items import Item
-from finetune.data.sources import open_source
+from finetune.data.dataset import ALL, Dataset
+from finetune.data.items import Found, Items
+from finetune.data.sources import Source, open_source
 from finetune.data.splits import draw_sample
 from finetune.data.walking import is_image, listed
 from finetune.errors import BackboneError, DataError
 from finetune.features.cache import FeatureCache
-from finetune.features.extraction import digest_images, extract
+from finetune.features.extraction import extract
 from finetune.models.backbones import load_backbone
 from finetune.models.frozen import FrozenBackbone
 from finetune.recipe.cards import Card
 from finetune.recipe.runs import write_whole
+from finetune.recipe.schema import DataSpec
 from finetune.scores.distances import class_prototypes, fit_gaussian
 
 LEAST_IMAGES = 50
@@ -77,20 +80,17 @@ def measure_statistics(
         DataError: if there are too few readable images.
         BackboneError: if the backbone cannot be loaded, or its features are not finite.
     """
-    items, classes = _list_images(root.expanduser())
-    digests = digest_images(items)
-    known = [answer if isinstance(answer, str) else "" for answer in digests]
-    readable = [index for index, answer in enumerate(known) if answer]
-    labels = [item.label for item in items]
-    rows = draw_sample(readable, labels, known, most=MOST_IMAGES, seed=0)
+    dataset = Dataset(_list_images(root.expanduser()), DataSpec(root=str(root)), 0)
+    classes, labels = dataset.classes, dataset.items.labels
+    rows = draw_sample(dataset.indices(ALL), labels.tolist(), dataset.digests, most=MOST_IMAGES, seed=0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = load_backbone(card.name, zoo={card.name: card}).eval().to(device)
     backbone.to(memory_format=torch.channels_last)
-    view = card.view()
+    view = dataset.see(card.view()).view
     cache = FeatureCache(backbone.digest, view.digest, PRECISION)
     found = extract(
-        items,
-        known,
+        dataset.items,
+        dataset.digests,
         rows,
         view,
         backbone=lambda: FrozenBackbone(backbone, size_pixels=view.size_pixels, device=device),
@@ -106,12 +106,12 @@ def measure_statistics(
             f"{root} holds {len(rows)} different images that can be read; statistics of a source need at least "
             f"{LEAST_IMAGES}, and better thousands. Give a folder of the images that {card.name} was trained on."
         )
-    features = cache.features([known[index] for index in rows])
+    features = cache.features([dataset.digests[index] for index in rows])
     if not features.isfinite().all():
         raise BackboneError(f"{card.name} gives features that are not finite; its weights are damaged.")
     whole = fit_gaussian(features)
-    means, weights = class_prototypes(features, torch.tensor(labels)[rows], num_classes=max(1, len(classes)))
-    present = sorted({labels[index] for index in rows})
+    means, weights = class_prototypes(features, torch.from_numpy(labels[rows]).long(), num_classes=max(1, len(classes)))
+    present = np.unique(labels[rows]).tolist()
     return SourceStatistics(
         mean=whole.mean,
         covariance=whole.covariance,
@@ -119,17 +119,17 @@ def measure_statistics(
         class_weights=weights if classes else weights[:0],
         classes=tuple(classes[label] for label in present) if classes else (),
         num_images=len(rows),
-        num_bad=len(items) - len(readable) + len(found.bad),
+        num_bad=len(dataset.bad) + len(found.bad),
     )
 
 
-def _list_images(root: Path) -> tuple[tuple[Item, ...], tuple[str, ...]]:
-    """Images and classes; no classes where a folder holds images directly, and nothing else."""
+def _list_images(root: Path) -> Source:
+    """The images to look at; no classes where a folder holds images directly, and nothing else."""
     if root.is_dir():
         inside = listed(root)
         files = [path for path in inside if is_image(path)]
         if files and not any(path.is_dir() for path in inside):
-            return tuple(Item(name=path.name, label=0, role=None, file=path) for path in files), ()
-    source = open_source(root)
-    items = tuple(item for item in source.items if item.role in (None, "train"))
-    return items, source.classes
+            items = Items(Found(path.name, "", None, path) for path in files)
+            items.number_classes({"": 0})
+            return Source(root=root, kind="folders", classes=(), items=items, warnings=())
+    return open_source(root).of_role(None, "train")

@@ -5,7 +5,7 @@ first loss is then exactly log K, and the first gradient into the backbone exact
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ INITS = (*RULES, "model", "probe")
 PROBE_SOFTENING = 0.3
 """What a probe's logits are multiplied by before training goes on from it: a probe that is sure of every training image
 leaves the backbone no gradient. Decisions stay the same, and a temperature would undo it. See `benchmarks/LOG.md`."""
+HELD_OUT = "held_out."
+"""Begins the names of the tensors in `probe.safetensors` of the probe before a refit."""
 SURE = 0.99
 """Probability that a cosine head gives at first to an image right on its class's direction."""
 _BELOW_ZERO = {"leaky_relu": LEAKY_SLOPE, "prelu": PRELU_SLOPE}
@@ -213,3 +215,14 @@ def _copy(linear: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
     with torch.no_grad():
         linear.weight.copy_(weight)
         linear.bias.copy_(bias)
+
+
+def one_probe(tensors: Mapping[str, torch.Tensor], *, is_held_out: bool) -> dict[str, torch.Tensor]:
+    """`weight` and `bias` of the probe that a run ends on, or of the one before the refit, where there was a refit.
+
+    Args:
+        tensors: as in `probe.safetensors`.
+        is_held_out: which of the two.
+    """
+    prefix = HELD_OUT if is_held_out and f"{HELD_OUT}weight" in tensors else ""
+    return {name: tensors[f"{prefix}{name}"] for name in ("weight", "bias") if f"{prefix}{name}" in tensors}

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from finetune.data.dataset import Dataset
 from finetune.data.loading import Batches
-from finetune.features.refitting import one_probe
-from finetune.features.survey import Look
 from finetune.models.backbones import Backbone
 from finetune.models.classifier import Classifier
+from finetune.models.heads import one_probe
 from finetune.recipe.plan import Images, Plan
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.schedules import whole_epochs
@@ -38,7 +38,8 @@ class Kept(NamedTuple):
 def train_stages(
     run: RunFolder,
     plan: Plan,
-    seen: Look,
+    dataset: Dataset,
+    backbone: Backbone,
     *,
     vary: Vary | None,
     teach: Callable[[Images], nn.Module | None],
@@ -50,7 +51,8 @@ def train_stages(
     Args:
         run: holds the plan and the probe.
         plan: of the run, with one stage or more.
-        seen: its images; the backbone is changed in place.
+        dataset: its images.
+        backbone: pretrained; changed in place.
         vary: the user's own change of training images.
         teach: gives the teacher for stages on these images, where the plan names one.
         say: prints a line for people.
@@ -60,17 +62,17 @@ def train_stages(
         RunError: if training diverges, and does so again at a lower rate.
     """
     if not plan.is_refit:
-        return _train_on("train", run, plan, seen, seen.backbone, vary, teach, say, notify)
-    pristine = copy.deepcopy(seen.backbone)
-    _train_on("train", run, plan, seen, seen.backbone, vary, teach, say, notify)
-    return _train_on("labelled", run, plan, seen, pristine, vary, teach, say, notify)
+        return _train_on("train", run, plan, dataset, backbone, vary, teach, say, notify)
+    pristine = copy.deepcopy(backbone)
+    _train_on("train", run, plan, dataset, backbone, vary, teach, say, notify)
+    return _train_on("labelled", run, plan, dataset, pristine, vary, teach, say, notify)
 
 
 def _train_on(
     on: Images,
     run: RunFolder,
     plan: Plan,
-    seen: Look,
+    dataset: Dataset,
     backbone: Backbone,
     vary: Vary | None,
     teach: Callable[[Images], nn.Module | None],
@@ -81,7 +83,7 @@ def _train_on(
     origin = None
     if plan.regularization.l2_sp:
         origin = {f"backbone.{name}": value.clone() for name, value in backbone.state_dict().items()}
-    train, val = _batches(on, plan, seen, vary)
+    train, val = _batches(on, plan, dataset, vary)
     counts = train.labels.bincount(minlength=len(plan.classes)).tolist()
     probe = one_probe(load_file(run.file("probe.safetensors")), is_held_out=on == "train")
     classifier = make_classifier(plan, backbone, probe, counts)
@@ -113,10 +115,10 @@ def _train_on(
     return classifier
 
 
-def _batches(on: Images, plan: Plan, seen: Look, vary: Vary | None) -> tuple[Batches, Batches | None]:
+def _batches(on: Images, plan: Plan, dataset: Dataset, vary: Vary | None) -> tuple[Batches, Batches | None]:
     if on == "train":
-        return make_batches(plan, seen, vary=vary)
-    return training_batches(plan, seen, on, vary=vary), None
+        return make_batches(plan, dataset, vary=vary)
+    return training_batches(plan, dataset, on, vary=vary), None
 
 
 def _settle(run: RunFolder, plan: Plan, index: int) -> tuple[Plan, float]:

@@ -8,10 +8,10 @@ import torch
 
 from finetune.data.augmentation import Augmentation
 from finetune.data.contact_sheet import write_contact_sheet
+from finetune.data.dataset import Dataset
 from finetune.data.loading import Batches
 from finetune.data.normalization import fit_color_basis
 from finetune.errors import RecipeError
-from finetune.features.survey import Look
 from finetune.models.adapters import add_lora
 from finetune.models.backbones import Backbone
 from finetune.models.classifier import Classifier
@@ -93,7 +93,7 @@ def soften_probe(probe: Mapping[str, torch.Tensor], kind: Kind, num_images: Sequ
     return {"weight": PROBE_SOFTENING * probe["weight"], "bias": PROBE_SOFTENING * bias}
 
 
-def make_augmentation(plan: Plan, seen: Look, vary: Vary | None = None) -> Augmentation | None:
+def make_augmentation(plan: Plan, dataset: Dataset, vary: Vary | None = None) -> Augmentation | None:
     """The random views of training as the plan says; None where it says none."""
     spec, view = plan.augment, plan.view
     extras = (spec.cutout, spec.pca_color, spec.rotate_degrees, spec.policy != "none", vary is not None)
@@ -101,7 +101,7 @@ def make_augmentation(plan: Plan, seen: Look, vary: Vary | None = None) -> Augme
         return None
     basis = None
     if spec.pca_color:
-        basis = fit_color_basis(seen.store, seen.indices("train"), size_pixels=view.size_pixels, seed=plan.seed)
+        basis = fit_color_basis(dataset.store, dataset.indices("train"), size_pixels=view.size_pixels, seed=plan.seed)
     return Augmentation(
         str(spec.preset),
         size_pixels=view.size_pixels,
@@ -117,57 +117,57 @@ def make_augmentation(plan: Plan, seen: Look, vary: Vary | None = None) -> Augme
     )
 
 
-def draw_training_views(plan: Plan, seen: Look, path: Path, vary: Vary | None = None, *, rows: int = 8) -> None:
+def draw_training_views(plan: Plan, dataset: Dataset, path: Path, vary: Vary | None = None, *, rows: int = 8) -> None:
     """Write a sheet of what the model will see in training: some training images of different classes.
 
     Raises:
         RecipeError: if the plan varies nothing.
     """
-    augmentation = make_augmentation(plan, seen, vary)
+    augmentation = make_augmentation(plan, dataset, vary)
     if augmentation is None:
         raise RecipeError("training sees the images as they are (augment.preset none), so there is nothing to show.")
     waiting: dict[int, list[int]] = {}
-    for index in seen.indices("train"):
-        waiting.setdefault(seen.items[index].label, []).append(index)
+    for index in dataset.indices("train"):
+        waiting.setdefault(dataset.items[index].label, []).append(index)
     chosen = [own[turn] for turn in range(rows) for own in waiting.values() if turn < len(own)][:rows]
-    names = [f"{plan.classes[seen.items[index].label]}\n{seen.items[index].name}" for index in chosen]
-    images = [seen.store.get(index) for index in chosen]
+    names = [f"{plan.classes[dataset.items[index].label]}\n{dataset.items[index].name}" for index in chosen]
+    images = [dataset.store.get(index) for index in chosen]
     write_contact_sheet(path, images, names, augmentation, view=plan.view, seed=plan.seed)
 
 
 def make_batches(
-    plan: Plan, seen: Look, *, most_images: int | None = None, vary: Vary | None = None
+    plan: Plan, dataset: Dataset, *, most_images: int | None = None, vary: Vary | None = None
 ) -> tuple[Batches, Batches]:
     """Training batches, shuffled and varied, of all images or the first few; val batches, as they are."""
     val = Batches(
-        seen.store,
-        seen.indices("val"),
-        seen.labels("val").tolist(),
+        dataset.store,
+        dataset.indices("val"),
+        dataset.labels("val").tolist(),
         batch_size=64,
         augmentation=None,
         shuffle=False,
         seed=plan.seed,
         workers=plan.hardware.workers or 0,
     )
-    return training_batches(plan, seen, "train", most_images=most_images, vary=vary), val
+    return training_batches(plan, dataset, "train", most_images=most_images, vary=vary), val
 
 
 def training_batches(
-    plan: Plan, seen: Look, on: Images, *, most_images: int | None = None, vary: Vary | None = None
+    plan: Plan, dataset: Dataset, on: Images, *, most_images: int | None = None, vary: Vary | None = None
 ) -> Batches:
     """Batches, shuffled and varied, of the training images or of all labelled ones; of all or of the first few."""
-    rows = seen.indices("train") if on == "train" else seen.labelled()
-    labels = seen.items.labels[rows].tolist()
+    rows = dataset.indices("train") if on == "train" else dataset.labelled()
+    labels = dataset.items.labels[rows].tolist()
     if most_images is not None and most_images < len(rows):
         chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(plan.seed))[:most_images].tolist()
         rows, labels = [rows[at] for at in chosen], [labels[at] for at in chosen]
     size = plan.train.batch_size
     return Batches(
-        seen.store,
+        dataset.store,
         rows,
         labels,
         batch_size=min(size, len(rows)),
-        augmentation=make_augmentation(plan, seen, vary),
+        augmentation=make_augmentation(plan, dataset, vary),
         shuffle=plan.train.optimizer.name != "lbfgs",
         seed=plan.seed,
         workers=plan.hardware.workers or 0,

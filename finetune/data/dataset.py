@@ -1,0 +1,190 @@
+"""A data set as a run uses it: images opened and digested, faulty ones named, divided into roles, decoded on demand."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+
+import torch
+
+from finetune.data.decoding import BadImage
+from finetune.data.digests import digest_images
+from finetune.data.formats import Contents
+from finetune.data.frames import frame_digests, open_images
+from finetune.data.items import Items
+from finetune.data.loading import ImageStore
+from finetune.data.sources import Source
+from finetune.data.splits import Split, cut_split, labelled_rows, refuse_lost
+from finetune.data.training_range import RangeMeter
+from finetune.data.value_range import FULL_RANGE
+from finetune.errors import DataError
+from finetune.machine import num_cores
+from finetune.recipe.cards import View
+from finetune.recipe.facts import RangeFacts
+from finetune.recipe.schema import DataSpec
+
+BAD, ALL = "bad", "all"
+"""The role of a file that cannot be read, and of every image where nothing is divided."""
+
+
+class Dataset:
+    """Images with their labels and roles.
+
+    A faulty file shows when its bytes are read, or when they are decoded. Either way it is named in `bad` and has no
+    part in the split, which therefore is cut again after `drop`.
+    """
+
+    def __init__(self, source: Source, spec: DataSpec, seed: int) -> None:
+        """Read and digest every file; nothing is decoded or divided yet.
+
+        Args:
+            source: the list of images.
+            spec: how they are divided, and what is done about faulty ones.
+            seed: of the split, where the spec names none, and of samples.
+        """
+        self.source, self.spec, self.seed = source, spec, seed
+        contents = Contents()
+        answers = digest_images(source.items, contents)
+        self.format_warnings = tuple(contents.warnings(source.classes))
+        """Formats that stand under wrong names, or for one class alone."""
+        self.files = tuple(answer if isinstance(answer, str) else "" for answer in answers)
+        """Digest of the file of every item; empty where it cannot be read."""
+        self.digests = tuple(frame_digests(source.items, self.files))
+        """Digest of every item: of its file, and of which frame of it."""
+        self.bad = {index: str(answer) for index, answer in enumerate(answers) if isinstance(answer, BadImage)}
+        """Why an item cannot be read, by its number."""
+        self.roles: tuple[str, ...] = tuple(BAD if index in self.bad else ALL for index in range(len(source.items)))
+        """Of every item: one of `ROLES`, unused, bad, or all."""
+        self.split: Split | None = None
+        """How the readable images were divided last."""
+        given = spec.value_range
+        self.value_range = None if given is None else RangeFacts(low=given[0], high=given[1], why="the recipe says so")
+        """Which values of deep images become 0 and 255; None where no image has more than 8 bits."""
+        self._meter = RangeMeter(source.items, self.digests, spec.frame, seed)
+        self._store: ImageStore | None = None
+
+    @property
+    def items(self) -> Items:
+        """Of all images, faulty ones too, sorted by name."""
+        return self.source.items
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Sorted names."""
+        return self.source.classes
+
+    @property
+    def store(self) -> ImageStore:
+        """Decoded images, in the view of `see`."""
+        assert self._store is not None, "call `see` first"
+        return self._store
+
+    def see(self, view: View, limit_bytes: int = 0) -> ImageStore:
+        """Decode for this view from now on, with the data set's own value range, and keep up to so many bytes."""
+        span = FULL_RANGE if self.value_range is None else (self.value_range.low, self.value_range.high)
+        self._store = ImageStore(self.items, replace(view, value_range=span), limit_bytes)
+        return self._store
+
+    def indices(self, role: str) -> list[int]:
+        """Numbers of the items that play `role`, in the source's order."""
+        return [index for index, own in enumerate(self.roles) if own == role]
+
+    def labels(self, role: str) -> torch.Tensor:
+        """(N,) int64, of the items that play `role`."""
+        return torch.from_numpy(self.items.labels[self.indices(role)]).long()
+
+    def labelled(self) -> list[int]:
+        """Numbers of the items that a refit trains on, in the source's order."""
+        return labelled_rows(self.roles, self.files)
+
+    def divide(self) -> Split:
+        """Cut the split of the readable images, and measure the value range on those that are to be learned from.
+
+        What was decoded with another range is forgotten: `store` is then another object.
+
+        Raises:
+            DataError: if no image is left, a class has lost all of its images, or there are faulty files and
+                `data.on_bad_image` is fail.
+        """
+        kept = self._readable()
+        share, limit = self.spec.split, self.spec.max_train_per_class
+        split = cut_split(
+            self.items.labels[kept].tolist(),
+            [self.digests[index] for index in kept],
+            [self.items.role(index) for index in kept],
+            self.classes,
+            val=share.val,
+            calibration=share.calibration,
+            test=share.test,
+            seed=self.seed if share.seed is None else share.seed,
+            max_train_per_class=None if limit == "all" else limit,
+            files=[self.files[index] for index in kept],
+        )
+        roles = [BAD] * len(self.items)
+        for index, role in zip(kept, split.roles, strict=True):
+            roles[index] = role
+        self.roles, self.split = tuple(roles), split
+        if self.spec.value_range is None:
+            found = self._meter.measure(self.indices("train"), self.items.labels.tolist())
+            self._set_range(None if found is None else RangeFacts(**asdict(found)))
+        return split
+
+    def drop(self, faults: Mapping[int, str]) -> None:
+        """Take out images that turned out faulty when they were decoded; the others must be divided again.
+
+        Args:
+            faults: why, by number of the item.
+        """
+        self.bad.update(faults)
+        self.roles = tuple(BAD if index in faults else role for index, role in enumerate(self.roles))
+
+    def find_faults(self, rows: Sequence[int]) -> dict[int, str]:
+        """Decode these images and say why those fail that do, by number of the item."""
+        with ThreadPoolExecutor(num_cores()) as pool:
+            faults = zip(rows, pool.map(self._fault, rows), strict=True)
+            return {index: fault for index, fault in faults if fault is not None}
+
+    def refuse_bad(self) -> None:
+        """Nothing, where faulty files may be left out.
+
+        Raises:
+            DataError: if there are some and `data.on_bad_image` is fail.
+        """
+        if self.bad and self.spec.on_bad_image == "fail":
+            named = "; ".join(f"{self.items[index].name} ({why})" for index, why in sorted(self.bad.items())[:5])
+            raise DataError(
+                f"{len(self.bad)} images cannot be read: {named}. Mend them, or set data.on_bad_image to skip."
+            )
+
+    def _readable(self) -> list[int]:
+        self.refuse_bad()
+        kept = [index for index in range(len(self.items)) if index not in self.bad]
+        if not kept:
+            why = next(iter(self.bad.values()))
+            raise DataError(f"none of the {len(self.bad)} images in {self.source.root} can be read: {why}.")
+        refuse_lost(self.items, self.classes, self.bad)
+        return kept
+
+    def _set_range(self, found: RangeFacts | None) -> None:
+        self.value_range = found
+        if self._store is not None:
+            span = FULL_RANGE if found is None else (found.low, found.high)
+            if span != self._store.view.value_range:
+                self.see(self._store.view, self._store.limit_bytes)
+
+    def _fault(self, index: int) -> str | None:
+        try:
+            self.store.get(index)
+        except BadImage as fault:
+            return str(fault)
+        except OSError as fault:
+            return fault.strerror or str(fault)
+        return None
+
+
+def open_dataset(spec: DataSpec, seed: int) -> Dataset:
+    """The images that a recipe names, read and digested, not yet divided.
+
+    Raises:
+        DataError: as `open_source`.
+    """
+    return Dataset(open_images(spec), spec, seed)
