@@ -141,7 +141,7 @@ def compare_far(shared: Path, work: Path) -> None:
 def compare_epochs(shared: Path, work: Path) -> None:
     """Keep every epoch, and ask of each what val and test say of it; a row per cell."""
     from finetune.data.loading import Batches
-    from finetune.evaluation.prediction import load_final
+    from finetune.evaluation.loading import load_final
     from finetune.features.survey import look
     from finetune.training.module import measure_loss
     from finetune.training.snapshots import load_member, read_members

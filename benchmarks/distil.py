@@ -55,7 +55,7 @@ class Series:
         runs = self.folder / f"{variant}-{seed}"
         begun = sorted(path for path in runs.glob("*") if (path / "recipe.yaml").exists())
         if begun and (begun[0] / "scores.json").exists():
-            return ft.RunFolder.open(begun[0])
+            return ft.Run.open(begun[0])
         if begun:
             return ft.resume(begun[0], say=lambda text: None)
         recipe = ft.load_recipe(None, [*self.common, f"seed={seed}", f"train.epochs={epochs}", *wishes])

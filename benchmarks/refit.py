@@ -98,7 +98,8 @@ def judge_tuned(recipe, seen, plan, work):
     """The same of a network, whose refit is judged by the temperature of the one before."""
     import finetune as ft
     from finetune.evaluation.held_out import role_fitting
-    from finetune.evaluation.prediction import load_final, load_held_out, predict_probabilities
+    from finetune.evaluation.loading import load_final, load_held_out
+    from finetune.evaluation.prediction import predict_probabilities
 
     run = ft.train(recipe, runs=work / "runs", say=lambda text: None)
     held, refit = (

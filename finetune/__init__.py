@@ -10,36 +10,48 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from finetune import zoo
+    from finetune.combining import ensemble
+    from finetune.evaluation.comparing import compare
     from finetune.evaluation.serving import predict
-    from finetune.features.survey import survey
     from finetune.pipeline import evaluate, report, resume, train
+    from finetune.preparing import open_dataset, plan, survey
     from finetune.recipe.plan import Plan
     from finetune.recipe.planning import make_plan
     from finetune.recipe.reading import load_recipe
-    from finetune.recipe.runs import RunFolder
     from finetune.recipe.schema import Recipe
+    from finetune.run import Run, load_run
 
 _HOMES = {
-    "load_recipe": "finetune.recipe.reading",
-    "Recipe": "finetune.recipe.schema",
-    "survey": "finetune.features.survey",
-    "make_plan": "finetune.recipe.planning",
     "Plan": "finetune.recipe.plan",
-    "train": "finetune.pipeline",
-    "resume": "finetune.pipeline",
-    "RunFolder": "finetune.recipe.runs",
+    "Recipe": "finetune.recipe.schema",
+    "Run": "finetune.run",
+    "compare": "finetune.evaluation.comparing",
+    "ensemble": "finetune.combining",
     "evaluate": "finetune.pipeline",
+    "load_recipe": "finetune.recipe.reading",
+    "load_run": "finetune.run",
+    "make_plan": "finetune.recipe.planning",
+    "open_dataset": "finetune.preparing",
+    "plan": "finetune.preparing",
     "predict": "finetune.evaluation.serving",
     "report": "finetune.pipeline",
+    "resume": "finetune.pipeline",
+    "survey": "finetune.preparing",
+    "train": "finetune.pipeline",
 }
 
 __all__ = [
     "Plan",
     "Recipe",
-    "RunFolder",
+    "Run",
+    "compare",
+    "ensemble",
     "evaluate",
     "load_recipe",
+    "load_run",
     "make_plan",
+    "open_dataset",
+    "plan",
     "predict",
     "report",
     "resume",

@@ -1,31 +1,34 @@
 """Combining: several finished runs, or several members of one, into a run that is judged like any other."""
 
 from collections.abc import Callable, Sequence
+from os import PathLike
 from pathlib import Path
 
 from finetune.errors import FinetuneError, RunError
 from finetune.evaluation.ensembles import make_ensemble
 from finetune.machine import tune_process
-from finetune.pipeline import evaluate, say_on_stderr
+from finetune.pipeline import evaluate
+from finetune.preparing import say_on_stderr
 from finetune.recipe.runs import RunFolder, runs_folder
+from finetune.run import Run
 
 HOW = ("average", "greedy", "soup", "greedy_soup", "wise")
 MEMBERS = ("final", "snapshots", "last", "all")
 
 
 def ensemble(
-    paths: Sequence[str | Path],
+    paths: Sequence[str | PathLike[str]],
     *,
     how: str = "average",
     members: str = "final",
     average: str = "probability",
     runs: Path | None = None,
     say: Callable[[str], None] = say_on_stderr,
-) -> RunFolder:
+) -> Run:
     """A run that stands for all of `paths`, judged and with a page of its own.
 
     Args:
-        paths: finished runs on the same images.
+        paths: finished runs, or their folders or names, on the same images.
         how: average all predictions, those that val chooses (greedy), the weights (soup, greedy_soup), or weights
             between the start and the end of one training (wise).
         members: of each run its final weights, its snapshots, its last epochs, or all of them.
@@ -63,4 +66,4 @@ def ensemble(
             created.path.rmdir()
         raise
     evaluate(target.path, say=say)
-    return target
+    return Run(target.path)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finetune.pipeline import say_on_stderr, summarize, train
+from finetune.pipeline import summarize, train
+from finetune.preparing import say_on_stderr
 from finetune.recipe.reading import load_recipe
 from finetune.recipe.runs import runs_folder
 from finetune.recipe.shelf import cache_folder, default_backbone

@@ -8,9 +8,7 @@ Each arrow leaves its result in the run folder, and is skipped where the result 
 `resume` is the same walk again. Nothing right of the plan reads the recipe.
 """
 
-import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,25 +20,21 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
-from finetune.data.items import ROLES
 from finetune.errors import DataError, FinetuneError, RecipeError, RunError, names_beside, nearest
 from finetune.evaluation.evaluation import evaluate_run
 from finetune.evaluation.page_images import seen_images, stored_images
 from finetune.evaluation.teaching import find_teacher, load_teacher
-from finetune.evaluation.viewing import refuse_views
 from finetune.evaluation.whole_model import keep_model
 from finetune.features.answers import probe_answers
-from finetune.features.ranking import choose_backbone
 from finetune.features.refitting import probe_tensors
-from finetune.features.survey import Survey, look, survey_part
+from finetune.features.survey import Survey, look
 from finetune.machine import describe_environment, every_few_seconds, tune_process
-from finetune.models.classifier import Classifier, refuse_layers
-from finetune.piloting import run_pilot
+from finetune.models.classifier import Classifier
+from finetune.preparing import Say, checked_plan, say_on_stderr, with_backbone
 from finetune.recipe.addresses import split_login
-from finetune.recipe.distillation import name_teacher, teacher_faults
-from finetune.recipe.facts import Facts, Ranking
+from finetune.recipe.distillation import name_teacher
+from finetune.recipe.facts import Ranking
 from finetune.recipe.plan import Plan
-from finetune.recipe.planning import make_plan
 from finetune.recipe.reading import Wish, as_recipe, recipe_text
 from finetune.recipe.resumption import (
     another_wish,
@@ -51,77 +45,18 @@ from finetune.recipe.resumption import (
     refuse_changes,
     refuse_other_beginning,
 )
-from finetune.recipe.runs import Clock, RunFolder, append, faults_told, runs_folder, sweep, write_whole
+from finetune.recipe.runs import Clock, RunFolder, append, faults_told, find_run, runs_folder, sweep, write_whole
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shelf import name_backbone, short_name
 from finetune.reporting.report import write_report
 from finetune.reporting.terminal import facts_text, plan_text, scores_text
+from finetune.run import Run
 from finetune.training.optimization import check_optimizer
 from finetune.training.tracking import Tracker, Unsent, default_uri, send_remaining
 from finetune.training.watching import Curves, rewind
 
-Say = Callable[[str], None]
 Vary = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 """A user's own change of training images."""
-
-
-def say_on_stderr(text: str) -> None:
-    """Print a line for people; where standard error is closed, nobody reads it."""
-    if sys.stderr is not None:
-        print(text, file=sys.stderr, flush=True)
-
-
-def plan(recipe: Recipe, say: Say = say_on_stderr, *, pilot_seconds: float | None = None) -> tuple[Facts, Plan]:
-    """What is measured and what would be done, without doing it.
-
-    Args:
-        recipe: what to do.
-        say: gets every line for people.
-        pilot_seconds: for short trainings of the closest candidates, by which the strategy is then chosen; None: none.
-    """
-    tune_process()
-    if pilot_seconds is not None and (recipe.train.strategy is not None or not recipe.pretrained):
-        raise RecipeError("a pilot chooses train.strategy, which the recipe names already; leave one of the two out.")
-    check_optimizer(recipe.train.optimizer)
-    teacher = find_teacher(recipe.train.distillation.teacher)
-    recipe, ranking = _with_backbone(recipe, say)
-    seen = look(recipe, every_few_seconds(say), roles_seen=_roles_seen(recipe))
-    facts = seen.facts
-    if pilot_seconds is not None:
-        if faults := teacher_faults(recipe, facts.model_copy(update={"teacher": teacher})):  # before seconds are spent
-            raise RecipeError("\n".join(faults))
-        facts = run_pilot(recipe, seen, pilot_seconds, say)
-    facts = facts.model_copy(update={"ranking": ranking, "teacher": teacher})
-    return facts, _checked_plan(recipe, replace(seen, facts=facts))
-
-
-def show_images(recipe: Recipe, path: Path, say: Say = say_on_stderr) -> Path:
-    """Write a picture of what training by `recipe` will see of its images; `path`, a PNG file."""
-    from finetune.training.starting import draw_training_views
-
-    tune_process()
-    teacher = find_teacher(recipe.train.distillation.teacher)
-    recipe, _ = _with_backbone(recipe, say)
-    seen = look(recipe, every_few_seconds(say), roles_seen=_roles_seen(recipe))
-    facts = seen.facts.model_copy(update={"teacher": teacher})
-    draw_training_views(make_plan(recipe, facts), seen.dataset, path)
-    return path
-
-
-def extract(recipe: Recipe, part: str, say: Say = say_on_stderr) -> dict[str, Any]:
-    """Look at one part of the images, such as `2/8`, and keep their features for whoever plans or trains later.
-
-    Raises:
-        RecipeError: if `part` is no such pair, or no backbone is named.
-    """
-    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
-    if not found or int(found[1]) > int(found[2]):
-        raise RecipeError(f"part is {part!r}; give which one of how many, such as 2/8.")
-    if recipe.backbone is None:
-        raise RecipeError("a part of the images is looked at by one backbone; name it, backbone=NAME.")
-    tune_process()
-    seen = survey_part(recipe, int(found[1]), int(found[2]), every_few_seconds(say))
-    return {"hits": seen.hits, "misses": seen.misses, "bad": len(seen.bad)}
 
 
 def train(
@@ -131,7 +66,7 @@ def train(
     runs: str | Path | None = None,
     vary: Vary | None = None,
     say: Say = say_on_stderr,
-) -> RunFolder:
+) -> Run:
     """A new run of `recipe`, from images to a report; its folder.
 
     Args:
@@ -155,11 +90,9 @@ def train(
     tune_process()
     check_optimizer(recipe.train.optimizer)
     recipe = name_backbone(recipe)
-    named, ranking = _with_backbone(recipe, say)
+    named, ranking = with_backbone(recipe, say)
     name = recipe.name or root.name
-    run = RunFolder.create(
-        Path(runs or runs_folder()).expanduser(), name=name, backbone=short_name(str(named.backbone))
-    )
+    run = Run.create(Path(runs or runs_folder()).expanduser(), name=name, backbone=short_name(str(named.backbone)))
     try:
         with faults_told(run, named.data.root):
             run.write_text("recipe.yaml", recipe_text(recipe))
@@ -172,7 +105,7 @@ def train(
 
 def resume(
     path: str | PathLike[str], overrides: Sequence[str] = (), *, vary: Vary | None = None, say: Say = say_on_stderr
-) -> RunFolder:
+) -> Run:
     """Go on with a run that was stopped, wherever it was; the result is that of an undisturbed run.
 
     Args:
@@ -188,14 +121,14 @@ def resume(
     Raises:
         RunError: if `path` is no run, another process works on it, or images or weights have changed.
     """
-    run, root = RunFolder(Path(path).expanduser()), moved_to(overrides)
+    run, root = Run(find_run(path)), moved_to(overrides)
     if overrides and root is None:
         recipe = another_wish(run, overrides)
         say(f"{run.path} is finished, so this is another run: it begins from those weights, and its rates start anew.")
         return train(recipe, runs=run.path.absolute().parent, vary=vary, say=say)
     wish = read_wish(run, root)
     tune_process()
-    recipe, ranking = _with_backbone(wish, say)
+    recipe, ranking = with_backbone(wish, say)
     return _walk(run, recipe, say, ranking, vary)
 
 
@@ -236,23 +169,7 @@ def summarize(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _roles_seen(recipe: Recipe) -> tuple[str, ...]:
-    """A choice has no business with test images; but a broken one changes the split, which a teacher must share."""
-    return ("train", "val") if recipe.train.distillation.teacher is None else ROLES
-
-
-def _with_backbone(recipe: Recipe, say: Say) -> tuple[Recipe, Ranking | None]:
-    """The recipe with its backbone named, and the ranking that named it where there was a choice."""
-    recipe = name_backbone(recipe)
-    name, ranking = choose_backbone(recipe, progress=every_few_seconds(say))
-    if ranking is not None:
-        say(f"backbone: {ranking.why}")
-    return recipe.model_copy(update={"backbone": name}), ranking
-
-
-def _walk(
-    run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None = None, vary: Vary | None = None
-) -> RunFolder:
+def _walk(run: Run, recipe: Recipe, say: Say, ranking: Ranking | None = None, vary: Vary | None = None) -> Run:
     tune_process()
     with faults_told(run, recipe.data.root), run.lock():
         sweep(run.path)
@@ -305,7 +222,7 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, va
 
 def _decide(run: RunFolder, recipe: Recipe, seen: Survey, vary: Vary | None, say: Say) -> None:
     """Write what was measured and what was decided; the plan last, for it marks a run that can go on."""
-    decided = _checked_plan(recipe, seen)
+    decided = checked_plan(recipe, seen)
     if vary is not None and decided.train.optimizer.name == "lbfgs":
         raise RecipeError("train.optimizer.name is lbfgs, which needs the same loss at every look; leave vary out.")
     run.write_json("facts.json", seen.facts.model_dump(mode="json"))
@@ -316,14 +233,6 @@ def _decide(run: RunFolder, recipe: Recipe, seen: Survey, vary: Vary | None, say
     run.write_text("plan.yaml", decided.to_yaml())
     say(facts_text(seen.facts))
     say(plan_text(decided))
-
-
-def _checked_plan(recipe: Recipe, seen: Survey) -> Plan:
-    """The plan, once the backbone has been asked whether it can be trained and judged so."""
-    decided = make_plan(recipe, seen.facts)
-    refuse_layers(seen.backbone, decided.train.layers)
-    refuse_views(decided, seen.backbone)
-    return decided
 
 
 def _train_stages(

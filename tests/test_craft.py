@@ -13,7 +13,8 @@ import finetune as ft
 from finetune.data.augmentation import Augmentation
 from finetune.data.normalization import fit_color_basis
 from finetune.errors import RecipeError, RunError
-from finetune.evaluation.prediction import load_final, predict_probabilities
+from finetune.evaluation.loading import load_final
+from finetune.evaluation.prediction import predict_probabilities
 from finetune.features.survey import look
 from finetune.models.heads import PROBE_SOFTENING
 from finetune.models.regularization import FractionalMaxPool
@@ -343,7 +344,7 @@ def test_views_that_cannot_be_taken_are_refused_before_training(shapes, tmp_path
 
 
 def test_keys_that_nothing_reads_are_said_to_be_inactive(shapes):
-    from finetune.pipeline import plan
+    from finetune.preparing import plan
 
     wishes = ["train.strategy=full", "train.averaging.swa_lr=0.3", "head.activation=gelu", "train.imbalance.gamma=1"]
     recipe = ft.load_recipe(None, [f"data.root={shapes}", *SMALL, *wishes])
@@ -387,7 +388,7 @@ def test_uneven_classes_change_loss_and_choice(shapes, tmp_path):
 def test_what_training_sees_is_drawn(shapes, tmp_path):
     from PIL import Image
 
-    from finetune.pipeline import show_images
+    from finetune.preparing import show_images
 
     recipe = ft.load_recipe(None, [f"data.root={shapes}", *SMALL, "train.strategy=full", "augment.preset=heavy"])
     sheet = show_images(recipe, tmp_path / "sheet.png", say=lambda text: None)

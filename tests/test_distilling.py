@@ -15,9 +15,10 @@ import finetune as ft
 from finetune.combining import ensemble as combine
 from finetune.data.loading import normalize
 from finetune.errors import BackboneError, RecipeError, RunError
-from finetune.evaluation.prediction import load_final
+from finetune.evaluation.loading import load_final
 from finetune.evaluation.teaching import load_teacher
-from finetune.pipeline import evaluate, plan, show_images
+from finetune.pipeline import evaluate
+from finetune.preparing import plan, show_images
 from finetune.recipe.cards import View
 from finetune.recipe.distillation import inherit_imbalance, read_teacher
 from finetune.recipe.imbalance import KIND
@@ -454,7 +455,7 @@ def test_a_broken_test_image_is_found_by_a_plan_as_by_a_training(shapes, tmp_pat
 def test_a_teacher_whose_backbone_is_not_at_hand_is_refused_before_images_are_looked_at(
     shapes, pool, tmp_path, monkeypatch, folder
 ):
-    monkeypatch.setattr("finetune.pipeline.look", None)
+    monkeypatch.setattr("finetune.preparing.look", None)
     teacher = RunFolder(shutil.copytree(pool[0 if folder == "." else 2].path, tmp_path / "teacher"))
     changed(RunFolder(teacher.file(folder)), backbone="lost_card").file(
         "card.yaml"
@@ -487,7 +488,7 @@ def test_another_backbone_head_or_view_of_any_network_is_another_teacher(pool, t
 
 
 def test_a_pilot_spends_no_second_where_the_teacher_is_wrong(shapes, pool, monkeypatch):
-    monkeypatch.setattr("finetune.pipeline.run_pilot", None)
+    monkeypatch.setattr("finetune.preparing.run_pilot", None)
     wishes = [*SMALL, *FULL, *taught(pool[0]), "train.strategy=null", "data.split.seed=5"]
     with pytest.raises(RecipeError, match="was trained on another split"):
         plan(ft.load_recipe(None, [f"data.root={shapes}", *wishes]), say=quiet, pilot_seconds=60)

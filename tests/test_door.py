@@ -19,7 +19,7 @@ from finetune.data.splits import refuse_idle
 from finetune.errors import BackboneError, DataError, RunError
 from finetune.evaluation.elsewhere import evaluate_elsewhere
 from finetune.evaluation.serving import hold
-from finetune.pipeline import say_on_stderr
+from finetune.preparing import say_on_stderr
 from finetune.recipe.reading import as_recipe, load_recipe
 from finetune.zoo import add_card
 

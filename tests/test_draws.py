@@ -12,7 +12,8 @@ from finetune.combining import ensemble
 from finetune.errors import RecipeError
 from finetune.evaluation import draws
 from finetune.evaluation.draws import compare_draws, draw, draws_sentence, entropy
-from finetune.evaluation.prediction import load_final, predict_draws
+from finetune.evaluation.loading import load_final
+from finetune.evaluation.prediction import predict_draws
 from finetune.evaluation.viewing import Viewer
 from finetune.features.survey import look
 from finetune.models.regularization import sample_predictions

@@ -13,16 +13,10 @@ from torch import nn
 import finetune as ft
 from finetune.combining import ensemble as combine
 from finetune.errors import RunError
-from finetune.evaluation.ensembles import (
-    Ensemble,
-    load_ensemble,
-    make_ensemble,
-    read_membership,
-    score_members,
-    selection_note,
-)
+from finetune.evaluation.ensembles import Ensemble, make_ensemble, read_membership, score_members, selection_note
+from finetune.evaluation.loading import load_ensemble, load_final
 from finetune.evaluation.members import find_candidates, selection_sentence
-from finetune.evaluation.prediction import load_final, predict_probabilities
+from finetune.evaluation.prediction import predict_probabilities
 from finetune.evaluation.soups import (
     ALPHAS,
     Score,

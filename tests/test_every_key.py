@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 import finetune as ft
-from finetune import pipeline
+from finetune import pipeline, preparing
 from finetune.data import decoding, loading
 from finetune.errors import FinetuneError
 from finetune.features.viewing import measure_machine
@@ -356,7 +356,7 @@ def _own_cache(place, monkeypatch):
 
 
 def weights_of(run):
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(ft.RunFolder(run).final_weights()).items()}
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(ft.Run(run).final_weights()).items()}
 
 
 def answers_of(run):
@@ -374,7 +374,7 @@ LOOK = {
     "answers": answers_of,
     "curves": curves_of,
     "scores": lambda run: json.loads((run / "scores.json").read_text()),
-    "split": lambda run: ft.RunFolder(run).plan.split_digest,
+    "split": lambda run: ft.Run(run).plan.split_digest,
     "folder": lambda run: (run.name.split("-")[0], sorted(str(file.relative_to(run)) for file in run.rglob("*"))),
 }
 """By what a case does, where it shows."""
@@ -417,7 +417,7 @@ def test_what_is_preferred_changes_the_advice(place, monkeypatch):
     monkeypatch.setattr(matrix, "COST", {"probe": 0.0, "partial": 1.0, "full": 1.2})
     chosen = {}
     for prefer in ("accuracy", "balanced", "speed"):
-        _, plan = pipeline.plan(place.recipe(["train.strategy=null", f"train.prefer={prefer}"]), quiet)
+        _, plan = preparing.plan(place.recipe(["train.strategy=null", f"train.prefer={prefer}"]), say=quiet)
         chosen[prefer] = plan.train.strategy
         assert plan.advice.prefer == prefer and prefer in plan.advice.why
     assert chosen == {"accuracy": "full", "balanced": "partial", "speed": "probe"}
@@ -432,7 +432,7 @@ def test_a_run_that_is_repeated_is_the_same_so_that_a_difference_means_something
 
 @pytest.mark.parametrize("case", REFUSED, ids=name_of)
 def test_a_value_that_makes_no_sense_is_refused(case, place):
-    pipeline.plan(place.recipe(case.beside.split()), quiet)
+    preparing.plan(place.recipe(case.beside.split()), say=quiet)
     with pytest.raises(FinetuneError) as fault:
         place.run(case.wishes)
     assert case.says in str(fault.value)
@@ -448,7 +448,7 @@ def with_idle_keys(beside):
 
 @pytest.mark.parametrize("beside", GROUPS)
 def test_keys_that_nothing_reads_are_named_in_the_plan(beside, place):
-    _, plan = pipeline.plan(place.recipe(with_idle_keys(beside)), quiet)
+    _, plan = preparing.plan(place.recipe(with_idle_keys(beside)), say=quiet)
     named = {reason.key for reason in plan.reasons if reason.why.startswith("inactive: ")}
     base = {wish.partition("=")[0] for wish in BASE.split()}
     assert named - base == set(idle_of(beside)) - base
@@ -463,7 +463,7 @@ def test_keys_that_nothing_reads_change_nothing(beside, place):
 
 
 def test_a_cpu_is_taken_where_it_is_asked_for(place, monkeypatch):
-    facts, _ = pipeline.plan(place.recipe([]), quiet)
+    facts, _ = preparing.plan(place.recipe([]), say=quiet)
     facts = facts.model_copy(update={"machine": facts.machine.model_copy(update={"device": "cuda"})})
     for wish, device in (("auto", "cuda"), ("cpu", "cpu")):
         assert ft.make_plan(place.recipe([f"hardware.devices={wish}"]), facts).hardware.devices == device

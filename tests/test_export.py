@@ -11,7 +11,7 @@ import torch
 
 import finetune as ft
 from finetune.errors import RunError
-from finetune.evaluation.prediction import load_final
+from finetune.evaluation.loading import load_final
 from finetune.export import timm_folder
 from finetune.export.timm_folder import export_timm
 

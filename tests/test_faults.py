@@ -18,7 +18,7 @@ from finetune import cli, demo, machine, pipeline
 from finetune.data.decoding import ImageFacts
 from finetune.errors import DataError, RecipeError, RunError, explain_os_error, os_error_behind
 from finetune.features.cache import FeatureCache
-from finetune.pipeline import extract
+from finetune.preparing import extract
 from finetune.recipe import runs as runs_module
 from finetune.recipe.runs import RunFolder, append, write_whole
 from finetune.recipe.shelf import cache_folder, read_zoo

@@ -26,8 +26,8 @@ from finetune.data.training_range import RangeMeter
 from finetune.errors import DataError
 from finetune.evaluation.averages import Ensemble
 from finetune.evaluation.elsewhere import evaluate_elsewhere
+from finetune.evaluation.loading import load_final
 from finetune.evaluation.page_images import stored_images
-from finetune.evaluation.prediction import load_final
 from finetune.evaluation.serving import predict_stream
 from finetune.evaluation.viewing import MixedViewer, Viewer, open_viewer
 from finetune.features.ranking import _Images

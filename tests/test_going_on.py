@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import finetune as ft
 from finetune.errors import BackboneError, RecipeError, RunError
-from finetune.evaluation.prediction import load_final
+from finetune.evaluation.loading import load_final
 from finetune.models.backbones import load_backbone
-from finetune.pipeline import plan
+from finetune.preparing import plan
 from finetune.recipe.cards import read_card
 from finetune.recipe.resumption import another_wish, record_root
 from finetune.recipe.runs import RunFolder

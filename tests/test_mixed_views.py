@@ -15,8 +15,9 @@ from finetune.evaluation import viewing
 from finetune.evaluation.averages import Ensemble
 from finetune.evaluation.comparing import compare
 from finetune.evaluation.elsewhere import evaluate_elsewhere
-from finetune.evaluation.ensembles import load_ensemble, make_ensemble, read_membership, score_members
-from finetune.evaluation.prediction import load_final, predict_probabilities, predict_views
+from finetune.evaluation.ensembles import make_ensemble, read_membership, score_members
+from finetune.evaluation.loading import load_ensemble, load_final
+from finetune.evaluation.prediction import predict_probabilities, predict_views
 from finetune.evaluation.serving import predict, predict_stream
 from finetune.evaluation.viewing import MixedViewer, Viewer, open_viewer
 from finetune.features.survey import look

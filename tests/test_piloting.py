@@ -11,7 +11,7 @@ from finetune import piloting
 from finetune.errors import RecipeError
 from finetune.features.survey import look
 from finetune.piloting import run_pilot
-from finetune.pipeline import plan
+from finetune.preparing import plan
 from finetune.recipe.advice import advise
 from finetune.recipe.facts import PilotFacts, Proportion
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 import finetune as ft
 from finetune.errors import BackboneError, DataError, RecipeError, RunError
 from finetune.models.heads import PROBE_SOFTENING
-from finetune.pipeline import extract, plan, summarize
+from finetune.pipeline import summarize
+from finetune.preparing import extract, plan
 from finetune.recipe.runs import FILES, RunFolder
 from finetune.scores.calibration import fit_temperature, log_probabilities
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 import finetune as ft
 from finetune.combining import ensemble
 from finetune.errors import DataError, RecipeError, RunError
-from finetune.evaluation.prediction import load_final, load_held_out, predict_probabilities
+from finetune.evaluation.loading import load_final, load_held_out
+from finetune.evaluation.prediction import predict_probabilities
 from finetune.evaluation.soups import load_start
 from finetune.evaluation.teaching import load_teacher
 from finetune.features import refitting

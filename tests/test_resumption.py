@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import finetune as ft
-from finetune.pipeline import plan
+from finetune.preparing import plan
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.shelf import shipped
 

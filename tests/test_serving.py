@@ -21,7 +21,8 @@ from finetune.data.loading import ImageStore
 from finetune.data.tables import write_parquet
 from finetune.errors import DataError, RecipeError, RunError
 from finetune.evaluation import viewing
-from finetune.evaluation.prediction import load_final, predict_views
+from finetune.evaluation.loading import load_final
+from finetune.evaluation.prediction import predict_views
 from finetune.evaluation.serving import (
     Prediction,
     expand_names,
@@ -52,7 +53,7 @@ def photo(shapes):
 def remember(run, tmp_path, **scores):
     """A copy of the run whose scores.json says `scores` too."""
     shutil.copytree(run.path, tmp_path / "run")
-    copied = ft.RunFolder.open(tmp_path / "run")
+    copied = ft.Run.open(tmp_path / "run")
     copied.write_json("scores.json", {**run.read_json("scores.json"), **scores})
     return copied
 

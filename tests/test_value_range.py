@@ -13,7 +13,7 @@ from finetune.data.value_range import FULL_RANGE, Levels, choose_range, levels_o
 from finetune.errors import RecipeError
 from finetune.evaluation.serving import predict
 from finetune.features.survey import look
-from finetune.pipeline import plan
+from finetune.preparing import plan
 
 SMALL = ["data.image_size=32", "train.strategy=probe", "tracking.enabled=false"]
 COLOURS = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)

@@ -10,7 +10,8 @@ import finetune as ft
 from finetune.combining import ensemble
 from finetune.evaluation import view_scores
 from finetune.evaluation.comparing import compare
-from finetune.evaluation.prediction import load_final, predict_probabilities, predict_views
+from finetune.evaluation.loading import load_final
+from finetune.evaluation.prediction import predict_probabilities, predict_views
 from finetune.evaluation.viewing import Viewer
 from finetune.evaluation.views import average_views, view_names
 from finetune.features.survey import look

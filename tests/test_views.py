@@ -19,7 +19,8 @@ from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import open_source
 from finetune.errors import RecipeError, RunError
 from finetune.evaluation import viewing
-from finetune.evaluation.prediction import load_final, predict_draws, predict_probabilities, predict_views
+from finetune.evaluation.loading import load_final
+from finetune.evaluation.prediction import predict_draws, predict_probabilities, predict_views
 from finetune.evaluation.viewing import Viewer
 from finetune.evaluation.views import (
     average_views,

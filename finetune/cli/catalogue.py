@@ -34,7 +34,7 @@ def recipes_show(
     """A shipped recipe as it is written, or a picture of what training by it sees."""
     path = _shipped(name)
     if images is not None:
-        from finetune.pipeline import show_images
+        from finetune.preparing import show_images
         from finetune.recipe.reading import load_recipe
 
         drawn = show_images(load_recipe(path, [f"data.root={images}"]), sheet)

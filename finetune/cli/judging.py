@@ -59,10 +59,9 @@ def compare(
 ) -> None:
     """Which run is better, as far as their test images can tell."""
     from finetune.evaluation.comparing import compare as weigh
-    from finetune.recipe.runs import RunFolder
     from finetune.reporting.comparison_text import comparison_text
 
-    found = weigh([RunFolder.open(run) for run in runs])
+    found = weigh(runs)
     finish(found, as_json, comparison_text(found))
 
 

@@ -71,12 +71,12 @@ def plan(
         wish, backbone=backbone, train__strategy=strategy, train__epochs=epochs, train__optimizer__lr=lr, **view
     )
     if part is not None:
-        from finetune.pipeline import extract
+        from finetune.preparing import extract
 
         seen = extract(recipe, part)
         finish(seen, as_json, f"part {part}: {seen['misses']:,} images looked at, {seen['hits']:,} known before")
         return
-    from finetune.pipeline import plan as decide
+    from finetune.preparing import plan as decide
     from finetune.reporting.terminal import facts_text, plan_text
 
     facts, decided = decide(recipe, pilot_seconds=pilot)

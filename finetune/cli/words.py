@@ -9,7 +9,7 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Wish = Annotated[list[str] | None, typer.Argument(help="A recipe or a folder of images, then section.key=value ...")]
-Run = Annotated[Path, typer.Argument(help="A run folder.")]
+Run = Annotated[Path, typer.Argument(help="A run: its folder, its name among the runs or how that begins, or latest.")]
 Runs = Annotated[
     Path | None, typer.Option("--runs", "--out", help="Where run folders are kept. [FINETUNE_RUNS, or runs]")
 ]

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
+from os import PathLike
 from statistics import NormalDist
 from typing import Any
 
@@ -51,7 +52,7 @@ class _Judged:
         return self.is_right[where], log_losses(self.probabilities[where], self.labels[where])
 
 
-def compare(runs: Sequence[RunFolder]) -> dict[str, Any]:
+def compare(runs: Sequence[str | PathLike[str]]) -> dict[str, Any]:
     """How finished runs differ on the test images that they share, ready for JSON.
 
     `runs` is a table, the highest test accuracy first; `pairs` holds each two runs that share test images, first
@@ -61,7 +62,7 @@ def compare(runs: Sequence[RunFolder]) -> dict[str, Any]:
     know. Nothing is chosen here.
 
     Args:
-        runs: two or more, judged; none twice.
+        runs: two or more, or their folders or names; judged, and none twice.
 
     Raises:
         RunError: if there are fewer than two, one is not judged or has no test images, they tell different classes
@@ -69,9 +70,10 @@ def compare(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """
     if len(runs) < 2:
         raise RunError(f"a comparison takes two runs or more, got {len(runs)}.")
-    if len({run.path.resolve() for run in runs}) < len(runs):
+    folders = [RunFolder.open(run) for run in runs]
+    if len({run.path.resolve() for run in folders}) < len(folders):
         raise RunError("a run is named twice; name each once.")
-    judged = [_read(run, label, runs[0]) for run, label in zip(runs, _labels(runs), strict=True)]
+    judged = [_read(run, label, folders[0]) for run, label in zip(folders, _labels(folders), strict=True)]
     rows = sorted(((_row(one), one) for one in judged), key=lambda pair: _place(pair[0]))
     judged = [one for _, one in rows]
     pairs: list[dict[str, Any]] = []

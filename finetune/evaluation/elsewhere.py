@@ -21,7 +21,8 @@ from finetune.data.loading import ImageStore
 from finetune.data.sources import Source, open_source
 from finetune.errors import BackboneError, DataError, FinetuneError, RecipeError, RunError, nearest
 from finetune.evaluation.comparing import selection_flags
-from finetune.evaluation.prediction import load_final, predict_probabilities, temper
+from finetune.evaluation.loading import load_final
+from finetune.evaluation.prediction import predict_probabilities, temper
 from finetune.evaluation.viewing import BATCH
 from finetune.evaluation.views import average_views, permitted_views, view_crops
 from finetune.models.backbones import Backbone, load_backbone

@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 
 from finetune.data.dataset import Dataset
 from finetune.errors import RunError
-from finetune.evaluation.averages import Ensemble
+from finetune.evaluation.loading import AVERAGE_FILE, load_ensemble
 from finetune.evaluation.members import (
-    AVERAGE_FILE,
     KINDS,
     Candidate,
     Members,
@@ -30,7 +29,6 @@ from finetune.evaluation.members import (
     refuse_strangers,
     selection_sentence,
 )
-from finetune.evaluation.prediction import load_final, load_held_out
 from finetune.evaluation.soups import State, greedy_soup, interpolate, load_start, refuse_other_beginnings, sweep
 from finetune.evaluation.soups import uniform_soup as mean_of
 from finetune.evaluation.views import permitted_views
@@ -48,24 +46,6 @@ SOUP_FILE = "soup.json"
 JUDGED = ("val", "test")
 How = Literal["average", "greedy", "soup", "greedy_soup", "wise"]
 Say = Callable[[str], None]
-
-
-def load_ensemble(run: RunFolder, *, is_held_out: bool = False) -> Ensemble:
-    """The average that `run` is, in eval mode on the CPU.
-
-    Args:
-        run: holds its members.
-        is_held_out: of each that was refit, the network before that, which val may judge.
-
-    Raises:
-        RunError: if `run` is no average, or a member is missing.
-        BackboneError: if the card of a member's backbone is not at hand.
-    """
-    found = run.read_json(AVERAGE_FILE)
-    folders = [RunFolder.open(run.file(one["folder"])) for one in found["members"]]
-    weights, views = [one["weight"] for one in found["members"]], [folder.plan.view for folder in folders]
-    load = load_held_out if is_held_out else load_final
-    return Ensemble([load(folder) for folder in folders], weights, found["average"], views).eval()
 
 
 def read_membership(run: RunFolder) -> dict[str, Any] | None:

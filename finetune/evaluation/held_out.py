@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from finetune.data.dataset import Dataset
-from finetune.evaluation.prediction import load_final, load_held_out
+from finetune.evaluation.loading import load_final, load_held_out
 from finetune.models.classifier import Classifier
 from finetune.recipe.distillation import list_networks
 from finetune.recipe.plan import Plan

@@ -16,7 +16,8 @@ from torch import nn
 
 from finetune.data.dataset import Dataset, open_dataset
 from finetune.errors import RecipeError, RunError
-from finetune.evaluation.prediction import load_final, load_held_out, predict_probabilities
+from finetune.evaluation.loading import AVERAGE_FILE, load_final, load_held_out
+from finetune.evaluation.prediction import predict_probabilities
 from finetune.evaluation.soups import Score, State
 from finetune.evaluation.views import check_crops, list_crops, permitted_views
 from finetune.models.batch_norm import pooled_statistics
@@ -29,8 +30,6 @@ from finetune.scores.metrics import decide
 from finetune.training.snapshots import Member, load_member, read_members
 from finetune.training.starting import training_batches
 
-AVERAGE_FILE = "ensemble.json"
-"""What makes a run folder an average of several networks."""
 KINDS: dict[str, tuple[str, ...]] = {"final": (), "snapshots": ("cycle",), "last": ("last",), "all": ("cycle", "last")}
 """By what may be asked for, the kinds of kept members that answer to it."""
 Members = Literal["final", "snapshots", "last", "all"]

@@ -9,74 +9,17 @@ from functools import partial
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from finetune.data.decoding import BadImage
 from finetune.data.loading import ImageStore
 from finetune.errors import DataError, RunError
 from finetune.evaluation.viewing import AnyViewer, Viewer, open_viewer
 from finetune.evaluation.views import average_views
-from finetune.evaluation.whole_model import load_network
 from finetune.models.classifier import Classifier
-from finetune.models.heads import make_head
-from finetune.models.regularization import insert_fractional_pooling, random_pieces, sample_predictions
+from finetune.models.regularization import random_pieces, sample_predictions
 from finetune.recipe.cards import View
 from finetune.recipe.plan import Plan
-from finetune.recipe.runs import RunFolder
 from finetune.scores.calibration import apply_temperature, log_probabilities
-
-
-def load_final(run: RunFolder) -> Classifier:
-    """The classifier a run ended with, in eval mode on the CPU.
-
-    Args:
-        run: a run whose stages are done.
-
-    Raises:
-        BackboneError: if the run holds no model, and its backbone is not at hand or not that of the plan.
-        RunError: if the run has no plan.
-    """
-    return _load(run, is_held_out=False)
-
-
-def load_held_out(run: RunFolder) -> Classifier:
-    """The classifier that val and calibration images may judge: before the refit; the final one where there is none.
-
-    Args:
-        run: a run whose stages are done.
-
-    Raises:
-        As `load_final`, or RunError if its weights are gone.
-    """
-    return _load(run, is_held_out=True)
-
-
-def _load(run: RunFolder, *, is_held_out: bool) -> Classifier:
-    if run.file("ensemble.json").exists():
-        from finetune.evaluation.ensembles import load_ensemble  # which loads its members by this very function
-
-        return load_ensemble(run, is_held_out=is_held_out)  # type: ignore[return-value]
-    plan = run.plan
-    backbone, state = load_network(run, is_held_out=is_held_out)
-    if plan.stages and plan.regularization.fractional_pooling:
-        insert_fractional_pooling(backbone, plan.view.size_pixels)
-    probe = load_file(run.file("probe.safetensors")) if state is None else {"weight": None, "bias": None}
-    head = make_head(
-        backbone.num_features,
-        len(plan.classes),
-        kind=plan.head.kind,
-        hidden=plan.head.hidden,
-        activation=plan.head.activation,
-        init="probe" if state is None else "small",  # what is drawn is overwritten below
-        dropout=plan.head.dropout,
-        drop_connect=plan.head.drop_connect,
-        weight=probe["weight"],
-        bias=probe["bias"],
-    )
-    classifier = Classifier(backbone, head)
-    if state is not None:
-        classifier.load_state_dict(state)
-    return classifier.eval().to(memory_format=torch.channels_last)
 
 
 def predict_views(

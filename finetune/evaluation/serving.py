@@ -25,8 +25,9 @@ from finetune.data.items import Item
 from finetune.data.tables import write_parquet
 from finetune.data.walking import Left, image_files, is_hidden
 from finetune.errors import DataError, RecipeError, RunError, names_beside, nearest
+from finetune.evaluation.loading import load_final
 from finetune.evaluation.notes import note_on, sum_up
-from finetune.evaluation.prediction import load_final, temper
+from finetune.evaluation.prediction import temper
 from finetune.evaluation.viewing import AnyViewer, open_viewer
 from finetune.evaluation.views import average_views
 from finetune.recipe.runs import RunFolder, write_whole

@@ -8,7 +8,7 @@ import torch
 
 from finetune.data.dataset import Dataset
 from finetune.errors import BackboneError
-from finetune.evaluation.prediction import load_final, load_held_out
+from finetune.evaluation.loading import load_final, load_held_out
 from finetune.evaluation.whole_model import CARD
 from finetune.models.backbones import refuse_unknown
 from finetune.recipe.distillation import KEY, list_networks, read_teacher

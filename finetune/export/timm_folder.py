@@ -20,7 +20,7 @@ from finetune.data.frames import open_images
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.split_names import few
 from finetune.errors import FinetuneError, RunError
-from finetune.evaluation.prediction import load_final
+from finetune.evaluation.loading import load_final
 from finetune.models.backbones import TORCHVISION
 from finetune.models.classifier import Classifier
 from finetune.models.heads import LinearHead

@@ -1,7 +1,6 @@
 """The survey: look at the images with the backbone frozen, and write down what was found.
 
-Nothing is decided here. `look` keeps the data set, the backbone and its features for later steps; `survey` gives the
-Facts alone.
+Nothing is decided here. `look` keeps the data set, the backbone and its features for later steps.
 """
 
 import time
@@ -37,7 +36,6 @@ from finetune.models.classifier import Classifier
 from finetune.models.frozen import FrozenBackbone
 from finetune.models.input_size import fit_size
 from finetune.recipe.facts import BadFile, Facts, Findings
-from finetune.recipe.reading import Wish, as_recipe
 from finetune.recipe.refit import is_cross_fitted
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shelf import default_backbone, read_zoo
@@ -88,11 +86,6 @@ class Survey:
         assert self.cache is not None
         rows = self.cache.features([self.dataset.digests[index] for index in self.dataset.indices(role)])
         return rows if len(rows) else torch.empty(0, self.backbone.num_features)
-
-
-def survey(recipe: Wish, overrides: Sequence[str] = ()) -> Facts:
-    """What there is to know about a recipe's (or a folder's) images and backbone before anything is decided."""
-    return look(as_recipe(recipe, overrides)).facts
 
 
 def look(

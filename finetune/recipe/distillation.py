@@ -104,7 +104,7 @@ def teacher_faults(recipe: Recipe, facts: Facts) -> list[str]:
             f"{KEY} is set, but strategy probe trains nothing that could be taught; remove it or use another one."
         )
     if known is None:
-        faults.append(f"{KEY} is {named}, but the facts know no teacher; `finetune.pipeline.plan` looks at it.")
+        faults.append(f"{KEY} is {named}, but the facts know no teacher; `finetune.plan` looks at it.")
         return faults
     if known.classes != facts.classes:
         faults.append(

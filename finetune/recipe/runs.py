@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from safetensors import SafetensorError
 
@@ -43,7 +43,7 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, parent: Path, *, name: str, backbone: str) -> "RunFolder":
+    def create(cls, parent: Path, *, name: str, backbone: str) -> Self:
         """A new folder `parent/NAME-BACKBONE-STAMP`; a taken name gets a number."""
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         name, backbone = (part.encode()[:90].decode(errors="ignore") for part in (name, backbone))
@@ -70,15 +70,13 @@ class RunFolder:
         return str(self.path)
 
     @classmethod
-    def open(cls, path: "str | os.PathLike[str]") -> "RunFolder":
-        """An existing run.
+    def open(cls, named: "str | os.PathLike[str]") -> Self:
+        """An existing run, named as `find_run` says.
 
         Raises:
-            RunError: if there is no folder, or it holds no plan.
+            RunError: if there is no such folder, or it holds no plan.
         """
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            raise no_run(folder)
+        folder = find_run(named)
         if not (folder / "plan.yaml").exists():
             found = (
                 "a run that stopped before its plan: start it again" if (folder / "recipe.yaml").exists() else "no run"
@@ -164,6 +162,31 @@ def faults_told(run: RunFolder, images: str | None) -> Iterator[None]:
         if run.file("plan.yaml").exists():
             told += f" Then `finetune resume {run.path}` goes on from the last whole epoch."
         raise RunError(told) from fault
+
+
+def find_run(named: "str | os.PathLike[str]") -> Path:
+    """The folder of a run: a path, the name of a folder among the runs or how it alone begins, or `latest`.
+
+    Raises:
+        RunError: if there is none, or more than one begins so.
+    """
+    folder = Path(named).expanduser()
+    if folder.is_dir():
+        return folder
+    among = runs_folder()
+    if len(folder.parts) == 1 and among.is_dir():
+        if (among / folder).is_dir():
+            return among / folder
+        known = sorted(path.parent for path in among.glob("*/plan.yaml"))
+        if folder.name == "latest" and known:
+            return max(known, key=lambda path: ((path / "plan.yaml").stat().st_mtime_ns, path.name))
+        alike = [path for path in known if path.name.startswith(f"{folder.name}-")]
+        if len(alike) > 1:
+            some = ", ".join(path.name for path in alike[-5:])
+            raise RunError(f"{len(alike)} runs in {among}/ begin with {folder.name}: {some}. Name one, or say latest.")
+        if alike:
+            return alike[0]
+    raise no_run(folder)
 
 
 def no_run(folder: Path) -> RunError:

@@ -1,0 +1,155 @@
+"""Before a training: images opened, measured, and a plan made of it, each as `train` itself does it."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from finetune.data.dataset import Dataset
+from finetune.data.dataset import open_dataset as open_images
+from finetune.data.items import ROLES
+from finetune.errors import RecipeError
+from finetune.evaluation.teaching import find_teacher
+from finetune.evaluation.viewing import refuse_views
+from finetune.features.ranking import choose_backbone
+from finetune.features.survey import Survey, look, survey_part
+from finetune.machine import every_few_seconds, tune_process
+from finetune.models.classifier import refuse_layers
+from finetune.piloting import run_pilot
+from finetune.recipe.distillation import teacher_faults
+from finetune.recipe.facts import Facts, Ranking
+from finetune.recipe.plan import Plan
+from finetune.recipe.planning import make_plan
+from finetune.recipe.reading import Wish, as_recipe
+from finetune.recipe.schema import Recipe
+from finetune.recipe.shelf import name_backbone
+from finetune.training.optimization import check_optimizer
+
+Say = Callable[[str], None]
+
+
+def say_on_stderr(text: str) -> None:
+    """Print a line for people; where standard error is closed, nobody reads it."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def plan(
+    recipe: Wish,
+    overrides: Sequence[str] = (),
+    *,
+    pilot_seconds: float | None = None,
+    say: Say = say_on_stderr,
+) -> tuple[Facts, Plan]:
+    """What is measured and what would be done, without doing it.
+
+    Args:
+        recipe: what to do: a recipe, its file or shipped name, or a folder of images.
+        overrides: `section.key=value`.
+        say: gets every line for people.
+        pilot_seconds: for short trainings of the closest candidates, by which the strategy is then chosen; None: none.
+    """
+    tune_process()
+    recipe = as_recipe(recipe, overrides)
+    if pilot_seconds is not None and (recipe.train.strategy is not None or not recipe.pretrained):
+        raise RecipeError("a pilot chooses train.strategy, which the recipe names already; leave one of the two out.")
+    check_optimizer(recipe.train.optimizer)
+    teacher = find_teacher(recipe.train.distillation.teacher)
+    recipe, ranking = with_backbone(recipe, say)
+    seen = look(recipe, every_few_seconds(say), roles_seen=_roles_seen(recipe))
+    facts = seen.facts
+    if pilot_seconds is not None:
+        if faults := teacher_faults(recipe, facts.model_copy(update={"teacher": teacher})):  # before seconds are spent
+            raise RecipeError("\n".join(faults))
+        facts = run_pilot(recipe, seen, pilot_seconds, say)
+    facts = facts.model_copy(update={"ranking": ranking, "teacher": teacher})
+    return facts, checked_plan(recipe, replace(seen, facts=facts))
+
+
+def open_dataset(recipe: Wish, overrides: Sequence[str] = ()) -> Dataset:
+    """The images of a recipe (or of a folder): read, faulty files named, divided as a run divides them.
+
+    Files that show their fault only when they are decoded are found by `Dataset.find_faults`, or by a survey.
+
+    Raises:
+        DataError: if there is nothing to learn from.
+        RecipeError: if no data is named.
+    """
+    recipe = as_recipe(recipe, overrides)
+    if recipe.data.root is None:
+        raise RecipeError("no images are named. Give a folder, or set data.root.")
+    dataset = open_images(recipe.data, recipe.seed)
+    dataset.divide()
+    return dataset
+
+
+def survey(recipe: Wish, overrides: Sequence[str] = (), *, say: Say = say_on_stderr) -> Facts:
+    """What there is to know about a recipe's (or a folder's) images and backbone before anything is decided.
+
+    Where the recipe leaves the backbone open it is chosen as `train` chooses it. What was looked at is remembered, so
+    a training that follows looks at nothing twice.
+
+    Args:
+        recipe: a recipe, its file or shipped name, or a folder of images.
+        overrides: `section.key=value`.
+        say: gets every line for people.
+    """
+    tune_process()
+    recipe = as_recipe(recipe, overrides)
+    teacher = find_teacher(recipe.train.distillation.teacher)
+    recipe, ranking = with_backbone(recipe, say)
+    seen = look(recipe, every_few_seconds(say))
+    return seen.facts.model_copy(update={"ranking": ranking, "teacher": teacher})
+
+
+def show_images(recipe: Recipe, path: Path, say: Say = say_on_stderr) -> Path:
+    """Write a picture of what training by `recipe` will see of its images; `path`, a PNG file."""
+    from finetune.training.starting import draw_training_views
+
+    tune_process()
+    teacher = find_teacher(recipe.train.distillation.teacher)
+    recipe, _ = with_backbone(recipe, say)
+    seen = look(recipe, every_few_seconds(say), roles_seen=_roles_seen(recipe))
+    facts = seen.facts.model_copy(update={"teacher": teacher})
+    draw_training_views(make_plan(recipe, facts), seen.dataset, path)
+    return path
+
+
+def extract(recipe: Recipe, part: str, say: Say = say_on_stderr) -> dict[str, Any]:
+    """Look at one part of the images, such as `2/8`, and keep their features for whoever plans or trains later.
+
+    Raises:
+        RecipeError: if `part` is no such pair, or no backbone is named.
+    """
+    found = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
+    if not found or int(found[1]) > int(found[2]):
+        raise RecipeError(f"part is {part!r}; give which one of how many, such as 2/8.")
+    if recipe.backbone is None:
+        raise RecipeError("a part of the images is looked at by one backbone; name it, backbone=NAME.")
+    tune_process()
+    seen = survey_part(recipe, int(found[1]), int(found[2]), every_few_seconds(say))
+    return {"hits": seen.hits, "misses": seen.misses, "bad": len(seen.bad)}
+
+
+def with_backbone(recipe: Recipe, say: Say) -> tuple[Recipe, Ranking | None]:
+    """The recipe with its backbone named, and the ranking that named it where there was a choice."""
+    recipe = name_backbone(recipe)
+    name, ranking = choose_backbone(recipe, progress=every_few_seconds(say))
+    if ranking is not None:
+        say(f"backbone: {ranking.why}")
+    return recipe.model_copy(update={"backbone": name}), ranking
+
+
+def checked_plan(recipe: Recipe, seen: Survey) -> Plan:
+    """The plan, once the backbone has been asked whether it can be trained and judged so."""
+    decided = make_plan(recipe, seen.facts)
+    refuse_layers(seen.backbone, decided.train.layers)
+    refuse_views(decided, seen.backbone)
+    return decided
+
+
+def _roles_seen(recipe: Recipe) -> tuple[str, ...]:
+    """A choice has no business with test images; but a broken one changes the split, which a teacher must share."""
+    return ("train", "val") if recipe.train.distillation.teacher is None else ROLES

@@ -1,0 +1,67 @@
+"""A run as Python programs use it: its model, scores, classes and page, beside the folder that holds them."""
+
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from finetune.evaluation.loading import load_final
+from finetune.recipe.facts import Facts
+from finetune.recipe.runs import RunFolder
+
+
+class Run(RunFolder):
+    """A run folder; what it holds is read when it is asked for."""
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The final model in evaluation mode on the CPU: normalised images (B, 3, S, S) to logits (B, K).
+
+        S is `plan.view.size_pixels`, K the number of classes; constants of the normalisation are in `plan.view`.
+        An average of several runs gives the logarithm of mean probabilities for logits.
+
+        Raises:
+            RunError: if it is not trained to its end.
+            BackboneError: if its weights are gone.
+        """
+        return load_final(self)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names in the order of the logits."""
+        return self.plan.classes
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """What `scores.json` holds.
+
+        Raises:
+            RunError: if the run is not judged yet.
+        """
+        found: dict[str, Any] = self.read_json("scores.json")
+        return found
+
+    @property
+    def facts(self) -> Facts:
+        """What was measured before anything was decided.
+
+        Raises:
+            RunError: if nothing was yet.
+        """
+        return Facts.model_validate(self.read_json("facts.json"))
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.file("report.html")
+
+
+def load_run(named: str | PathLike[str]) -> Run:
+    """The run that is named by its folder, by the beginning of its name among the runs, or by `latest`.
+
+    Raises:
+        RunError: if there is none, or there are several.
+    """
+    return Run.open(named)

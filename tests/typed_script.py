@@ -1,0 +1,22 @@
+"""A user's script, for a type checker alone: `mypy --strict` finds nothing to say, so the wheel carries its types."""
+
+from pathlib import Path
+
+import torch
+
+import finetune as ft
+
+dataset = ft.open_dataset("photos")
+rows: list[int] = dataset.indices("train")
+recipe: ft.Recipe = ft.load_recipe("photos", ["train.strategy=partial"])
+facts = ft.survey(recipe)
+plan: ft.Plan = ft.make_plan(recipe, facts)
+run: ft.Run = ft.train(recipe)
+model: torch.nn.Module = run.model
+names: tuple[str, ...] = run.classes
+page: Path = run.report
+for answer in ft.predict(run, ["photo.jpg"]):
+    label: str | None = answer.label
+again: ft.Run = ft.resume(ft.load_run("latest"))
+joined: ft.Run = ft.ensemble([run, again])
+accuracy = ft.evaluate(joined)["test"]["top1"]["value"]
