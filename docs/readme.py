@@ -120,7 +120,7 @@ def main() -> None:
     for name, make, path in zip(("demo", "plan"), (demo, plan), sys.argv[1:], strict=False):
         parts[name] = make(Path(path))
     write(ROOT / "README.md", parts)
-    write(ROOT / "docs" / "advice.md", {"matrix": result("matrix"), "many": result("many")})
+    write(ROOT / "docs" / "advice.md", {name: result(name) for name in ("matrix", "many", "curve", "choice")})
     write(
         ROOT / "docs" / "training.md",
         {name: result(name) for name in TABLES},

@@ -380,7 +380,7 @@ def _(root):
         assert len(list((root / name).iterdir())) == 13
 
 
-@case("HEIC photos, with the plug-in: `pip install 'finetune[heic]'`")
+@case("HEIC photos, with the plug-in: `pip install 'finetune-vision[heic]'`")
 def _(root):
     pytest.importorskip("pillow_heif").register_heif_opener()
     tree(root, suffix=".heic")

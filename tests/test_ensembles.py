@@ -13,7 +13,8 @@ from torch import nn
 import finetune as ft
 from finetune.combining import ensemble as combine
 from finetune.errors import RunError
-from finetune.evaluation.ensembles import Ensemble, make_ensemble, read_membership, score_members, selection_note
+from finetune.evaluation.averages import Ensemble
+from finetune.evaluation.ensembles import make_ensemble, read_membership, score_members, selection_note
 from finetune.evaluation.loading import load_ensemble, load_final
 from finetune.evaluation.members import find_candidates, selection_sentence
 from finetune.evaluation.prediction import predict_probabilities

@@ -45,7 +45,7 @@ def test_heic_is_read_with_the_plug_in_alone(monkeypatch):
     assert pixels.shape == (24, 32, 3)
     monkeypatch.setattr(formats, "find_spec", lambda name: None)
     formats._has_heif.cache_clear()
-    with pytest.raises(BadImage, match=r"HEIC, which takes a plug-in: pip install 'finetune\[heic\]'"):
+    with pytest.raises(BadImage, match=r"HEIC, which takes a plug-in: pip install 'finetune-vision\[heic\]'"):
         decode(data, shorter_pixels=None, interpolation="bilinear")
     formats._has_heif.cache_clear()
 
@@ -96,7 +96,7 @@ def test_a_class_of_which_nothing_can_be_read_stops_survey_and_ranking(marred):
     with pytest.raises(DataError, match=message):
         ft.survey(wish(marred))
     images = _Images(wish(marred))
-    images.bad = {index: "gone" for index, item in enumerate(images.source.items) if item.label == 1}
+    images.dataset.drop({index: "gone" for index, item in enumerate(images.dataset.items) if item.label == 1})
     with pytest.raises(DataError, match=r"left of class square \(8 x gone\)"):
         images.draw(10)
 

@@ -43,13 +43,13 @@ def test_the_survey_divides_as_the_recipe_says_and_the_plan_tells_it(folds):
 def test_nothing_is_a_split_where_the_recipe_says_so(folds):
     with pytest.raises(DataError, match="look like splits"):
         _Images(wish(folds))
-    assert _Images(wish(folds, "data.splits={}")).source.classes == ("Lager A", "Lager B")
+    assert _Images(wish(folds, "data.splits={}")).dataset.classes == ("Lager A", "Lager B")
 
 
 def test_the_ranking_and_the_images_of_a_run_are_opened_alike(folds):
-    assert _Images(wish(folds, "data.splits={train: Lager A, test: Lager B}")).source.classes == ("a", "b")
+    assert _Images(wish(folds, "data.splits={train: Lager A, test: Lager B}")).dataset.classes == ("a", "b")
     data = DataSpec(root=str(folds), splits=GIVEN)
     read = stored_images(SimpleNamespace(plan=SimpleNamespace(data=data)))
     assert read is not None and read("Lager A/a/0.png") == (folds / "Lager A/a/0.png").read_bytes()
-    images = SimpleNamespace(source=SimpleNamespace(items=[]), rows=[])
-    assert _count_seen(SimpleNamespace(data=data), images)["n"] == 0
+    nothing = SimpleNamespace(items=[], files=())
+    assert _count_seen(SimpleNamespace(data=data), nothing, [])["n"] == 0

@@ -153,7 +153,7 @@ def test_a_run_at_another_size_says_so_and_predicts_from_its_own_folder(shapes, 
 
 
 def test_a_plan_for_a_window_transformer_at_another_size(shapes, zoo):
-    facts, decided = plan(ft.load_recipe(str(shapes), ["backbone=own_swin", "data.image_size=48"]), quiet)
+    facts, decided = plan(ft.load_recipe(str(shapes), ["backbone=own_swin", "data.image_size=48"]), say=quiet)
     assert decided.view.size_pixels == 48 and facts.backbone.input_size == 64
     assert "resampled from 64 px" in facts.size_note
 

@@ -57,8 +57,8 @@ def test_what_is_walked_may_itself_lie_in_a_hidden_folder(tmp_path):
 def test_statistics_of_a_source_walk_the_same_way(tmp_path):
     draw(tmp_path / "1.jpg")
     draw(tmp_path / "@eaDir" / "1.jpg")
-    items, classes = _list_images(tmp_path)
-    assert ([item.name for item in items], classes) == (["1.jpg"], ())
+    source = _list_images(tmp_path)
+    assert ([item.name for item in source.items], source.classes) == (["1.jpg"], ())
 
 
 def test_links_that_lead_back_are_named_and_links_elsewhere_followed(messy):

@@ -93,7 +93,7 @@ def why_unreadable(data: bytes) -> str:
     """A few words on a file that none of the readable formats took."""
     name = format_of(data)
     if name == "HEIF":
-        return "HEIC, which takes a plug-in: pip install 'finetune[heic]'"
+        return "HEIC, which takes a plug-in: pip install 'finetune-vision[heic]'"
     if name == "AVIF" and name not in _built_in():
         return "an AVIF, which takes Pillow 11.3 or later"
     if name in SUFFIXES:
