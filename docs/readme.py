@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = ("craft", "ablation", "refit", "snapshots", "imbalance", "imbalance-tuned", "overhead", "ships")
+TABLES = ("craft", "ablation", "refit", "snapshots", "imbalance", "imbalance-tuned", "overhead", "ships", "memory")
 """Of `training.md`."""
 KEPT_EPOCHS = 3
 """Epochs shown at either end of the demo's training."""

@@ -69,12 +69,22 @@ def tune_process() -> None:
     """Keep freed memory, flush denormals, and hide no deterministic choice behind a benchmark run."""
     import torch
 
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
+    if libc := _glibc():
         libc.mallopt(_M_MMAP_THRESHOLD, KEEP_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, KEEP_BYTES)
     torch.set_flush_denormal(True)
     torch.backends.cudnn.benchmark = False
+
+
+def give_back_memory() -> None:
+    """Return freed memory that `tune_process` keeps to the system: what one part of a run needed, the next may not."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    is_here = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+    return ctypes.CDLL("libc.so.6") if is_here else None
 
 
 def quiet_environment() -> dict[str, str]:

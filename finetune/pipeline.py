@@ -28,7 +28,7 @@ from finetune.evaluation.whole_model import keep_model
 from finetune.features.answers import probe_answers
 from finetune.features.refitting import probe_tensors
 from finetune.features.survey import Survey, look
-from finetune.machine import describe_environment, every_few_seconds, tune_process
+from finetune.machine import describe_environment, every_few_seconds, give_back_memory, tune_process
 from finetune.models.classifier import Classifier
 from finetune.preparing import Say, checked_plan, say_on_stderr, with_backbone
 from finetune.recipe.addresses import split_login
@@ -189,6 +189,7 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, va
     teacher = find_teacher(recipe.train.distillation.teacher) if is_new else None  # images would take longer
     seen = look(recipe, every_few_seconds(say))
     clock.lap("survey")
+    give_back_memory()
     if not is_new:
         refuse_other_beginning(run, seen.facts, vary)
         record_root(run, str(recipe.data.root))
@@ -203,6 +204,7 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, va
     try:
         classifier = _train_stages(run, plan, seen, vary, tracker, say)
         clock.lap("training")
+        give_back_memory()
         keep_model(run, seen.dataset, seen.backbone)
         if not run.file("scores.json").exists():
             evaluate_run(run, seen.dataset, seen.facts, probe_answers(seen, plan))

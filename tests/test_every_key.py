@@ -140,7 +140,7 @@ WEIGHTS = [
     *of("weights", "train.clip_norm=0.01", beside="train.optimizer.name=sgd"),
     *of("weights", "train.batch_norm=statistics", "train.batch_norm=train"),
     *of("weights", "train.batch_norm=frozen | train.batch_norm=train", "hardware.precision=bf16"),
-    *of("weights", "hardware.precision=32 | hardware.precision=bf16"),
+    *of("weights", "hardware.precision=32 | hardware.precision=bf16", "hardware.micro_batch=3"),
 ]
 
 UNSTEADY = "train.optimizer.name=sgd train.optimizer.lr=3 train.clip_norm=100 train.epochs=8"
@@ -189,6 +189,8 @@ REFUSED = [
     *of("refused", "regularization.fractional_pooling=true | train.reinit=1 | maps of 3 x 3 or more"),
     *of("refused", "evaluate.draws=3 | | the head drops nothing"),
     *of("refused", "hardware.precision=fp16 | | needs a GPU", "hardware.devices=cuda | | torch sees no GPU here"),
+    *of("refused", "hardware.micro_batch=4 | train.batch_norm=train | statistics from all 8 images of a step"),
+    *of("refused", "hardware.micro_batch=4 | train.batch_norm=statistics | train.batch_norm to frozen"),
     *of("refused", "train.optimizer.decay=coupled | | adamw decouples it by definition"),
     *of("refused", "data.split.refit=true | train.schedule.name=plateau | a refit has no val"),
     *of("refused", "train.averaging.wise_ft=0.5 | | does not begin from the probe"),
@@ -223,7 +225,8 @@ IDLE = [
     *of("idle", "train.clip_norm=0.01", "train.optimizer.backbone_lr_ratio=0.01", "train.optimizer.layer_decay=0.5",
         beside="train.optimizer.name=lbfgs train.optimizer.weight_decay=0 train.batch_size=64"),
     *of("idle", "augment.mixup=1", "head.dropout=0.5", "regularization.l2_sp=1", "train.epochs=2",
-        "train.optimizer.lr=0.01", "hardware.workers=1", "hardware.image_cache_gb=0", beside="train.strategy=probe"),
+        "train.optimizer.lr=0.01", "hardware.workers=1", "hardware.image_cache_gb=0", "hardware.micro_batch=4",
+        beside="train.strategy=probe"),
 ]  # fmt: skip
 
 ELSEWHERE = {
@@ -423,7 +426,12 @@ def test_what_is_preferred_changes_the_advice(place, monkeypatch):
     assert chosen == {"accuracy": "full", "balanced": "partial", "speed": "probe"}
 
 
-@pytest.mark.parametrize("beside", ["", "augment.preset=heavy augment.mixup=1 head.dropout=0.5 train.strategy=partial"])
+VARIED = "augment.preset=heavy augment.mixup=1 head.dropout=0.5 train.strategy=partial"
+
+
+@pytest.mark.parametrize(
+    "beside", ["", VARIED, pytest.param(f"{VARIED} hardware.micro_batch=3", marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_repeated_is_the_same_so_that_a_difference_means_something(beside, place):
     once, again = (place.run_anew(beside.split(), is_judged=True) for _ in range(2))
     for look in ("weights", "answers", "curves", "scores", "split"):

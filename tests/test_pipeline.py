@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import finetune as ft
+from finetune import pipeline
 from finetune.errors import BackboneError, DataError, RecipeError, RunError
 from finetune.models.heads import PROBE_SOFTENING
 from finetune.pipeline import summarize
@@ -199,6 +200,37 @@ def test_a_killed_run_ends_in_the_same_weights(shapes, tmp_path, full, moment):
         line for line in full.file("curves.csv").read_text().splitlines() if "images_per_second" not in line
     ]
     assert not list(folder.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_micro_batches_ends_in_the_same_weights_though_each_piece_draws_its_dropout(shapes, tmp_path):
+    wishes = [
+        "train.strategy=full",
+        "hardware.micro_batch=5",
+        "head.dropout=0.5",
+        "regularization.stochastic_depth=0.2",
+    ]
+    wishes += ["augment.mixup=0.4"]
+    undisturbed = start(shapes, tmp_path / "undisturbed", *wishes)
+    env = {**os.environ, "FINETUNE_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
+    process = run_in_process(["train", f"data.root={shapes}", *SMALL, *wishes], env)
+    assert kill_when(process, lambda: any((tmp_path / "runs").glob("*/stages/1-full/last.ckpt")))
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert not list(folder.glob("stages/1-full/weights.safetensors"))
+    ft.resume(folder, say=quiet)
+    assert sha(RunFolder.open(folder).final_weights()) == sha(undisturbed.final_weights())
+    whole = start(shapes, tmp_path / "whole", *wishes, "hardware.micro_batch=0")
+    assert sha(whole.final_weights()) != sha(undisturbed.final_weights())
+
+
+def test_memory_is_given_back_after_the_survey_and_after_training(shapes, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pipeline, "give_back_memory", lambda: calls.append("given back"))
+    for name in ("look", "_train_stages", "evaluate_run"):
+        own = getattr(pipeline, name)
+        monkeypatch.setattr(pipeline, name, lambda *a, own=own, name=name, **b: calls.append(name) or own(*a, **b))
+    start(shapes, tmp_path, "train.strategy=probe")
+    assert calls == ["look", "given back", "_train_stages", "given back", "evaluate_run"]
 
 
 def test_halves_of_files_that_a_kill_left_are_swept_by_the_resume(shapes, tmp_path):

@@ -11,6 +11,8 @@ from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
 from finetune.recipe.facts import TeacherFacts, TimingFacts
 from finetune.recipe.forecasts import EPOCH_SECONDS, START_SECONDS, predict_memory, predict_seconds
+from finetune.recipe.planning import make_plan
+from finetune.recipe.reading import load_recipe
 from finetune.recipe.shelf import default_backbone, read_zoo
 
 CROPS = np.random.default_rng(0).integers(0, 255, (10, 32, 32, 3), dtype=np.uint8)
@@ -74,7 +76,7 @@ def test_memory_of_a_batch_does_not_depend_on_how_many_images_were_timed(backbon
 def forecast_facts():
     timing = (
         TimingFacts(trains="2", images_per_second=200, memory_mb=50),
-        TimingFacts(trains="5", images_per_second=100, memory_mb=90),
+        TimingFacts(trains="5", images_per_second=100, memory_mb=90, image_mb=1.0, batch_size=64),
     )
     facts = make_facts(per_class=500, calibration=60, val=70)  # 1,500 train, 210 val, 60 calibration, 210 test
     return facts.model_copy(update={"timing": timing, "forward_images_per_second": 300.0})
@@ -94,6 +96,22 @@ def test_seconds_are_epochs_of_steps_and_looks_at_val():
     assert predict_seconds(facts, trains="2", epochs=4) < expected
     assert predict_seconds(facts, trains="0", epochs=4) == 0
     assert predict_seconds(facts, trains="3", epochs=4) is None
-    assert predict_memory(facts, trains="5") == 90
-    assert predict_memory(facts, trains="0") == 0
-    assert predict_memory(facts, trains="3") is None
+
+
+def test_memory_is_that_of_the_images_that_pass_at_once():
+    facts = forecast_facts()
+    assert predict_memory(facts, trains="5", at_once=64) == predict_memory(facts, trains="5", at_once=99) == 90
+    assert predict_memory(facts, trains="5", at_once=16) == 90 - 48
+    assert predict_memory(facts, trains="2", at_once=16) == 50  # of an older version, which counted no image
+    assert predict_memory(facts, trains="0", at_once=16) == 0
+    assert predict_memory(facts, trains="3", at_once=16) is None
+    told = {}
+    for wish in ("hardware.micro_batch=8", "hardware.micro_batch=0", "hardware.micro_batch=null"):
+        for mode in ("frozen", "train"):
+            wishes = ["data.root=/x", f"train.batch_norm={mode}", "train.strategy=probe", wish]
+            rows = make_plan(load_recipe(None, wishes), facts).advice.forecasts
+            told[wish[21:], mode] = next(row.memory_mb for row in rows if row.strategy == "full")
+    assert told == {
+        ("8", "frozen"): 34, ("0", "frozen"): 90, ("null", "frozen"): 90 - 64 + 36,
+        ("8", "train"): 90, ("0", "train"): 90, ("null", "train"): 90,
+    }  # fmt: skip

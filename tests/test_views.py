@@ -359,6 +359,17 @@ def test_a_pass_of_many_crops_is_as_large_as_one_of_many_images(run, classifier,
     assert max(passes) == most and viewing.CROPS_PER_PASS["cpu"] == 64
 
 
+def test_a_pass_on_a_cpu_holds_no_more_pixels_than_one_of_training(run, classifier, store, monkeypatch):
+    passes, rows = [], [index % len(store.items) for index in range(30)]
+    whole = predict_views(classifier, store, rows, run.plan, "ten")
+    monkeypatch.setattr(viewing, "PASS_PIXELS", 8 * run.plan.view.size_pixels**2)
+    hook = classifier.backbone.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    cut = predict_views(classifier, store, rows, run.plan, "ten")
+    hook.remove()
+    assert max(passes) == 8 and sum(passes) == 300
+    torch.testing.assert_close(cut, whole, rtol=1e-4, atol=1e-6)
+
+
 def test_no_images_give_no_rows(run, classifier, store):
     assert predict_views(classifier, store, [], run.plan, "ten").shape == (0, 10, 3)
     assert predict_probabilities(classifier, store, [], run.plan, "ten").shape == (0, 3)

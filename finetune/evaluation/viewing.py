@@ -23,6 +23,7 @@ from finetune.evaluation.views import check_crops, list_crops, mirror, permitted
 from finetune.models.backbones import Backbone
 from finetune.models.classifier import Classifier
 from finetune.recipe.cards import View
+from finetune.recipe.passes import PASS_PIXELS
 from finetune.recipe.plan import Plan
 from finetune.scores.selection import average
 
@@ -32,7 +33,8 @@ MOST_CROPS = 640
 """Most crops in memory at once, of the size the network was trained on."""
 CROPS_PER_PASS = {"cpu": 64, "cuda": 640}
 """Most crops per forward pass, of the size the network was trained on; fewer where they are larger. On a CPU the
-activations of more are given back to the kernel (see `machine.KEEP_BYTES`): ten crops then cost twenty centres."""
+activations of more are given back to the kernel (see `machine.KEEP_BYTES`): ten crops then cost twenty centres; and
+from 112 px on there are fewer, as `passes` says."""
 _REFUSALS = (AssertionError, RuntimeError, ValueError, TypeError)
 """What networks raise at images of a size they cannot take."""
 
@@ -66,6 +68,8 @@ class Viewer:
         self.mirror_classes = plan.data.mirror_classes(plan.classes)
         self.images_at_once = max(1, min(BATCH, MOST_CROPS // len(self.crops)))
         """Images to read and judge together; bounds memory."""
+        most = CROPS_PER_PASS[device] * self.view.size_pixels**2
+        self._pixels_per_pass = min(most, PASS_PIXELS) if device == "cpu" else most
         self._scales = sorted({crop.scale_pixels(self.view) for crop in self.crops}, reverse=True)
         classifier.to(device).eval()
         if any(crop.place == "whole" for crop in self.crops):
@@ -123,7 +127,7 @@ class Viewer:
                 alike.setdefault((crop.size_pixels, pixels.shape), []).append((row, column))
         answers = torch.empty(len(pictures), len(self.crops), self.num_classes)  # (B, V, K)
         for (size, shape), places in alike.items():
-            at_once = max(1, CROPS_PER_PASS[self.device] * self.view.size_pixels**2 // (shape[0] * shape[1]))
+            at_once = max(1, self._pixels_per_pass // (shape[0] * shape[1]))
             for start in range(0, len(places), at_once):
                 rows, columns = zip(*places[start : start + at_once], strict=True)
                 stacked = np.stack([pictures[row][column] for row, column in zip(rows, columns, strict=True)])

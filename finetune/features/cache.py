@@ -22,7 +22,7 @@ from finetune.data.decoding import ImageFacts, facts_row
 from finetune.recipe.runs import write_whole
 from finetune.recipe.shelf import cache_folder
 
-FORMAT = "2"
+FORMAT = "3"
 """Part of the key; raised when what is stored, or how it is computed, changes."""
 LIMIT_BYTES = 20 * 10**9
 SHARD_ROWS = 4096

@@ -19,9 +19,10 @@ from finetune.features.cache import FeatureCache
 from finetune.machine import num_cores
 from finetune.models.frozen import FrozenBackbone
 from finetune.recipe.cards import View
+from finetune.recipe.passes import PASS_PIXELS
 
 BATCH = 64
-"""Images per forward pass."""
+"""Images looked at together."""
 AHEAD = 4 * BATCH
 """Images that may be decoded but not yet looked at; bounds memory."""
 
@@ -166,10 +167,20 @@ def look_at_all(
 
 def look_at(backbone: FrozenBackbone, crops: np.ndarray, view: View, device: str, precision: str) -> list[torch.Tensor]:
     """(B, D_k) at each depth k in float32 on the CPU, from at most 64 crops (B, H, W, 3) in uint8."""
-    count = len(crops)
-    if count < BATCH:  # kernels for another batch size round differently; an image's features shall not depend on it
-        crops = np.concatenate([crops, np.zeros((BATCH - count, *crops.shape[1:]), dtype=crops.dtype)])
-    images = normalize(torch.from_numpy(crops).to(device), view)
+    count, at_once = len(crops), _images_at_once(view, device)
+    if rest := -count % at_once:  # kernels for another batch size round differently; features shall not depend on it
+        crops = np.concatenate([crops, np.zeros((rest, *crops.shape[1:]), dtype=crops.dtype)])
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    parts = []
     with torch.autocast(device, dtype=kinds.get(precision, torch.bfloat16), enabled=precision in kinds):
-        return [depth[:count].cpu() for depth in backbone(images)]
+        for some in torch.from_numpy(crops).split(at_once):
+            parts.append([depth.cpu() for depth in backbone(normalize(some.to(device), view))])
+    return [torch.cat(depth)[:count] for depth in zip(*parts, strict=True)]
+
+
+def _images_at_once(view: View, device: str) -> int:
+    """Images per forward pass: all on a GPU, halves of that on a CPU until their activations are few."""
+    size = BATCH
+    while device == "cpu" and size > 1 and size * view.size_pixels**2 > PASS_PIXELS:
+        size //= 2
+    return size

@@ -81,6 +81,8 @@ def time_training(
                 trains=str(depth),
                 images_per_second=size / best,
                 memory_mb=(kept[0][0] / size * batch_size + kept[0][1] + own) / 1e6,
+                image_mb=kept[0][0] / size / 1e6,
+                batch_size=batch_size,
             )
         )
     return forward, tuple(rows)

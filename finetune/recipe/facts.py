@@ -178,6 +178,10 @@ class TimingFacts(_Value):
     images_per_second: float
     memory_mb: float
     """What a step of a whole batch keeps for its backward pass, with gradients and optimizer state."""
+    image_mb: float = 0.0
+    """The part of it that each image adds; 0 in facts of older versions."""
+    batch_size: int = 0
+    """Images of that batch; 0 in facts of older versions."""
 
 
 class PilotFacts(_Value):

@@ -38,13 +38,25 @@ def predict_seconds(facts: Facts, *, trains: str, epochs: int, is_refit: bool = 
     return START_SECONDS + (epochs * each) + num["val"] / forward + judged
 
 
-def predict_memory(facts: Facts, *, trains: str) -> float | None:
-    """Megabytes that a training step needs beside the weights; None where nothing was timed."""
-    return next((row.memory_mb for row in facts.timing if row.trains == trains), 0.0 if trains == "0" else None)
+def predict_memory(facts: Facts, *, trains: str, at_once: int) -> float | None:
+    """Megabytes that a training step needs beside the weights; None where nothing was timed.
+
+    Args:
+        facts: hold what a step of `batch_size` images was counted to keep.
+        trains: as for `predict_seconds`.
+        at_once: images that pass through the network together; those that wait their turn keep nothing.
+    """
+    if trains == "0":
+        return 0.0
+    rows = (row for row in facts.timing if row.trains == trains)
+    return next((row.memory_mb - row.image_mb * max(0, row.batch_size - at_once) for row in rows), None)
 
 
-def with_forecasts(advice: Advice, facts: Facts, *, epochs: int, is_refit: bool = False) -> Advice:
-    """The advice with what each strategy is expected to give and to cost; as it is where nothing was timed."""
+def with_forecasts(advice: Advice, facts: Facts, *, epochs: int, at_once: int, is_refit: bool = False) -> Advice:
+    """The advice with what each strategy is expected to give and to cost; as it is where nothing was timed.
+
+    `at_once` is as for `predict_memory`, the rest as for `predict_seconds`.
+    """
     stages = len(facts.backbone.stages)
     keys = {
         "probe": "0",
@@ -55,7 +67,7 @@ def with_forecasts(advice: Advice, facts: Facts, *, epochs: int, is_refit: bool 
     rows = []
     for strategy, trains in keys.items():
         seconds = predict_seconds(facts, trains=trains, epochs=epochs, is_refit=is_refit)
-        memory = predict_memory(facts, trains=trains)
+        memory = predict_memory(facts, trains=trains, at_once=at_once)
         if seconds is not None and memory is not None:
             gain, low, high = expected_gain(facts, strategy) or (0.0, 0.0, 0.0)
             rows.append(

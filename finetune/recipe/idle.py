@@ -82,7 +82,15 @@ def set_keys(section: BaseModel, prefix: str = "") -> Iterator[str]:
 
 
 def _idle_of_a_probe(recipe: Recipe) -> dict[str, str]:
-    sections = ("augment.", "head.", "regularization.", "train.", "hardware.workers", "hardware.image_cache_gb")
+    sections = (
+        "augment.",
+        "head.",
+        "regularization.",
+        "train.",
+        "hardware.workers",
+        "hardware.image_cache_gb",
+        "hardware.micro_batch",
+    )
     used = ("head.kind", "train.strategy", "train.prefer")
     return {key: _PROBE for key in set_keys(recipe) if key.startswith(sections) and key not in used}
 

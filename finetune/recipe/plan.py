@@ -37,8 +37,10 @@ _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 BEFORE: dict[str, Any] = {
     "data": {"value_range": [0.0, 65535.0], "split": {"refit": False}},
     "train": {"averaging": {"wise_ft": 1.0}},
+    "hardware": {"micro_batch": 0},
 }
-"""What plans of older versions did and did not say: all 16 bits were mapped to eight, nothing was refit or mixed."""
+"""What plans of older versions did and did not say: all 16 bits were mapped to eight, nothing was refit or mixed, and
+the images of a step passed at once."""
 Images = Literal["train", "labelled"]
 """The training images alone, or all that are labelled and not for test: train, val and calibration."""
 

@@ -9,6 +9,7 @@ from finetune.recipe.advice import advise, is_small
 from finetune.recipe.facts import Facts, ProfileFacts, RangeFacts
 from finetune.recipe.forecasts import with_forecasts
 from finetune.recipe.idle import idle_reasons
+from finetune.recipe.passes import decide_micro_batch, images_at_once
 from finetune.recipe.plan import Advice, Plan, Reason
 from finetune.recipe.reading import Wish, as_recipe
 from finetune.recipe.refit import Refit, decide_refit, is_cross_fitted, with_refit
@@ -50,6 +51,7 @@ def make_plan(recipe: Wish, facts: Facts) -> Plan:
     data = _decide_data(recipe, facts, refit, decide)
     hardware = _decide_hardware(recipe, facts, decide)
     train = decide_train(recipe, facts, strategy, hardware["devices"], decide)
+    hardware["micro_batch"] = decide_micro_batch(recipe, facts, train, hardware["devices"], decide)
     is_probe = strategy == "probe"
     augment = _decide_augment(recipe, facts, is_probe=is_probe, decide=decide)
     init = decide("head.init", None if is_probe else recipe.head.init, *_first_head(recipe, facts, is_probe))
@@ -77,6 +79,7 @@ def make_plan(recipe: Wish, facts: Facts) -> Plan:
                 advice,
                 facts,
                 epochs=epochs_for(recipe, facts, hardware["devices"]),
+                at_once=images_at_once(recipe, facts, train, hardware["devices"]),
                 is_refit=decide_refit(recipe, facts, "full").is_refit,
             ),
             "reasons": reasons,

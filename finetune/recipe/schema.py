@@ -317,6 +317,9 @@ class HardwareSpec(Section):
     """Loader processes; on a CPU none is fastest, as decoded images are kept."""
     image_cache_gb: Annotated[float, Field(ge=0)] = 4.0
     """Memory for decoded, resized images, so that later epochs do not decode again."""
+    micro_batch: Annotated[int, Field(ge=0)] | None = None
+    """Images per forward and backward pass; gradients add up to that of the whole step. 0: all of a step at once. Null:
+    few on a CPU where batch norm is held still, which takes less memory."""
 
 
 class TrackingSpec(Section):

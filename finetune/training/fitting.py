@@ -191,6 +191,7 @@ def _make_module(
         average=_make_average(classifier, averaging) if keeps_average else None,
         average_from=0 if swa_start is None else round(swa_start * steps),
         folding=folding,
+        micro_batch=plan.hardware.micro_batch or None,
         warn=say,
     )
 

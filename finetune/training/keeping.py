@@ -197,10 +197,10 @@ class Keeper(pl.Callback):
         judged = (val, str(hardware.devices), str(hardware.precision))
         is_averaged = module.average is not None and module.average.num_shown > 0
         if is_averaged:
-            raw = measure_loss(module.classifier, *judged)
+            raw = measure_loss(module.classifier, *judged, at_once=self._at_once)
             values = {**values, "val/raw_loss": raw.loss, "val/raw_top1": raw.top1}
         with self._shipped(module):
-            found = measure_loss(module.classifier, *judged, choose=str(train.choose))
+            found = measure_loss(module.classifier, *judged, choose=str(train.choose), at_once=self._at_once)
             dead = self._dead_share(module.classifier, val)
             top1 = found.balanced_top1 if train.choose == "balanced" else found.top1
             if self.epoch < 0:
@@ -247,7 +247,15 @@ class Keeper(pl.Callback):
         epochs = self.plan.stages[self.index].epochs
         if (self.epoch + 1) % math.ceil(epochs / DEAD_LOOKS) and self.epoch + 1 != epochs:
             return None
-        return dead_share(classifier, [next(iter(val))[0]], device=str(self.plan.hardware.devices))
+        images = next(iter(val))[0]
+        parts = images.split(self._at_once or len(images))
+        return dead_share(classifier, parts, device=str(self.plan.hardware.devices))
+
+    @property
+    def _at_once(self) -> int:
+        """Val images per pass: as in training where its steps are cut; 0: all of a batch."""
+        size = self.plan.hardware.micro_batch or 0
+        return size if size < self.plan.train.batch_size else 0
 
     def _keep_members(self, module: Finetuning, val: Batches) -> None:
         """Write the raw weights where the plan keeps them, with what val says of them."""
@@ -255,7 +263,8 @@ class Keeper(pl.Callback):
         if epoch not in self._snapshots and not most:
             return
         hardware = self.plan.hardware
-        raw = measure_loss(module.classifier, val, str(hardware.devices), str(hardware.precision))
+        judged = (val, str(hardware.devices), str(hardware.precision))
+        raw = measure_loss(module.classifier, *judged, at_once=self._at_once)
         facts = {"epoch": epoch, "val_loss": raw.loss, "val_top1": raw.top1}
         if epoch in self._snapshots:
             save_member(self.members, f"cycle-{self._snapshots.index(epoch) + 1}", module.classifier, facts)

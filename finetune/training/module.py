@@ -1,9 +1,9 @@
 """One optimizer step over one batch, however little memory there is.
 
 Optimization is manual so that a batch can be cut into micro-batches whose gradients add up to that of the
-whole: running out of memory halves the micro-batch and repeats the same batch, and the effective batch, the
-schedule and the number of steps stay what the plan says. Batch norm that takes its statistics from the batch
-knows no such sum: a piece is normalised by itself. There, running out of memory is an error.
+whole: as the plan says, and smaller where memory runs out, which halves the micro-batch and repeats the same
+batch. The effective batch, the schedule and the number of steps stay what the plan says. Batch norm that takes its
+statistics from the batch knows no such sum: a piece is normalised by itself. There, running out of memory is an error.
 """
 
 import hashlib
@@ -67,13 +67,14 @@ class Finetuning(pl.LightningModule):
         average: WeightAverage | None = None,
         average_from: int = 0,
         folding: Callable[[], AbstractContextManager[None]] = nullcontext,
+        micro_batch: int | None = None,
         warn: Callable[[str], None],
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.classifier = classifier
-        self.micro_batch: int | None = None
-        """Images per forward pass; None: the whole batch."""
+        self.micro_batch = micro_batch
+        """Images per forward pass, at most; None: the whole batch."""
         self.totals: dict[str, float] = {}
         self.rates: dict[str, float] = {}
         self.steps_done = 0
@@ -194,6 +195,9 @@ class Finetuning(pl.LightningModule):
         Raises:
             RunError: if memory is too short for one image, or for a batch that may not be cut.
         """
+        if self.micro_batch and self.micro_batch < len(targets) and uses_batch_statistics(self.classifier):
+            self._warn("a batch norm here normalises by the images at hand, so all of a step pass at once")
+            self.micro_batch = None
         while True:
             self._optimizer.zero_grad(set_to_none=True)
             try:
@@ -220,7 +224,8 @@ class Finetuning(pl.LightningModule):
 
     def _pieces(self, images: torch.Tensor, targets: torch.Tensor, size: int) -> tuple[float, int]:
         total, hits = 0.0, 0
-        for x, y in zip(images.split(size), targets.split(size), strict=True):
+        pieces = -(-len(targets) // size)  # equal up to one image, so that no pass is for a few alone
+        for x, y in zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True):
             with self._folding():
                 logits = self.classifier(x)  # (b, K)
             losses = self._step.loss(logits.float(), y)  # (b,)
@@ -254,15 +259,21 @@ class ValLoss:
 
 
 @torch.inference_mode()
-def measure_loss(classifier: nn.Module, batches: Any, device: str, precision: str, *, choose: str = "loss") -> ValLoss:
-    """What `batches` say of the classifier in eval mode, which is put back; by `choose`, `loss` or `balanced`."""
+def measure_loss(
+    classifier: nn.Module, batches: Any, device: str, precision: str, *, choose: str = "loss", at_once: int = 0
+) -> ValLoss:
+    """What `batches` say of the classifier in eval mode, which is put back; by `choose`, `loss` or `balanced`.
+
+    No more than `at_once` images pass through it together; 0: all of a batch.
+    """
     was_training = classifier.training
     classifier.eval()
     kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     parts, wanted = [], []
     for images, labels, _ in batches:
         with torch.autocast(device, dtype=kinds.get(precision, torch.bfloat16), enabled=precision in kinds):
-            parts.append(classifier(images.to(device)).double().cpu())
+            for some in images.split(at_once or len(images)):
+                parts.append(classifier(some.to(device)).double().cpu())
         wanted.append(labels)
     classifier.train(was_training)
     logits, labels = torch.cat(parts), torch.cat(wanted)
