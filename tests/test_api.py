@@ -84,6 +84,7 @@ def test_runs_are_compared_and_joined_from_python(pair, runs, tmp_path):
         ft.ensemble([pair[0], str(pair[0].path)], runs=tmp_path, say=quiet)
 
 
+@pytest.mark.shared
 def test_what_is_surveyed_and_planned_is_what_is_trained(shapes, shared, runs, monkeypatch):
     """Among several backbones the survey chooses as the training does, and nothing is looked at twice."""
     monkeypatch.setenv("FINETUNE_ZOO", str(shared / "zoo"))

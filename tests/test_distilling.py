@@ -309,6 +309,7 @@ def test_the_teachers_files_are_as_they_were_and_a_student_is_closer_to_it_than_
     )
 
 
+@pytest.mark.slow
 def test_weight_0_ends_in_the_weights_of_a_run_without_a_teacher(shapes, pool, tmp_path):
     alone = start(shapes, tmp_path / "alone", "head.dropout=0.2", "train.averaging.wise_ft=1")
     beside = start(shapes, tmp_path / "beside", "head.dropout=0.2", *taught(pool[0], weight=0))
@@ -396,6 +397,7 @@ def refusal(shapes, tmp_path, *wishes):
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wish", "wanted"),
     [

@@ -103,6 +103,7 @@ def curves(run, stage):
     return [(int(row[1]), row[3], float(row[4])) for row in rows if row[0] == stage]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["full", "probe"])
 def test_the_probe_ends_on_all_labelled_images_with_the_penalty_that_was_chosen_before(name, request):
     run = request.getfixturevalue(name)
@@ -202,6 +203,7 @@ def test_who_answered_is_said_in_scores_terminal_and_page(full, probe):
     assert "12 val images (< 100) decide little" in why and "all 60 labelled images (42 train, 12 val, 6" in why
 
 
+@pytest.mark.slow
 def test_a_second_look_solves_nothing_and_a_damaged_memory_is_solved_again(shapes, monkeypatch, tmp_path):
     monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path))
     solved = []
