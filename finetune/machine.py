@@ -18,6 +18,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from finetune import __version__
+
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -38,7 +40,6 @@ _LOCKED_BYTE = 2**30
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """What network drives answer that know no locks."""
 _PACKAGES = (
-    "finetune",
     "torch",
     "torchvision",
     "timm",
@@ -178,7 +179,7 @@ def describe_environment(device: str, precision: str) -> dict[str, Any]:
         "memory_format": "channels_last",
         "freed_memory_kept_below_bytes": KEEP_BYTES,
         "denormals_flushed": True,
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {"finetune": __version__, **{name: _version(name) for name in _PACKAGES}},
     }
 
 

@@ -141,3 +141,7 @@ def test_a_users_script_is_type_checked(tmp_path):
     wrong = tmp_path / "wrong.py"
     wrong.write_text("import finetune as ft\nft.train(3)\nft.load_run('latest').classes + 1\n")
     assert len(type_errors(wrong, tmp_path)) == 2
+
+
+def test_a_run_says_which_version_made_it(pair):
+    assert pair[0].read_json("environment.json")["versions"]["finetune"] == ft.__version__
