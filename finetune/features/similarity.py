@@ -68,7 +68,7 @@ def measure_shift(
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             x = inputs[0].float().flatten(2) if inputs[0].ndim > 2 else inputs[0].float()[..., None]  # (B, C, P)
-            second = x.square().mean(2) + module.eps  # type: ignore[operator]  # as on the other side, or dead ones differ
+            second = x.square().mean(2) + module.eps  # type: ignore[operator]  # eps on both sides, so that a dead channel has ratio 1
             sums[name].append(torch.stack([x.mean(2), second], dim=1).cpu())  # (B, 2, C)
 
         return hook

@@ -48,7 +48,8 @@ class LayerUnits:
     """Output vectors that do not hold both signs; all weight gradients of a unit that reads one share a sign."""
     can_die: bool
     is_silent: bool
-    """What came in was exactly zero, as in a branch that begins at zero; its units only wait."""
+    """All inputs were exactly zero, as in a branch whose last layer begins at zero: its units are not dead, their
+    inputs have not begun to vary."""
     is_gate: bool
     """A sigmoid on one value per map, as in squeeze-and-excitation; it may well be closed."""
     dead: tuple[int, ...]

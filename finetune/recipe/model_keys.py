@@ -27,7 +27,7 @@ class AugmentSpec(Section):
     policy: Literal["none", "trivial", "rand"] = "none"
     """Automatic policy: one random operation at random strength, or two at a fixed one."""
     cutout: Share = 0.0
-    """Side of a grey square over that of the image; the strong preset has its own."""
+    """Side of a grey square (cutout) over that of the image; the preset `heavy` has one of its own."""
     mixup: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Alpha of the Beta distribution from which blends of two images and their labels are drawn; 0: never."""
     cutmix: Annotated[float, Field(ge=0, le=10)] = 0.0

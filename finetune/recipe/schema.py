@@ -172,7 +172,9 @@ class ScheduleSpec(Section):
         Literal["constant", "step", "multistep", "exponential", "inverse", "linear", "cosine", "plateau", "one_cycle",
                 "cyclic", "growing"] | None
     ) = None  # fmt: skip
-    """`cyclic` is one cosine per cycle (snapshots); `growing` restarts in ever longer cycles; `inverse` is 1/t."""
+    """`constant`; `step` and `multistep` drop by `gamma`; `exponential` and `inverse` (1/t) fall by `decades`; `linear`
+    and `cosine` fall to `end`; `plateau` drops where val loss stops falling; `one_cycle` rises and falls; `cyclic` is
+    one cosine per cycle, for snapshots; `growing` is cosine with warm restarts in ever longer cycles. Null: chosen."""
     warmup_fraction: Share = 0.05
     """Share of all steps over which the rate rises linearly; `one_cycle` rises on its own."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -184,7 +186,7 @@ class ScheduleSpec(Section):
     end: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Where `linear`, `cosine` and cycles end."""
     decades: Annotated[float, Field(gt=0, le=6)] = 2.0
-    """How far `exponential` and `inverse` have fallen after the last step: 2 is a hundredth."""
+    """Powers of ten by which `exponential` and `inverse` have fallen after the last step: 2 is to a hundredth."""
     cycles: Annotated[int, Field(ge=1)] = 5
     """Restarts of `cyclic` and `growing`; the steps are rounded up to whole cycles."""
     growth: Annotated[float, Field(ge=1, le=4)] = 2.0
@@ -192,14 +194,15 @@ class ScheduleSpec(Section):
     patience: Annotated[int, Field(ge=1)] = 3
     """Epochs without a better val loss after which `plateau` drops."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Of a drop of `plateau`."""
+    """What the rate is multiplied by at each drop of `plateau`."""
 
 
 class AveragingSpec(Section):
     """More than one set of weights from one run."""
 
     kind: Literal["none", "ema", "swa"] | None = None
-    """Judge and ship an exponential moving average, or the mean over the end of training, instead of the weights."""
+    """Which weights are judged and shipped. `none`: those of the kept epoch. `ema`: their exponential moving average.
+    `swa`: their mean over the end of training (stochastic weight averaging). Null: chosen."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Null: exp(-1 / (0.1 steps)), a memory of a tenth of the training."""
     wise_ft: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -208,35 +211,38 @@ class AveragingSpec(Section):
     swa_start: Share = 0.75
     """Share of the steps after which weights enter the mean; the rate stays at `swa_lr` from there."""
     swa_lr: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Of the peak."""
+    """Learning rate while `swa` averages, as a share of the peak."""
     snapshots: Annotated[int, Field(ge=0, le=20)] = 0
     """Cycles after each of which the weights are kept, with their own statistics; the schedule is then cyclic."""
     keep_last: Annotated[int, Field(ge=0, le=20)] = 0
     """Epochs at the end whose weights are kept."""
     batch_norm: Literal["pooled", "exact"] = "pooled"
-    """How statistics are taken anew for averaged weights: in one pass, or layer by layer."""
+    """How batch-norm statistics of averaged weights are measured. `pooled`: in one pass over the training images.
+    `exact`: layer by layer, each after the statistics below it are right."""
 
 
 class ImbalanceSpec(Section):
     """What is done where some classes have far more images than others."""
 
     kind: Literal["none", "inverse", "effective", "sampler", "logits", "focal"] | None = None
-    """Weights by count, by effective number; classes drawn evenly; logits shifted by log frequency; focal loss."""
+    """`none`: nothing. `inverse`: losses weighted by one over the images of the class. `effective`: by one over the
+    effective number of images. `sampler`: every class is drawn equally often. `logits`: logit adjustment, the log of
+    class frequencies added to logits in training. `focal`: focal loss. Null: chosen by how uneven the classes are."""
     gamma: Annotated[float, Field(ge=0, le=10)] = 2.0
-    """Of `focal`."""
+    """Focusing parameter of `focal`; 0 is cross-entropy."""
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Of `effective`."""
+    """Of the effective number, (1 - beta^n) / (1 - beta)."""
 
 
 class DistillationSpec(Section):
-    """What a finished run teaches beside the labels; an ensemble's word in one network."""
+    """Knowledge distillation: a finished run, such as an ensemble, is the teacher of the network that is trained."""
 
     teacher: Text | None = None
     """A run folder: an ensemble, a soup or a plain run, on the same images, classes and view; null: labels alone."""
     temperature: Annotated[float, Field(gt=0, le=20)] = 2.0
-    """Of both answers where they are compared; higher tells more of the classes that an image is not."""
+    """Softens the logits of teacher and student where they are compared; higher weighs unlikely classes more."""
     weight: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Share of the teacher's word in the loss; the rest is that of the labels."""
+    """Share of the distillation loss in the whole loss; the rest is the loss on the labels."""
 
 
 class TrainSpec(Section):
@@ -258,7 +264,7 @@ class TrainSpec(Section):
     freezes_first: bool = False
     """Hold the first layer still even where everything trains: it saves memory, and SGD needs it on some ViTs."""
     lora_rank: Annotated[int, Field(ge=1, le=256)] = 8
-    """Of `lora`; its alpha is twice that."""
+    """Rank of the matrices that `lora` adds; their alpha is twice the rank."""
     epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """At most; early stopping may end sooner."""
     batch_size: Annotated[int, Field(ge=1)] = 64
@@ -276,17 +282,20 @@ class TrainSpec(Section):
     patience: Annotated[int, Field(ge=1)] | None = None
     """Epochs without a lower val loss after which training stops, unless `keep` is last."""
     keep: Literal["settled", "best", "last"] | None = None
-    """The last epoch of a full schedule unless an earlier one was clearly better on val, the epoch with the lowest val
-    loss at the best temperature, or the last; null: settled, and last where val is small."""
+    """Which epoch's weights are kept. `settled`: the last, unless an earlier one was clearly better on val. `best`: the
+    one with the lowest val loss at the best temperature. `last`: the last. Null: `settled`, and `last` where val is
+    small."""
     choose: Literal["loss", "balanced"] | None = None
-    """Val loss over images, or over classes alike; null: balanced where classes are uneven."""
+    """What val judges epochs by. `loss`: val loss, the mean over images. `balanced`: the mean over classes of each
+    class's val loss. Null: `balanced` where classes are uneven."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest global norm of the gradient."""
     stop_ratio: Annotated[float, Field(gt=1)] = 3.0
     """A loss above this many times the first (or log K, if that is more) counts as diverged."""
     batch_norm: Literal["frozen", "statistics", "train"] | None = None
-    """In trained stages: statistics stay and scale and shift move; statistics follow the new images and scale and shift
-    stay; or both move. In frozen stages nothing ever does."""
+    """Batch norm in stages that train. `frozen`: running statistics stay, scale and shift are trained. `statistics`:
+    running statistics follow the new images, scale and shift stay. `train`: both change. Null: chosen. In frozen stages
+    neither ever changes."""
 
 
 class EvaluateSpec(Section):
@@ -296,14 +305,14 @@ class EvaluateSpec(Section):
     """Crops whose probabilities are averaged: center, flip, five, ten, multiscale, fully_convolutional, resolutions, or
     a list such as `center@256,ten@320`. Mirrored ones need `data.label_swap`, or `hflip` among `data.invariances`."""
     average: Literal["probability", "logit"] = "probability"
-    """Of views: the mean of their probabilities, or of their logits."""
+    """How the answers to several views are combined. `probability`: the mean of probabilities. `logit`: of logits."""
     coverage: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Share of images whose prediction set is to hold the true class."""
     calibrate: bool = True
     """Fit one temperature on the calibration images."""
     draws: Annotated[int, Field(ge=0, le=200)] = 0
-    """After the ordinary judgement, this many passes with the head's dropout left on, and what their mean gains; 0 is
-    none. Needs `head.dropout` or `head.drop_connect`."""
+    """Monte-Carlo dropout: after the ordinary evaluation, so many passes with the head's dropout left on, and what
+    their mean gains; 0 is none. Needs `head.dropout` or `head.drop_connect`."""
 
 
 class HardwareSpec(Section):
@@ -339,7 +348,8 @@ class Recipe(Section):
     name: Annotated[Text, Field(min_length=1, max_length=80)] | None = None
     """Begins the run folder's name; null takes the data folder's."""
     backbone: str | None = None
-    """A timm name, `torchvision/NAME`, or a card in a zoo folder; null takes the bundled one."""
+    """A timm name, `torchvision/NAME`, a card in a zoo folder, or a finished run; null ranks the cards at hand on the
+    training images and takes the best."""
     pretrained: bool = True
     """False trains the same architecture from random weights, as a control."""
     data: DataSpec = DataSpec()
