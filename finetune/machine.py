@@ -34,6 +34,8 @@ _LENT: dict[str, tuple[str | None, int]] = {}
 _LENDING = threading.RLock()
 KEEP_BYTES = 1 << 30
 """Allocations below this stay with the process when freed."""
+SHARED_PRODUCTS = 2.5e8
+"""Multiplications of a matrix product that are worth more than one thread: some milliseconds of a core."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LOCKED_BYTE = 2**30
 """Of a file that Windows locks: far behind its end, for others may not read what is locked."""
@@ -86,6 +88,24 @@ def give_back_memory() -> None:
 def _glibc() -> ctypes.CDLL | None:
     is_here = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
     return ctypes.CDLL("libc.so.6") if is_here else None
+
+
+@contextmanager
+def threads_for(products: float) -> Iterator[None]:
+    """Compute with one thread where the largest matrix product has fewer multiplications than `SHARED_PRODUCTS`.
+
+    Threads that wait for the next small product keep their cores busy: several times the processor time, and where the
+    cores have other work, more seconds too.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if products < SHARED_PRODUCTS:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def quiet_environment() -> dict[str, str]:

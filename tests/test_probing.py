@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.features.probing import EXCESS, L2_GRID, fit_probe, knn_predict, scale_of, sweep_probe
+from finetune.features.probing import EXCESS, L2_GRID, fit_probe, knn_predict, probe_path, scale_of, sweep_probe
+from finetune.machine import SHARED_PRODUCTS, threads_for
 from finetune.models.heads import make_head
 
 
@@ -197,6 +198,51 @@ def test_of_equal_penalties_the_stronger_is_chosen():
     features, labels = torch.zeros(12, 3), torch.arange(12) % 2  # nothing to learn: all penalties are equal
     probe, _ = sweep_probe(features, labels, features, labels, num_classes=2, grid=[0.1, 10.0, 1.0])
     assert probe.l2 == 10.0
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_small_problems_are_solved_with_one_thread(monkeypatch):
+    """Waiting threads cost several times the processor time of the sweep itself."""
+    used = []
+    cross_entropy, log_softmax = F.cross_entropy, torch.Tensor.log_softmax
+    monkeypatch.setattr(F, "cross_entropy", lambda *rest: used.append(torch.get_num_threads()) or cross_entropy(*rest))
+    monkeypatch.setattr(
+        torch.Tensor, "log_softmax", lambda *rest: used.append(torch.get_num_threads()) or log_softmax(*rest)
+    )
+    features, labels = _blobs(60, 8, 3)
+    for solve in (
+        lambda: fit_probe(features, labels, num_classes=3, l2=1.0),
+        lambda: sweep_probe(features, labels, features, labels, num_classes=3),
+        lambda: probe_path(features, labels, num_classes=3),
+    ):
+        used.clear()
+        solve()
+        assert set(used) == {1}
+        assert torch.get_num_threads() == 2
+    monkeypatch.setattr("finetune.machine.SHARED_PRODUCTS", 60 * 8 * 3)
+    used.clear()
+    fit_probe(features, labels, num_classes=3, l2=1.0)
+    assert set(used) == {2}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_threads_are_put_back_also_after_an_error():
+    with threads_for(SHARED_PRODUCTS):
+        assert torch.get_num_threads() == 2
+    with pytest.raises(KeyError), threads_for(SHARED_PRODUCTS - 1):
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == 2
+    with pytest.raises(ValueError, match="l2 must be positive"):
+        fit_probe(*_blobs(60, 8, 3), num_classes=3, l2=0.0)
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize(

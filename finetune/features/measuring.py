@@ -55,7 +55,7 @@ from finetune.recipe.shelf import cache_folder
 from finetune.scores.intervals import paired_difference
 from finetune.scores.metrics import balanced_accuracy, macro_f1
 
-FORMAT = "10"
+FORMAT = "11"
 """Part of the key; raised when what is measured, or how, changes."""
 LEAST_VAL = 100
 """With fewer val images, penalties are chosen by cross-validation on the training images."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from finetune.machine import threads_for
+
 L2_GRID = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Penalties tried on standardised features, per squared weight, in units of the mean cross-entropy."""
 GRADIENT_NORM = 1e-6
@@ -78,8 +80,9 @@ def fit_probe(
         ValueError: if lengths differ, a label is out of range, a feature is not finite, or `l2` is not positive.
     """
     problem = _Problem(features, labels, num_classes)
-    weights = problem.zeros() if start is None else problem.enter(start)
-    return problem.leave(problem.solve(weights, l2), l2)
+    with threads_for(problem.products):
+        weights = problem.zeros() if start is None else problem.enter(start)
+        return problem.leave(problem.solve(weights, l2), l2)
 
 
 def sweep_probe(
@@ -109,6 +112,13 @@ def sweep_probe(
         raise ValueError("sweep_probe needs at least one penalty to try.")
     _check(val_features, val_labels, num_classes)
     problem = _Problem(train_features, train_labels, num_classes)
+    with threads_for(problem.products):
+        return _sweep(problem, val_features, val_labels, grid)
+
+
+def _sweep(
+    problem: "_Problem", val_features: torch.Tensor, val_labels: torch.Tensor, grid: Sequence[float]
+) -> tuple[Probe, list[dict[str, Any]]]:
     rows: dict[float, dict[str, Any]] = {}
     best: tuple[float, _Point] | None = None
     worse = 0
@@ -138,7 +148,8 @@ def probe_path(
         ValueError: as `fit_probe`.
     """
     problem = _Problem(features, labels, num_classes)
-    return {l2: problem.leave(point, l2) for l2, point in problem.path(grid)}
+    with threads_for(problem.products):
+        return {l2: problem.leave(point, l2) for l2, point in problem.path(grid)}
 
 
 def _row(probe: Probe, point: "_Point", features: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
@@ -246,6 +257,11 @@ class _Problem:
         self.some = self.rough[:: max(1, len(exact) // (4 * exact.shape[1]))]  # enough to guess the curvature from
         self.basis = torch.linalg.eigh(self.some.T @ self.some / len(self.some))[1]  # (R, R)
         self.squares = (self.some @ self.basis).square_()  # (rows, R)
+
+    @property
+    def products(self) -> int:
+        """Multiplications for the logits of all images: the largest product of each step."""
+        return self.exact.numel() * len(self.present)
 
     def zeros(self) -> torch.Tensor:
         return self.exact.new_zeros(self.exact.shape[1] + 1, len(self.present))
