@@ -112,31 +112,25 @@ def sweep_probe(
         raise ValueError("sweep_probe needs at least one penalty to try.")
     _check(val_features, val_labels, num_classes)
     problem = _Problem(train_features, train_labels, num_classes)
-    with threads_for(problem.products):
-        return _sweep(problem, val_features, val_labels, grid)
-
-
-def _sweep(
-    problem: "_Problem", val_features: torch.Tensor, val_labels: torch.Tensor, grid: Sequence[float]
-) -> tuple[Probe, list[dict[str, Any]]]:
     rows: dict[float, dict[str, Any]] = {}
     best: tuple[float, _Point] | None = None
     worse = 0
-    for l2, point in problem.path(grid):
-        rows[l2] = _row(problem.leave(point, l2), point, val_features, val_labels)
-        if best is None or rows[l2]["val_log_loss"] < rows[best[0]]["val_log_loss"]:
-            best, worse = (l2, point), 0
-        elif (worse := worse + 1) == SWEEP_PATIENCE:
-            break
-    assert best is not None
-    chosen, point = best
-    edges = {min(grid), max(grid)} if len(set(grid)) > 1 else set()
-    for l2, row in rows.items():
-        row |= {"chosen": l2 == chosen, "at_edge": l2 == chosen and l2 in edges}
-    point = problem.solve(point.weights, chosen)
-    probe = problem.leave(point, chosen)
-    rows[chosen] |= _row(probe, point, val_features, val_labels)
-    return probe, [rows[l2] for l2 in grid if l2 in rows]
+    with threads_for(problem.products):
+        for l2, point in problem.path(grid):
+            rows[l2] = _row(problem.leave(point, l2), point, val_features, val_labels)
+            if best is None or rows[l2]["val_log_loss"] < rows[best[0]]["val_log_loss"]:
+                best, worse = (l2, point), 0
+            elif (worse := worse + 1) == SWEEP_PATIENCE:
+                break
+        assert best is not None
+        chosen, point = best
+        edges = {min(grid), max(grid)} if len(set(grid)) > 1 else set()
+        for l2, row in rows.items():
+            row |= {"chosen": l2 == chosen, "at_edge": l2 == chosen and l2 in edges}
+        point = problem.solve(point.weights, chosen)
+        probe = problem.leave(point, chosen)
+        rows[chosen] |= _row(probe, point, val_features, val_labels)
+        return probe, [rows[l2] for l2 in grid if l2 in rows]
 
 
 def probe_path(
@@ -253,15 +247,11 @@ class _Problem:
             self.span, triangle = torch.linalg.qr(exact.T)  # (D, N) with orthonormal columns, (N, N)
             exact = triangle.T.contiguous()
         self.exact = exact  # (N, R)
+        self.products = exact.numel() * len(self.present)  # multiplications for all logits, the most of any step
         self.rough = exact.float()
         self.some = self.rough[:: max(1, len(exact) // (4 * exact.shape[1]))]  # enough to guess the curvature from
         self.basis = torch.linalg.eigh(self.some.T @ self.some / len(self.some))[1]  # (R, R)
         self.squares = (self.some @ self.basis).square_()  # (rows, R)
-
-    @property
-    def products(self) -> int:
-        """Multiplications for the logits of all images: the largest product of each step."""
-        return self.exact.numel() * len(self.present)
 
     def zeros(self) -> torch.Tensor:
         return self.exact.new_zeros(self.exact.shape[1] + 1, len(self.present))
