@@ -308,6 +308,7 @@ def test_names_that_cannot_be_had_point_to_some_that_can(tiny, name, near):
         load_backbone(name, zoo={"tiny": tiny}, pretrained=False)
 
 
+@pytest.mark.slow
 def test_importing_the_room_imports_no_timm():
     code = "import sys, finetune.models.backbones as b; assert not {'timm', 'torchvision'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

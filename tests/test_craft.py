@@ -209,6 +209,7 @@ evaluate: {{views: ten, draws: 3}}
     assert scores["test"]["top1"]["n"] > 0 and scores["draws"]["n"] == 3
 
 
+@pytest.mark.slow
 def test_gradual_training_opens_one_stage_of_the_backbone_after_the_other(shapes, tmp_path):
     run = start(shapes, tmp_path, "train.strategy=gradual", "train.epochs=7", "train.keep=last")
     stages = run.plan.stages
@@ -253,6 +254,7 @@ def test_fresh_stages_have_their_own_statistics_and_lower_ones_stay(shapes, tmp_
     assert run.plan.head.init == "zero"
 
 
+@pytest.mark.slow
 @pytest.mark.technique("T161")
 def test_an_average_is_judged_and_shipped_and_the_raw_weights_are_shown_beside_it(shapes, tmp_path):
     wishes = ["train.strategy=full", "train.keep=last", "train.averaging.wise_ft=1", "seed=3"]
@@ -264,6 +266,7 @@ def test_an_average_is_judged_and_shipped_and_the_raw_weights_are_shown_beside_i
     assert not torch.equal(raw["head.linear.weight"], averaged["head.linear.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.technique("T159")
 @pytest.mark.technique("T160")
 def test_snapshots_are_taken_where_the_rate_has_fallen_and_epochs_are_whole_cycles(shapes, tmp_path):
@@ -451,6 +454,7 @@ def test_gradients_are_clipped_to_the_length_that_is_planned(shapes, tmp_path):
     assert (head - begun).norm() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_mean_of_weights_begins_where_it_is_planned_to(shapes, tmp_path):
     wishes = ["train.strategy=full", "train.keep=last", "train.averaging.kind=swa", "train.averaging.keep_last=1"]
     run = start(shapes, tmp_path, *wishes, "train.averaging.swa_start=0.89")

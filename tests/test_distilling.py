@@ -295,6 +295,7 @@ def test_a_plan_from_before_there_were_teachers_can_be_read_and_has_none(pool, t
     assert read_plan(tmp_path / "plan.yaml") == pool[0].plan
 
 
+@pytest.mark.slow
 def test_the_teachers_files_are_as_they_were_and_a_student_is_closer_to_it_than_a_run_of_its_own(
     shapes, pool, student, tmp_path
 ):
@@ -414,6 +415,7 @@ def test_a_teacher_that_cannot_teach_here_is_refused_before_training(shapes, poo
     assert wanted in refusal(shapes, tmp_path, *taught(pool[0]), wish)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_classes_is_refused(shapes, pool, tmp_path):
     fewer = tmp_path / "fewer"
     for name in ("disc", "stripes"):

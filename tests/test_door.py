@@ -116,6 +116,7 @@ class _Notebook(io.TextIOBase):
         raise io.UnsupportedOperation("fileno")
 
 
+@pytest.mark.slow
 def test_it_runs_in_a_thread_under_an_event_loop_and_without_a_file_for_output(
     run, photo, shapes, tmp_path, monkeypatch
 ):

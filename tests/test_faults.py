@@ -300,6 +300,7 @@ def test_a_survey_says_once_that_nothing_is_kept_and_is_the_same(shapes, monkeyp
         extract(recipe, "1/2", say=quiet)
 
 
+@pytest.mark.slow
 def test_damaged_findings_are_measured_again(shapes):
     recipe = wish(shapes, "train.strategy=probe")
     before = ft.survey(recipe)

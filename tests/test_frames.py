@@ -244,6 +244,7 @@ def alone(item, shorter=32):
     return decode(stream.getvalue(), shorter_pixels=shorter, interpolation="bilinear")[0]
 
 
+@pytest.mark.slow
 def test_features_are_those_of_each_frame_and_the_facts_say_how_many(moving):
     seen = look(ft.load_recipe(None, wishes(moving)))
     assert seen.facts.several_frames == 16 and seen.facts.frame_images == 64

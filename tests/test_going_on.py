@@ -124,6 +124,7 @@ def test_test_images_that_the_weights_have_seen_are_told_also_over_a_run_between
     assert [line for line in child.read_json("facts.json")["warnings"] if "were seen" in line]
 
 
+@pytest.mark.slow
 def test_a_probe_leaves_its_backbone_as_it_was_and_has_shown_it_nothing(shapes, first, runs):
     probe = start(shapes, runs, f"backbone={first.path}", "train.strategy=probe")
     card = read_card(probe.file("card.yaml"))

@@ -155,7 +155,7 @@ def test_pairs_allow_the_flip_once():
 
 @pytest.fixture(scope="module")
 def facts(arrows):
-    return ft.survey(ft.load_recipe(None, [f"data.root={arrows}", "data.image_size=32"]))
+    return ft.survey(ft.load_recipe(None, [f"data.root={arrows}", "data.image_size=32", "train.strategy=partial"]))
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,7 @@ def test_a_run_trains_on_swapped_labels_and_watches_plain_ones(arrows):
         assert (labels.tolist() != [seen.dataset.items[index].label for index in indices]) is swaps
 
 
+@pytest.mark.slow
 def test_a_run_judges_an_image_and_its_mirror_image_alike(arrows, tmp_path):
     wishes = [f"data.root={arrows}", "data.image_size=32", "train.batch_size=16", "train.epochs=2", SWAP]
     wishes += ["train.strategy=full", "evaluate.views=ten", "evaluate.calibrate=false", "augment.preset=light"]

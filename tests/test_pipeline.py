@@ -344,6 +344,7 @@ def test_nothing_is_made_where_there_are_no_images(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_page_is_written_again_without_its_images(shapes, tmp_path):
     images = shutil.copytree(shapes, tmp_path / "images")
     run = start(images, tmp_path, "train.strategy=probe")
@@ -445,6 +446,7 @@ def test_every_other_choice_runs_to_its_end(shapes, tmp_path, wishes):
     assert run.file("report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_bf16_is_not_32_bits(shapes, tmp_path):
     # A zero head owes nothing to the features, so only the training itself can make the weights differ.
     wishes = ["train.strategy=full", "head.init=zero", "train.epochs=1", "train.patience=1"]

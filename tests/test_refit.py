@@ -168,6 +168,7 @@ def test_no_val_watches_a_refit_and_its_curves_hold_what_training_says(full):
     assert f"{kept.epochs} epochs on 60 labelled images, to the end" in full.file("log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_refit_begins_from_the_pretrained_weights_and_the_probe_of_all_labelled_images(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(staged, "read_kept", lambda run, index: Kept(epochs=0, slowdown=1.0))
     run = start(shapes, tmp_path, *FULL, "train.epochs=1")
@@ -178,6 +179,7 @@ def test_a_refit_begins_from_the_pretrained_weights_and_the_probe_of_all_labelle
     torch.testing.assert_close(weights["head.linear.weight"], PROBE_SOFTENING * probe)
 
 
+@pytest.mark.slow
 def test_a_refit_runs_as_many_epochs_as_were_kept_at_the_rates_that_were_left(shapes, tmp_path, monkeypatch):
     monkeypatch.setattr(staged, "read_kept", lambda run, index: Kept(epochs=1, slowdown=0.3))
     run = start(shapes, tmp_path, *FULL)
@@ -441,6 +443,7 @@ def test_a_run_killed_in_the_refit_goes_on_to_the_same_weights(shapes, tmp_path,
     assert run.read_json("scores.json") == full.read_json("scores.json")
 
 
+@pytest.mark.slow
 def test_a_refit_run_is_judged_again_and_predicts_by_the_refit(full, shapes, tmp_path):
     run = RunFolder(shutil.copytree(full.path, tmp_path / "run"))
     before, said = run.read_json("scores.json"), stored(run)
