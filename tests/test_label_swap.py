@@ -198,7 +198,7 @@ def test_a_plan_with_pairs_keeps_ten_crops_and_names_the_pairs(facts):
 def test_a_run_trains_on_swapped_labels_and_watches_plain_ones(arrows):
     wishes = [f"data.root={arrows}", "data.image_size=32", "train.strategy=full", "augment.preset=light", SWAP]
     seen = look(ft.load_recipe(None, wishes))
-    train, val = make_batches(ft.make_plan(ft.load_recipe(None, wishes), seen.facts), seen)
+    train, val = make_batches(ft.make_plan(ft.load_recipe(None, wishes), seen.facts), seen.dataset)
     for loader, swaps in ((train, True), (val, False)):
         images, labels, indices = (torch.cat(parts) for parts in zip(*loader, strict=True))
         assert labels.tolist() == [side_of(image.numpy()) for image in images]

@@ -114,4 +114,4 @@ def test_the_last_round_decides_and_the_cheaper_of_equals_wins():
 )
 def test_a_pilot_that_could_show_nothing_is_refused(shapes, wishes, seconds, message):
     with pytest.raises(RecipeError, match=message):
-        plan(ft.load_recipe(str(shapes), [*SMALL, *wishes]), quiet, pilot_seconds=seconds)
+        plan(ft.load_recipe(str(shapes), [*SMALL, *wishes]), pilot_seconds=seconds, say=quiet)

@@ -163,7 +163,7 @@ def test_a_faint_set_is_seen_as_its_eight_bit_twin_and_the_range_is_told(tmp_pat
     for index in range(len(twin.dataset.items)):
         expected = twin.dataset.store.get(index).astype(float) * 12 * 255 / 4095
         assert np.abs(seen.dataset.store.get(index) - expected).max() <= 2
-    facts, decided = plan(recipe_of(faint), quiet)
+    facts, decided = plan(recipe_of(faint), say=quiet)
     assert facts.value_range is not None and facts.value_range.why == "12 bits"
     assert decided.data.value_range == (0, 4095) == decided.view.value_range == facts.view.value_range
     (reason,) = [reason for reason in decided.reasons if reason.key == "data.value_range"]
