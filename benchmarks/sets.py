@@ -61,7 +61,7 @@ def row(name: str, run: Path) -> str:
     cells = [
         f"`{name}`",
         f"{sum(facts['counts']['train']):,}",
-        f"{facts['similarity']:.2f}",
+        f"{facts['similarity']['value']:.2f}",
         plan["train"]["strategy"],
         share(scores["probe"]["test"]["top1"]),
         share(scores["test"]["top1"]),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.data.dataset import Dataset
-from finetune.data.dataset import open_dataset as open_images
 from finetune.data.items import ROLES
 from finetune.errors import RecipeError
 from finetune.evaluation.teaching import find_teacher
@@ -80,7 +79,7 @@ def open_dataset(recipe: Wish, overrides: Sequence[str] = ()) -> Dataset:
     recipe = as_recipe(recipe, overrides)
     if recipe.data.root is None:
         raise RecipeError("no images are named. Give a folder, or set data.root.")
-    dataset = open_images(recipe.data, recipe.seed)
+    dataset = Dataset.open(recipe.data, recipe.seed)
     dataset.divide()
     return dataset
 

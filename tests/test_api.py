@@ -68,6 +68,10 @@ def test_the_beginning_of_a_name_is_enough_where_it_is_that_of_one_run(pair, run
         ft.load_run("alike")
     other = ft.train(shapes, [*SMALL, "name=other"], runs=runs, say=quiet)
     assert ft.load_run("other").path.resolve() == other.path.resolve()
+    monkeypatch.chdir(shapes.parent)
+    (shapes.parent / "other").mkdir(exist_ok=True)  # such as the data: it is no run, so it does not hide one
+    assert ft.load_run("other").path.resolve() == other.path.resolve()
+    (shapes.parent / "other").rmdir()
     shutil.rmtree(other.path)
     with pytest.raises(RunError, match="is no folder"):
         ft.load_run("nothing")

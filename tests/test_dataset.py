@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import finetune as ft
-from finetune.data.dataset import Dataset, open_dataset
+from finetune.data.dataset import Dataset
 from finetune.data.sources import open_source
 from finetune.errors import DataError, RunError
 from finetune.evaluation.members import open_again, refuse_other_images
@@ -30,7 +30,7 @@ def images(shapes, tmp_path):
 
 
 def of(root, **more):
-    return open_dataset(DataSpec(root=str(root), **more), 0)
+    return Dataset.open(DataSpec(root=str(root), **more), 0)
 
 
 def names(dataset, rows):

@@ -15,7 +15,7 @@ import finetune as ft
 from finetune.cli import main
 from finetune.data import digests as digesting
 from finetune.data import frames
-from finetune.data.dataset import open_dataset
+from finetune.data.dataset import Dataset
 from finetune.data.decoding import center_crop, decode
 from finetune.data.digests import digest_images
 from finetune.data.items import Found, Item, Items
@@ -99,7 +99,7 @@ def opened(root):
 def divided(root, *more):
     """Items, files and roles of the images under `root`."""
     recipe = ft.load_recipe(None, wishes(root, *more))
-    dataset = open_dataset(recipe.data, recipe.seed)
+    dataset = Dataset.open(recipe.data, recipe.seed)
     return dataset.items, list(dataset.files), dataset.divide()
 
 
@@ -193,7 +193,7 @@ def test_an_image_of_one_frame_is_divided_as_it_is_without_frames(shapes):
     items, expanded, split = divided(shapes, *(f"data.split.{role}={share}" for role, share in _shares(recipe).items()))
     assert items == source.items and expanded == files == frames.frame_digests(items, files)
     again = cut_split(items.labels, files, [None] * len(files), source.classes, seed=0, **_shares(recipe))
-    assert open_dataset(recipe.data, 0).divide() == again == split
+    assert Dataset.open(recipe.data, 0).divide() == again == split
 
 
 def _shares(recipe):
@@ -217,7 +217,7 @@ def test_a_limit_of_training_images_takes_frames_of_different_files(moving):
 def test_the_split_is_told_apart_by_its_frames(moving):
     _, _, whole = divided(moving)
     recipe = ft.load_recipe(None, [f"data.root={moving}", *SMALL])
-    assert open_dataset(recipe.data, recipe.seed).divide().digest != whole.digest
+    assert Dataset.open(recipe.data, recipe.seed).divide().digest != whole.digest
 
 
 def test_a_file_is_read_once_for_the_digests_of_its_frames(moving, monkeypatch):

@@ -9,8 +9,11 @@ from PIL import Image
 
 import finetune as ft
 from finetune.data.decoding import decode, read_levels
+from finetune.data.sources import open_source
 from finetune.data.value_range import FULL_RANGE, Levels, choose_range, levels_of, to_eight_bits
 from finetune.errors import RecipeError
+from finetune.evaluation.elsewhere import _read_images, evaluate_elsewhere
+from finetune.evaluation.members import open_again
 from finetune.evaluation.serving import predict
 from finetune.features.survey import look
 from finetune.preparing import plan
@@ -213,6 +216,21 @@ def test_a_run_decodes_new_images_with_its_own_range(tmp_path):
     answers = list(predict(run, paths))
     right = sum(answer.label == path.parent.name for answer, path in zip(answers, paths, strict=True))
     assert right == len(paths)  # with the full range all would be nearly black, and alike
+
+
+def test_other_images_are_judged_with_the_range_of_the_run(tmp_path):
+    folder = grey_set(tmp_path / "set", lambda grey, path: sixteen(grey + 1000, path))
+    run = ft.train(recipe_of(folder, "train.strategy=probe"), runs=tmp_path / "runs", say=quiet)
+    found = evaluate_elsewhere(run, folder)
+    assert found["scores"]["top1"]["value"] == 1 and found["scores"]["log_loss"]["value"] < 0.5
+    source = open_source(folder, is_learned=False)
+    dataset, role = _read_images(source, run.plan.view, run.plan.data)
+    again = open_again(run)
+    names = {again.items.name(index): index for index in range(len(again.items))}
+    for index in dataset.indices(role)[:4]:
+        own = again.store.get(names[dataset.items.name(index)])
+        np.testing.assert_array_equal(dataset.store.get(index), own)
+        assert own.max() - own.min() >= 1 and own.mean() > 20  # with the full range all would be nearly black
 
 
 def test_a_range_that_does_not_rise_is_refused(tmp_path):

@@ -62,6 +62,15 @@ class Dataset:
         self._meter = RangeMeter(source.items, self.digests, spec.frame, seed)
         self._store: ImageStore | None = None
 
+    @classmethod
+    def open(cls, spec: DataSpec, seed: int) -> "Dataset":
+        """The images that a recipe names, read and digested, not yet divided.
+
+        Raises:
+            DataError: as `open_source`.
+        """
+        return cls(open_images(spec), spec, seed)
+
     @property
     def items(self) -> Items:
         """Of all images, faulty ones too, sorted by name."""
@@ -79,10 +88,14 @@ class Dataset:
         return self._store
 
     def see(self, view: View, limit_bytes: int = 0) -> ImageStore:
-        """Decode for this view from now on, with the data set's own value range, and keep up to so many bytes."""
-        span = FULL_RANGE if self.value_range is None else (self.value_range.low, self.value_range.high)
-        self._store = ImageStore(self.items, replace(view, value_range=span), limit_bytes)
+        """Decode for this view from now on, and keep up to so many bytes; `divide` sets its value range."""
+        self._store = ImageStore(self.items, view, limit_bytes)
         return self._store
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """Values of deep images that become 0 and 255, as far as they are known."""
+        return FULL_RANGE if self.value_range is None else (self.value_range.low, self.value_range.high)
 
     def indices(self, role: str) -> list[int]:
         """Numbers of the items that play `role`, in the source's order."""
@@ -125,7 +138,9 @@ class Dataset:
         self.roles, self.split = tuple(roles), split
         if self.spec.value_range is None:
             found = self._meter.measure(self.indices("train"), self.items.labels.tolist())
-            self._set_range(None if found is None else RangeFacts(**asdict(found)))
+            self.value_range = None if found is None else RangeFacts(**asdict(found))
+            if self._store is not None and self._store.view.value_range != self.span:
+                self.see(replace(self._store.view, value_range=self.span), self._store.limit_bytes)
         return split
 
     def drop(self, faults: Mapping[int, str]) -> None:
@@ -143,17 +158,18 @@ class Dataset:
             faults = zip(rows, pool.map(self._fault, rows), strict=True)
             return {index: fault for index, fault in faults if fault is not None}
 
-    def refuse_bad(self) -> None:
+    def refuse_bad(self, or_else: str = "Mend them, or set data.on_bad_image to skip.") -> None:
         """Nothing, where faulty files may be left out.
+
+        Args:
+            or_else: what the user can do, as sentences.
 
         Raises:
             DataError: if there are some and `data.on_bad_image` is fail.
         """
         if self.bad and self.spec.on_bad_image == "fail":
             named = "; ".join(f"{self.items[index].name} ({why})" for index, why in sorted(self.bad.items())[:5])
-            raise DataError(
-                f"{len(self.bad)} images cannot be read: {named}. Mend them, or set data.on_bad_image to skip."
-            )
+            raise DataError(f"{len(self.bad)} images cannot be read: {named}. {or_else}")
 
     def _readable(self) -> list[int]:
         self.refuse_bad()
@@ -164,13 +180,6 @@ class Dataset:
         refuse_lost(self.items, self.classes, self.bad)
         return kept
 
-    def _set_range(self, found: RangeFacts | None) -> None:
-        self.value_range = found
-        if self._store is not None:
-            span = FULL_RANGE if found is None else (found.low, found.high)
-            if span != self._store.view.value_range:
-                self.see(self._store.view, self._store.limit_bytes)
-
     def _fault(self, index: int) -> str | None:
         try:
             self.store.get(index)
@@ -179,12 +188,3 @@ class Dataset:
         except OSError as fault:
             return fault.strerror or str(fault)
         return None
-
-
-def open_dataset(spec: DataSpec, seed: int) -> Dataset:
-    """The images that a recipe names, read and digested, not yet divided.
-
-    Raises:
-        DataError: as `open_source`.
-    """
-    return Dataset(open_images(spec), spec, seed)

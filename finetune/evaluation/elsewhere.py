@@ -61,7 +61,7 @@ def evaluate_elsewhere(run: RunFolder, data: Path, *, views: str | None = None) 
     source = each_frame(source) if plan.view.frame == "each" else source
     columns = _columns_by_name(source, plan.classes, f"the run {run.path}")
     dataset, role = _read_images(source, plan.view, plan.data)
-    dataset.refuse_bad()
+    dataset.refuse_bad("Mend them or take them away.")
     images = dataset.indices(role)
     views, fallback = permitted_views(views or known["views"], plan.data.allowed_changes)
     rows = predict_probabilities(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from finetune.data.dataset import Dataset, open_dataset
+from finetune.data.dataset import Dataset
 from finetune.errors import RecipeError, RunError
 from finetune.evaluation.loading import AVERAGE_FILE, load_final, load_held_out
 from finetune.evaluation.prediction import predict_probabilities
@@ -253,7 +253,7 @@ def open_again(run: RunFolder) -> Dataset:
         DataError: if they are not where they were.
     """
     wish, then = read_wish(run), run.read_json("facts.json")["bad_images"]
-    dataset, faults = open_dataset(wish.data, wish.seed), {row["name"]: row["reason"] for row in then}
+    dataset, faults = Dataset.open(wish.data, wish.seed), {row["name"]: row["reason"] for row in then}
     names = map(dataset.items.name, range(len(dataset.items)))
     dataset.drop({index: faults[name] for index, name in enumerate(names) if name in faults})
     dataset.divide()

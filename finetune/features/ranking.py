@@ -12,7 +12,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from finetune.data.dataset import open_dataset
+from finetune.data.dataset import Dataset
 from finetune.data.decoding import center_crop
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.normalization import measure_constants
@@ -128,7 +128,7 @@ class _Images:
         if recipe.data.root is None:
             raise RecipeError("no images are named. Give a folder: `finetune zoo rank FOLDER`, or set data.root.")
         self.recipe = recipe
-        self.dataset = open_dataset(recipe.data, recipe.seed)
+        self.dataset = Dataset.open(recipe.data, recipe.seed)
         self.found_bad = False
         self.warnings: tuple[str, ...] = ()
         self.unkept: tuple[str, ...] = ()
@@ -151,7 +151,7 @@ class _Images:
         """Images as a candidate sees them; by constants of the images themselves where the recipe asks for them."""
         size, _ = fit_size(backbone, self.recipe.data.image_size)
         view, _ = choose_view(self.recipe, backbone, size)
-        store = self.dataset.see(view)
+        store = self.dataset.see(replace(view, value_range=self.dataset.span))
         if (kind := whose_constants(self.recipe)).startswith("channel"):
             found = measure_constants(store, rows, size_pixels=size, kind=kind, seed=self.recipe.seed)
             store.view = replace(store.view, mean=found.mean, std=found.std)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from finetune.data.ancestry import overlap_warnings
-from finetune.data.dataset import Dataset, open_dataset
+from finetune.data.dataset import Dataset
 from finetune.data.items import ROLES
 from finetune.data.loading import Batches
 from finetune.data.normalization import measure_constants
@@ -167,7 +167,7 @@ class _Survey:
 
     def __init__(self, recipe: Recipe, progress: Progress, roles_seen: Sequence[str]) -> None:
         self.recipe, self._progress, self._roles_seen = recipe, progress, roles_seen
-        self.dataset = open_dataset(recipe.data, recipe.seed)
+        self.dataset = Dataset.open(recipe.data, recipe.seed)
         torch.manual_seed(recipe.seed)  # random weights, where asked for, follow the seed
         name = recipe.backbone or default_backbone()
         self.machine = measure_machine(recipe.hardware.devices)

@@ -171,7 +171,7 @@ def find_run(named: "str | os.PathLike[str]") -> Path:
         RunError: if there is none, or more than one begins so.
     """
     folder = Path(named).expanduser()
-    if folder.is_dir():
+    if any((folder / name).exists() for name in ("plan.yaml", "recipe.yaml")):
         return folder
     among = runs_folder()
     if len(folder.parts) == 1 and among.is_dir():
@@ -186,6 +186,8 @@ def find_run(named: "str | os.PathLike[str]") -> Path:
             raise RunError(f"{len(alike)} runs in {among}/ begin with {folder.name}: {some}. Name one, or say latest.")
         if alike:
             return alike[0]
+    if folder.is_dir():
+        return folder
     raise no_run(folder)
 
 
