@@ -199,7 +199,7 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, va
     plan = run.plan
     curves = Curves(run.file("curves.csv"))
     for index, stage in enumerate(plan.stages):
-        rewind(curves, f"{index + 1}-{stage.name}", run.stage_folder(index))
+        rewind(curves, f"{index + 1}-{stage.name}", run.stage_weights(index))
     tracker = _start_tracker(run, plan, say, recipe.tracking.uri)
     try:
         classifier = _train_stages(run, plan, seen, vary, tracker, say)

@@ -104,7 +104,7 @@ def test_what_is_surveyed_and_planned_is_what_is_trained(shapes, shared, runs, m
 
 def test_a_data_set_is_opened_as_a_run_divides_it(pair, shapes, tmp_path):
     dataset = ft.open_dataset(shapes, ["seed=1"])
-    assert dataset.split.digest == pair[1].plan.split_digest
+    assert dataset.split.digest == pair[1].plan.split_digest != pair[0].plan.split_digest
     with pytest.raises(RecipeError, match="no images are named"):
         ft.open_dataset(ft.load_recipe(None, []))
     with pytest.raises(RecipeError, match="neither a file, a folder, nor a shipped recipe"):

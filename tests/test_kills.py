@@ -45,7 +45,7 @@ def rows_sent(folder):
 
 MOMENTS = {
     "rows of an epoch that has not ended": lambda folder: count_lines(folder) > 12,
-    "between the first and the second stage": lambda folder: has_stage(folder, 1, "weights.safetensors"),
+    "between the first and the second stage": lambda folder: has_stage(folder, 1, "held_out.safetensors"),
     "in the second stage": lambda folder: has_stage(folder, 2, "last.ckpt"),
     "in the refit of the first stage": lambda folder: any(folder.glob("stages/*-refit/last.ckpt")),
     "when MLflow has some rows": lambda folder: rows_sent(folder) > 0,

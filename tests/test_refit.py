@@ -125,7 +125,9 @@ def test_test_is_answered_by_the_refit_weights_and_val_by_those_before(full):
     seen, said, scores = seen_by(full), stored(full), full.read_json("scores.json")
     assert scores["temperature"] is None
     refit, before = load_final(full), load_held_out(full)
-    weights = {on: load_file(full.file(f"stages/{on}/weights.safetensors")) for on in ("1-full", "2-refit")}
+    files = {"1-full": "held_out.safetensors", "2-refit": "weights.safetensors"}
+    weights = {on: load_file(full.file(f"stages/{on}/{name}")) for on, name in files.items()}
+    assert [path.parent.name for path in full.path.glob("stages/*/weights.safetensors")] == ["2-refit"]  # one to find
     assert all(torch.equal(tensor, weights["2-refit"][name]) for name, tensor in refit.state_dict().items())
     assert all(torch.equal(tensor, weights["1-full"][name]) for name, tensor in before.state_dict().items())
     for role, classifier, other in (("test", refit, before), ("val", before, refit), ("calibration", before, refit)):
@@ -155,8 +157,8 @@ def test_without_a_refit_a_run_is_what_it_was(full, held):
 def test_the_folder_of_a_refit_run_holds_a_stage_more_and_no_file_more(full, held):
     files = {run: {str(file.relative_to(run.path)) for file in run.path.rglob("*")} for run in (full, held)}
     more = {"stages/2-refit", "stages/2-refit/last.ckpt", "stages/2-refit/weights.safetensors"}
-    assert files[full] - files[held] == more
-    assert files[held] <= files[full]
+    assert files[full] - files[held] == more | {"stages/1-full/held_out.safetensors"}
+    assert files[held] - files[full] == {"stages/1-full/weights.safetensors"}
 
 
 def test_no_val_watches_a_refit_and_its_curves_hold_what_training_says(full):

@@ -297,7 +297,7 @@ def _last_stages(plan: Plan) -> tuple[Stage, ...]:
 
 def _weights_of(plan: Plan) -> list[str]:
     """Where a run with such stages keeps their weights."""
-    names = [f"stages/{number}-{stage.name}/weights.safetensors" for number, stage in enumerate(plan.stages, 1)]
+    names = [f"stages/{at + 1}-{stage.name}/{plan.weights_file(at)}" for at, stage in enumerate(plan.stages)]
     return names or ["probe.safetensors"]
 
 

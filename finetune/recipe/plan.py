@@ -31,6 +31,8 @@ DECIDED_NULLS = (
 )
 """Keys whose null is a decision: there is none."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times faster, and a plan is read often
+HELD_OUT_WEIGHTS = "held_out.safetensors"
+"""Of a stage that a refit repeats on all labelled images."""
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
@@ -158,6 +160,14 @@ class Plan(Section):
     def is_refit(self) -> bool:
         """Whether the model ends on all labelled images, so that val and calibration judge the one before it."""
         return self.stages[-1].images == "labelled" if self.stages else self.probe_on == "labelled"
+
+    def weights_file(self, index: int) -> str:
+        """The file in the folder of a stage with the weights that it ends with.
+
+        Those before a refit have another name: whoever looks for the weights of a run finds those that are shipped.
+        """
+        is_before = self.is_refit and self.stages[index].images == "train"
+        return HELD_OUT_WEIGHTS if is_before else "weights.safetensors"
 
     def last_stage(self, on: Images) -> int:
         """The index of the last stage on these images; -1 where there is none."""

@@ -33,7 +33,8 @@ FILES = (
     "seen.npz",
     "tracking.json",
 )
-"""What a finished run holds, beside `stages/K-NAME/{last.ckpt,weights.safetensors}`."""
+"""What a finished run holds, beside `stages/K-NAME/{last.ckpt,weights.safetensors}`; of a stage that is
+refit, `held_out.safetensors`."""
 
 
 class RunFolder:
@@ -97,6 +98,10 @@ class RunFolder:
         """`stages/K-NAME`, K counted from 1."""
         return self.path / "stages" / f"{index + 1}-{self.plan.stages[index].name}"
 
+    def stage_weights(self, index: int) -> Path:
+        """The weights that a stage ends with; their presence means that it is done."""
+        return self.stage_folder(index) / self.plan.weights_file(index)
+
     def stage_names(self, on: Images) -> list[str]:
         """`K-NAME` of the stages on these images, as the curves call them."""
         return [f"{number}-{stage.name}" for number, stage in enumerate(self.plan.stages, 1) if stage.images == on]
@@ -110,7 +115,7 @@ class RunFolder:
         return self._weights_of(self.plan.last_stage("train"))
 
     def _weights_of(self, index: int) -> Path:
-        return self.file("probe.safetensors") if index < 0 else self.stage_folder(index) / "weights.safetensors"
+        return self.file("probe.safetensors") if index < 0 else self.stage_weights(index)
 
     def write_text(self, name: str, text: str) -> None:
         """Write a whole file or none."""

@@ -113,8 +113,9 @@ def card_at(name: str) -> "Card | None":
 
     if (folder := folder_of_backbone(name)) is None:
         return None
-    run, weights = folder.parent.parent, folder / "weights.safetensors"
-    if folder.parent.name == "stages" and (run / "card.yaml").exists() and weights.exists():
+    run, files = folder.parent.parent, [folder / name for name in ("weights.safetensors", "held_out.safetensors")]
+    weights = next((path for path in files if path.exists()), None)
+    if folder.parent.name == "stages" and (run / "card.yaml").exists() and weights is not None:
         card = read_card(run / "card.yaml")
         is_before = not folder.name.endswith("-refit")
         return replace(card, name=name, weights=weights, sha256=None, is_before_refit=is_before)

@@ -68,7 +68,7 @@ def fit(
         classifier: holds the weights that the stage begins from.
         train: batches of the images that the stage trains on.
         val: batches of the val images; None in a refit, which runs to its end.
-        folder: gets `last.ckpt` after each epoch and `weights.safetensors` at the end.
+        folder: gets `last.ckpt` after each epoch and its weights, as `Plan.weights_file` names them, at the end.
         curves: gets what is measured.
         members: folder for snapshots and the last epochs, where the plan keeps them.
         origin: pretrained weights by name, for `regularization.l2_sp`; None: those the stage begins from.
@@ -81,7 +81,7 @@ def fit(
     Raises:
         RunError: if training diverges, and does so again at a lower rate.
     """
-    stage, weights, checkpoint = plan.stages[index], folder / "weights.safetensors", folder / "last.ckpt"
+    stage, weights, checkpoint = plan.stages[index], folder / plan.weights_file(index), folder / "last.ckpt"
     if weights.exists():
         if stage.trains == "lora":
             merge_lora(classifier.backbone)

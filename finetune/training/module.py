@@ -145,9 +145,8 @@ class Finetuning(pl.LightningModule):
             self.average.load_state_dict(checkpoint["average"])
         if self._divergence is not None:
             self._divergence = Divergence(**checkpoint["divergence"])
-            if (
-                self.slowdown < checkpoint["slowdown"]
-            ):  # rates were lowered since: the losses before that do not count as divergence
+            # Where rates were lowered since, the losses before that do not count as divergence.
+            if self.slowdown < checkpoint["slowdown"]:
                 self._divergence.recent = []
         self.slowdown = min(self.slowdown, checkpoint["slowdown"])
 

@@ -90,7 +90,7 @@ def _train_on(
     start = None
     if plan.train.averaging.wise_ft != 1:
         start = {name: weight.detach().clone() for name, weight in classifier.named_parameters()}
-    last = run.stage_folder(plan.last_stage(on)) / "weights.safetensors"
+    last = run.stage_weights(plan.last_stage(on))
     teacher = None if last.exists() else teach(on)
     for index, stage in enumerate(plan.stages):
         if stage.images != on:
@@ -124,7 +124,7 @@ def _batches(on: Images, plan: Plan, dataset: Dataset, vary: Vary | None) -> tup
 def _settle(run: RunFolder, plan: Plan, index: int) -> tuple[Plan, float]:
     """The plan with the epochs of a refit settled, and the share of its rates: as the stage it repeats went."""
     twin = plan.repeated(index)
-    if twin == index or (run.stage_folder(index) / "weights.safetensors").exists():
+    if twin == index or run.stage_weights(index).exists():
         return plan, 1.0
     kept = read_kept(run, twin)
     stages = list(plan.stages)

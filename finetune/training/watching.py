@@ -69,11 +69,11 @@ class Curves:
         write_whole(self.path, lambda path: path.write_text(",".join(COLUMNS) + "\n" + text, encoding="utf-8"))
 
 
-def rewind(curves: Curves, stage: str, folder: Path) -> None:
-    """Drop from the curves what an unfinished stage wrote after its last whole epoch; before anybody reads them."""
-    if (folder / "weights.safetensors").exists():
+def rewind(curves: Curves, stage: str, weights: Path) -> None:
+    """Drop from the curves what a stage without `weights` wrote after its last whole epoch; before they are read."""
+    if weights.exists():
         return
-    checkpoint, before_all = folder / "last.ckpt", -2
+    checkpoint, before_all = weights.parent / "last.ckpt", -2
     done = torch.load(checkpoint, weights_only=True)["keeper"]["epoch"] if checkpoint.exists() else before_all
     curves.forget_after(stage, done)
 
