@@ -3,9 +3,10 @@
     finetune demo 2> demo.txt
     FINETUNE_ZOO=../shared/zoo finetune plan ../shared/data/sign_digits backbone=mobilenetv2_100.imagenet_keras \
         data.image_size=96 > plan.txt
-    python docs/readme.py demo.txt plan.txt
+    FINETUNE_ZOO=../shared/zoo finetune zoo rank ../shared/data/ants_bees data.image_size=96 > rank.txt
+    python docs/readme.py demo.txt plan.txt rank.txt
 
-Without files the demo and the plan stay as they are.
+Without files these three stay as they are. A table that was not measured is an error, and no promise in its place.
 What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what was measured; nothing is typed by hand.
 """
 
@@ -36,9 +37,7 @@ def recipes() -> str:
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         comments = [line[2:] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
         where = re.search(r"on (\w+), (.*):", comments[1]) if len(comments) > 2 else None
-        if where is None:
-            rows.append(f"| `{path.stem}` | {comments[0]} | not measured on this version yet |")
-            continue
+        assert where is not None, f"{path.name} was not measured: python benchmarks/recipes.py"
         rest = [word for word in where[2].split() if "max_train" in word]
         note = "".join(f", {word.split('=')[1]} training images per class" for word in rest)
         rows.append(f"| `{path.stem}` | {comments[0]} | {where[1]}{note}: {comments[2]} |")
@@ -68,12 +67,8 @@ def speed() -> str:
             f"with our process settings, {train['over_default']:.1f} x one with PyTorch's defaults |"
         )
     rows += looking()
-    return "\n".join(rows) if len(rows) > 2 else "Not measured on this version yet."
-
-
-def sets() -> str:
-    path = ROOT / "benchmarks" / "results" / "sets.md"
-    return path.read_text(encoding="utf-8").strip() if path.exists() else "Not measured on this version yet."
+    assert len(rows) > 2, "no speed was measured: python benchmarks/plans.py"
+    return "\n".join(rows)
 
 
 def looking() -> list[str]:
@@ -111,13 +106,22 @@ def plan(path: Path) -> str:
 
 def result(name: str) -> str:
     """What a benchmark left, as it is."""
-    path = ROOT / "benchmarks" / "results" / f"{name}.md"
-    return path.read_text(encoding="utf-8").strip() if path.exists() else "Not measured on this version yet."
+    return (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8").strip()
+
+
+def rank(path: Path) -> str:
+    """The table of a ranking, what the first and the last source classifier say, and why one is chosen."""
+    blocks = path.read_text(encoding="utf-8").strip().split("\n\n")
+    said = next(block for block in blocks if block.startswith("What their source classifiers"))
+    entries = re.findall(r"^  \S.*(?:\n    .*)*", said, re.M)
+    shown = [*blocks[:2], "  ...", f"{said.splitlines()[0]}\n{entries[0]}\n  ...", blocks[-1]]
+    command = "$ FINETUNE_ZOO=../shared/zoo finetune zoo rank ../shared/data/ants_bees data.image_size=96"
+    return "```\n" + command + "\n" + "\n".join(shown) + "\n```"
 
 
 def main() -> None:
-    parts = {"recipes": recipes(), "speed": speed(), "sets": sets()}
-    for name, make, path in zip(("demo", "plan"), (demo, plan), sys.argv[1:], strict=False):
+    parts = {"recipes": recipes(), "speed": speed(), "sets": result("sets")}
+    for name, make, path in zip(("demo", "plan", "rank"), (demo, plan, rank), sys.argv[1:], strict=False):
         parts[name] = make(Path(path))
     write(ROOT / "README.md", parts)
     write(ROOT / "docs" / "advice.md", {name: result(name) for name in ("matrix", "many", "curve", "choice")})
@@ -125,7 +129,7 @@ def main() -> None:
         ROOT / "docs" / "training.md",
         {name: result(name) for name in TABLES},
     )
-    write(ROOT / "docs" / "judging.md", {name: result(name) for name in ("distil", "judging", "views")})
+    write(ROOT / "docs" / "judging.md", {name: result(name) for name in ("judging", "views")})
 
 
 def write(readme: Path, parts: dict[str, str]) -> None:

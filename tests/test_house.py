@@ -1,6 +1,7 @@
 """The walls of the house: who may import whom, what is public, what starts fast, what a file may weigh."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -182,3 +183,10 @@ def test_verbs_are_frozen():
 
 def test_recipe_keys_are_frozen():
     assert recipe_keys() == (Path(__file__).parent / "golden" / "recipe_keys.txt").read_text().split()
+
+
+def test_no_page_promises_a_figure_that_is_not_there():
+    for page in [ROOT.parent / "README.md", *(ROOT.parent / "docs").glob("*.md")]:
+        text = page.read_text(encoding="utf-8")
+        assert "ot measured on this version" not in text, page
+        assert not re.findall(r"<!-- (\S+) -->\n\s*<!-- /\1 -->", text), page  # a table's place, and no table

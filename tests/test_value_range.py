@@ -15,8 +15,11 @@ from finetune.errors import RecipeError
 from finetune.evaluation.elsewhere import _read_images, evaluate_elsewhere
 from finetune.evaluation.members import open_again
 from finetune.evaluation.serving import predict
+from finetune.features.ranking import _Images
 from finetune.features.survey import look
+from finetune.models.backbones import load_backbone
 from finetune.preparing import plan
+from finetune.recipe.shelf import read_zoo
 
 SMALL = ["data.image_size=32", "train.strategy=probe", "tracking.enabled=false"]
 COLOURS = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
@@ -216,6 +219,16 @@ def test_a_run_decodes_new_images_with_its_own_range(tmp_path):
     answers = list(predict(run, paths))
     right = sum(answer.label == path.parent.name for answer, path in zip(answers, paths, strict=True))
     assert right == len(paths)  # with the full range all would be nearly black, and alike
+
+
+def test_candidates_of_a_ranking_see_the_measured_range(tmp_path):
+    folder = grey_set(tmp_path / "set", lambda grey, path: sixteen(grey + 1000, path))
+    recipe = recipe_of(folder)
+    images = _Images(recipe)
+    rows = images.draw(100)
+    store = images.see(load_backbone("tiny_resnet18.cifar10", zoo=read_zoo()).eval(), rows)
+    assert store.view.value_range == look(recipe).facts.view.value_range != FULL_RANGE
+    assert images.dataset.store is store and store.get(rows[0]).mean() > 20
 
 
 def test_other_images_are_judged_with_the_range_of_the_run(tmp_path):
