@@ -51,9 +51,9 @@ def compare_extraction(shared: Path) -> dict[str, float]:
     import numpy as np
     import torch
 
+    from finetune.compute import tune_process
     from finetune.data.loading import normalize
     from finetune.features.extraction import BATCH, look_at_all
-    from finetune.machine import tune_process
     from finetune.models.backbones import load_backbone
     from finetune.models.frozen import FrozenBackbone
     from finetune.recipe.shelf import read_zoo

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
+from finetune.compute import tune_process
 from finetune.errors import FinetuneError, RunError
 from finetune.evaluation.ensembles import make_ensemble
-from finetune.machine import tune_process
 from finetune.pipeline import evaluate
 from finetune.preparing import say_on_stderr
 from finetune.recipe.runs import RunFolder, runs_folder

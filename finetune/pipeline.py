@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
+from finetune.compute import describe_environment, every_few_seconds, give_back_memory, tune_process
 from finetune.errors import DataError, FinetuneError, RecipeError, RunError, names_beside, nearest
 from finetune.evaluation.evaluation import evaluate_run
 from finetune.evaluation.page_images import seen_images, stored_images
@@ -28,7 +29,6 @@ from finetune.evaluation.whole_model import keep_model
 from finetune.features.answers import probe_answers
 from finetune.features.refitting import probe_tensors
 from finetune.features.survey import Survey, look
-from finetune.machine import describe_environment, every_few_seconds, give_back_memory, tune_process
 from finetune.models.classifier import Classifier
 from finetune.preparing import Say, checked_plan, say_on_stderr, with_backbone
 from finetune.recipe.addresses import split_login

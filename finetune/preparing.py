@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune.compute import every_few_seconds, tune_process
 from finetune.data.dataset import Dataset
 from finetune.data.items import ROLES
 from finetune.errors import RecipeError
@@ -14,7 +15,6 @@ from finetune.evaluation.teaching import find_teacher
 from finetune.evaluation.viewing import refuse_views
 from finetune.features.ranking import choose_backbone
 from finetune.features.survey import Survey, look, survey_part
-from finetune.machine import every_few_seconds, tune_process
 from finetune.models.classifier import refuse_layers
 from finetune.piloting import run_pilot
 from finetune.recipe.distillation import teacher_faults

@@ -14,7 +14,7 @@ from finetune.recipe.schema import recipe_keys
 ROOT = Path(finetune.__file__).parent
 ROOMS = [
     "errors",
-    "machine",
+    "compute",
     "recipe",
     "data",
     "models",

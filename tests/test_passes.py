@@ -160,7 +160,7 @@ def test_freed_memory_is_kept_until_it_is_given_back():
     code = """
 from pathlib import Path
 import numpy as np
-from finetune.machine import give_back_memory, tune_process
+from finetune.compute import give_back_memory, tune_process
 
 def resident_mb():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import pytest
 
-from finetune.machine import QUIET
+from finetune.compute import QUIET
 from finetune.training import ledger, mlflow_store, tracking
 from finetune.training.tracking import Tracker, default_uri, send_remaining, ui_command
 

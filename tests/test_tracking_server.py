@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.machine import quiet_environment
+from finetune.compute import quiet_environment
 from finetune.training.ledger import CurveReader
 
 pytestmark = pytest.mark.slow

@@ -27,7 +27,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Judge a finished run again, perhaps in other views or on other images; or a backbone as it comes."""
-    from finetune.machine import tune_process
+    from finetune.compute import tune_process
     from finetune.recipe.schema import VIEWS_PATTERN
     from finetune.reporting.terminal import scores_text
 
@@ -95,8 +95,8 @@ def predict(
     """Class and probability of new images."""
     from dataclasses import asdict
 
+    from finetune.compute import tune_process
     from finetune.evaluation.serving import predict_stream, save_predictions
-    from finetune.machine import tune_process
     from finetune.recipe.runs import RunFolder
 
     tune_process()
@@ -144,8 +144,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """The model as plain timm loads it, checked against the run: weights, config.json, classes and a card."""
+    from finetune.compute import tune_process
     from finetune.export.timm_folder import export_timm
-    from finetune.machine import tune_process
     from finetune.recipe.runs import RunFolder
 
     if to != "timm":
@@ -174,7 +174,7 @@ def ui(
     as_json: Json = False,
 ) -> None:
     """Open the MLflow UI on the store beside the runs."""
-    from finetune.machine import quiet_environment
+    from finetune.compute import quiet_environment
     from finetune.recipe.runs import runs_folder
     from finetune.training.tracking import ui_command
 

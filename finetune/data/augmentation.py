@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from finetune.compute import QUIET, lend_environment
 from finetune.data.changes import CUTOUT_GREY, CheckedChange, ColorShift, OwnChange, cut_out
 from finetune.data.decoding import center_crop
 from finetune.data.domains import CROP_AREA, DOMAINS, Rules
-from finetune.machine import QUIET, lend_environment
 from finetune.recipe.cards import INTERPOLATIONS
 
 PRESETS = ("none", "light", "medium", "heavy")

@@ -4,12 +4,12 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from finetune.compute import num_cores
 from finetune.data.decoding import BadImage
 from finetune.data.formats import Contents
 from finetune.data.frames import is_of_same_file
 from finetune.data.items import Item
 from finetune.data.sources import read_bytes
-from finetune.machine import num_cores
 
 _AT_ONCE = 256
 

@@ -10,11 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.compute import num_cores
 from finetune.data.decoding import BadImage, count_frames
 from finetune.data.formats import format_of
 from finetune.data.items import Found, Item, Items
 from finetune.data.sources import Source, open_source, read_bytes
-from finetune.machine import num_cores
 from finetune.recipe.schema import DataSpec
 
 SEVERAL = ("GIF", "TIFF", "WEBP", "PNG", "AVIF", "HEIF")

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from finetune.machine import after_fork
+from finetune.compute import after_fork
 
 ROW_GROUP_CACHE_BYTES = 2**30
 """Image bytes of parquet row groups kept in memory, per process."""

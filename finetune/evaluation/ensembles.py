@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
+from finetune.compute import describe_environment
 from finetune.data.dataset import Dataset
 from finetune.errors import RunError
 from finetune.evaluation.loading import AVERAGE_FILE, load_ensemble
@@ -33,7 +34,6 @@ from finetune.evaluation.soups import State, greedy_soup, interpolate, load_star
 from finetune.evaluation.soups import uniform_soup as mean_of
 from finetune.evaluation.views import permitted_views
 from finetune.evaluation.whole_model import copy_model
-from finetune.machine import describe_environment
 from finetune.recipe.plan import Plan, Stage
 from finetune.recipe.reading import recipe_text
 from finetune.recipe.resumption import read_wish

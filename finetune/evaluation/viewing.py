@@ -33,7 +33,7 @@ MOST_CROPS = 640
 """Most crops in memory at once, of the size the network was trained on."""
 CROPS_PER_PASS = {"cpu": 64, "cuda": 640}
 """Most crops per forward pass, of the size the network was trained on; fewer where they are larger. On a CPU the
-activations of more are given back to the kernel (see `machine.KEEP_BYTES`): ten crops then cost twenty centres; and
+activations of more are given back to the kernel (see `compute.KEEP_BYTES`): ten crops then cost twenty centres; and
 from 112 px on there are fewer, as `passes` says."""
 _REFUSALS = (AssertionError, RuntimeError, ValueError, TypeError)
 """What networks raise at images of a size they cannot take."""

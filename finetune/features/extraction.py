@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from finetune.compute import num_cores
 from finetune.data.decoding import KINDS, BadImage, ImageFacts, center_crop, decode_sizes, facts_row, scaling
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import read_bytes
 from finetune.features.cache import FeatureCache
-from finetune.machine import num_cores
 from finetune.models.frozen import FrozenBackbone
 from finetune.recipe.cards import View
 from finetune.recipe.passes import PASS_PIXELS

@@ -4,9 +4,9 @@ import os
 
 import torch
 
+from finetune.compute import num_cores
 from finetune.data.value_range import FULL_RANGE
 from finetune.errors import RecipeError
-from finetune.machine import num_cores
 from finetune.models.backbones import Backbone
 from finetune.recipe.addresses import uri_from_environment
 from finetune.recipe.cards import View

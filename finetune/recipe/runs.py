@@ -12,8 +12,8 @@ from typing import Any, Self
 
 from safetensors import SafetensorError
 
+from finetune.compute import try_lock
 from finetune.errors import RunError, explain_os_error, names_beside, nearest, os_error_behind
-from finetune.machine import try_lock
 from finetune.recipe.plan import Images, Plan, read_plan
 
 FILES = (

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from finetune.machine import QUIET, lend_environment, try_lock
+from finetune.compute import QUIET, lend_environment, try_lock
 from finetune.recipe.addresses import Login, is_web, join_login
 from finetune.training.ledger import SentState
 

@@ -1,4 +1,4 @@
-"""The machine: what a process sets once before it computes, and what not every operating system has.
+"""Compute: what a process sets once before it computes, and what not every operating system has.
 
 On CPUs glibc hands freed activations back to the kernel and pays page faults to get them again, and
 arithmetic on denormal numbers is many times slower than on others; both are settings of the process, recorded in
