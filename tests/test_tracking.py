@@ -2,16 +2,19 @@ import http.server
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import uuid
 import warnings
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import pytest
 
@@ -381,6 +384,34 @@ def test_a_server_that_answers_nonsense_costs_one_warning(run, answer):
     assert unsent.reason
     assert unsent.reason != "the sender died"
     assert len(said) == 1
+
+
+def test_a_disk_on_which_no_store_can_be_made_costs_one_warning_and_leaves_no_half_store(run):
+    tracker = tracker_of(run, said := [])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # an empty store has some 950 kB
+    try:
+        tracker.start()
+        wait_until(lambda: said)
+        assert tracker.close("FINISHED", deadline_seconds=30).rows == 1200
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(said) == 1
+    assert not (run.parent / "mlflow.db").exists()
+    assert not send_remaining(run, pytest.fail)
+    assert steps_of(run) == list(range(1200))
+
+
+def test_a_store_is_made_in_memory_of_which_nothing_is_left(tmp_path, monkeypatch):
+    mlflow_store.prepare_mlflow()
+    name = uuid.uuid4()
+    monkeypatch.setattr(uuid, "uuid4", lambda: name)
+    with mlflow_store.mlflow_environment("sqlite:///", None):
+        mlflow_store.create_store(tmp_path / "one.db")
+    with closing(sqlite3.connect(f"file:{name.hex}?mode=memory&cache=shared", uri=True)) as memory:
+        assert memory.execute("select count(*) from sqlite_master").fetchone() == (0,)
+    with closing(sqlite3.connect(tmp_path / "one.db")) as stored:
+        assert stored.execute("select count(*) from sqlite_master").fetchone() > (50,)
 
 
 def test_off_does_nothing_and_an_untracked_folder_has_nothing_to_send(run):

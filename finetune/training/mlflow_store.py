@@ -2,11 +2,13 @@
 
 import logging
 import os
+import sqlite3
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ PATIENCE = {
     "MLFLOW_LOGGING_LEVEL": "CRITICAL",
 }
 """How long the follower waits and how much MLflow may say of it, where the user has not set them."""
+_NO_POOL = {"MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool"}  # MLflow keeps what it has opened; this keeps no connection
 
 
 @contextmanager
@@ -56,7 +59,8 @@ def prepare_mlflow() -> tuple[type[Exception], ...]:
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     damaged = (yaml.YAMLError, ValueError)  # a file of the folder, an answer, an MLFLOW_ variable
-    return MlflowException, requests.RequestException, sqlalchemy.exc.SQLAlchemyError, CommandError, OSError, *damaged
+    database = (sqlalchemy.exc.SQLAlchemyError, sqlite3.Error, CommandError)
+    return MlflowException, requests.RequestException, OSError, *database, *damaged
 
 
 def open_client(uri: str, login: Login | None = None) -> Any:
@@ -90,16 +94,14 @@ def create_store(database: Path) -> None:
     with lock_store(database.with_name(f"{database.name}.lock"), seconds=60.0):
         if database.exists():
             return
-        from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-        from sqlalchemy import text
+        from mlflow import MlflowClient
 
-        store = SqlAlchemyStore("sqlite:///:memory:", artifact_root(database))
         temporary = database.with_name(f"{database.name}.new")
         temporary.unlink(missing_ok=True)
-        with store.engine.connect() as connection:
-            writer = connection.execution_options(isolation_level="AUTOCOMMIT")  # VACUUM takes no transaction
-            writer.execute(text("VACUUM INTO :path"), {"path": str(temporary)})
-        store.engine.dispose()
+        name = f"file:{uuid.uuid4().hex}?mode=memory&cache=shared"  # of this process; gone with its last connection
+        with closing(sqlite3.connect(name, uri=True)) as memory, lend_environment(_NO_POOL):
+            MlflowClient(tracking_uri=f"sqlite:///{name}&uri=true").get_experiment_by_name("Default")
+            memory.execute("VACUUM INTO ?", (str(temporary),))
         temporary.replace(database)
 
 
