@@ -10,17 +10,17 @@ Each arrow leaves its result in the run folder, and is skipped where the result 
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors.torch import save_file
 
 from finetune.compute import describe_environment, every_few_seconds, give_back_memory, tune_process
+from finetune.data.torch_datasets import Handed
 from finetune.errors import DataError, FinetuneError, RecipeError, RunError, names_beside, nearest
 from finetune.evaluation.evaluation import evaluate_run
 from finetune.evaluation.page_images import seen_images, stored_images
@@ -29,6 +29,7 @@ from finetune.evaluation.whole_model import keep_model
 from finetune.features.answers import probe_answers
 from finetune.features.refitting import probe_tensors
 from finetune.features.survey import Survey, look
+from finetune.handing_in import Own, Vary, hand_in
 from finetune.models.classifier import Classifier
 from finetune.preparing import Say, checked_plan, say_on_stderr, with_backbone
 from finetune.recipe.addresses import split_login
@@ -39,11 +40,11 @@ from finetune.recipe.reading import Wish, as_recipe, recipe_text
 from finetune.recipe.resumption import (
     another_wish,
     moved_to,
-    name_view,
     read_wish,
     record_root,
     refuse_changes,
     refuse_other_beginning,
+    refuse_other_own,
 )
 from finetune.recipe.runs import Clock, RunFolder, append, faults_told, find_run, runs_folder, sweep, write_whole
 from finetune.recipe.schema import Recipe
@@ -55,15 +56,13 @@ from finetune.training.optimization import check_optimizer
 from finetune.training.tracking import Tracker, Unsent, default_uri, send_remaining
 from finetune.training.watching import Curves, rewind
 
-Vary = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-"""A user's own change of training images."""
-
 
 def train(
-    recipe: Wish,
+    recipe: Wish | None = None,
     overrides: Sequence[str] = (),
     *,
     runs: str | Path | None = None,
+    dataset: Handed | None = None,
     vary: Vary | None = None,
     say: Say = say_on_stderr,
 ) -> Run:
@@ -71,40 +70,55 @@ def train(
 
     Args:
         recipe: what to do; what it leaves open is decided from what is measured. A file, a shipped name or a folder of
-            images stands for the recipe that `load_recipe` makes of it with `overrides`.
+            images stands for the recipe that `load_recipe` makes of it with `overrides`; None: all is left open.
         overrides: `section.key=value`.
         runs: where the run folder is made; None: FINETUNE_RUNS, or `runs` here.
+        dataset: your own images instead of a folder: a map-style torch data set of (image, label), or one for each
+            role, such as `{"train": ..., "val": ...}`; see `open_datasets`. Resuming needs all of yours again.
         vary: your own change of training images: an image (H, W, 3) uint8 and a numpy generator to an image of the
-            same shape, the label left true. Resuming needs it again.
+            same shape, the label left true.
         say: gets every line for people; `log.txt` gets them too.
     """
     recipe = as_recipe(recipe, overrides)
-    if recipe.data.root is None:
-        raise RecipeError("no images are named. Give a folder: `finetune train FOLDER`, or set data.root.")
-    root = Path(recipe.data.root).expanduser().absolute()  # so that a run can be resumed from anywhere
-    if not root.exists():
-        hint = nearest(root.name, names_beside(root), otherwise="Check the path.")
-        raise DataError(f"data.root: {root} does not exist. {hint}")
-    recipe = name_teacher(recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})}))
+    if dataset is None:
+        recipe = _with_whole_root(recipe)
+    recipe = name_teacher(recipe)
     find_teacher(recipe.train.distillation.teacher)  # a wrong one leaves no run folder
     tune_process()
     check_optimizer(recipe.train.optimizer)
     recipe = name_backbone(recipe)
-    named, ranking = with_backbone(recipe, say)
-    name = recipe.name or root.name
+    own = hand_in(recipe, dataset=dataset, vary=vary, say=say)
+    named, ranking = with_backbone(recipe, say, own.given)
+    name = recipe.name or (own.given.source.root if own.given.source else Path(str(recipe.data.root))).name
     run = Run.create(Path(runs or runs_folder()).expanduser(), name=name, backbone=short_name(str(named.backbone)))
     try:
         with faults_told(run, named.data.root):
             run.write_text("recipe.yaml", recipe_text(recipe))
-        return _walk(run, named, say, ranking, vary)
+        return _walk(run, named, say, ranking, own)
     except FinetuneError:
         if not run.file("plan.yaml").exists():  # it could not even be started, so nothing can go on
             shutil.rmtree(run.path, ignore_errors=True)
         raise
 
 
+def _with_whole_root(recipe: Recipe) -> Recipe:
+    """The recipe with the whole path of its images, so that a run can be resumed from anywhere."""
+    if recipe.data.root is None:
+        raise RecipeError("no images are named. Give a folder: `finetune train FOLDER`, or set data.root.")
+    root = Path(recipe.data.root).expanduser().absolute()
+    if not root.exists():
+        hint = nearest(root.name, names_beside(root), otherwise="Check the path.")
+        raise DataError(f"data.root: {root} does not exist. {hint}")
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})
+
+
 def resume(
-    path: str | PathLike[str], overrides: Sequence[str] = (), *, vary: Vary | None = None, say: Say = say_on_stderr
+    path: str | PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    dataset: Handed | None = None,
+    vary: Vary | None = None,
+    say: Say = say_on_stderr,
 ) -> Run:
     """Go on with a run that was stopped, wherever it was; the result is that of an undisturbed run.
 
@@ -112,32 +126,51 @@ def resume(
         path: the run folder.
         overrides: `data.root=FOLDER` alone says where the same images are now. Other keys, such as
             `train.epochs=40`, make another run beside it, by its recipe and from its weights, once it is finished.
-        vary: the function that the run was begun with, if it was.
+        dataset: what the run was begun with, if it was; so are the other arguments that `train` has, too.
+        vary: see there.
         say: gets every line for people.
 
     Returns:
         The run, or the other one.
 
     Raises:
-        RunError: if `path` is no run, another process works on it, or images or weights have changed.
+        RunError: if `path` is no run, another process works on it, or images, weights or what was handed in have
+            changed.
     """
     run, root = Run(find_run(path)), moved_to(overrides)
     if overrides and root is None:
         recipe = another_wish(run, overrides)
         say(f"{run.path} is finished, so this is another run: it begins from those weights, and its rates start anew.")
-        return train(recipe, runs=run.path.absolute().parent, vary=vary, say=say)
+        return train(recipe, runs=run.path.absolute().parent, dataset=dataset, vary=vary, say=say)
     wish = read_wish(run, root)
     tune_process()
-    recipe, ranking = with_backbone(wish, say)
-    return _walk(run, recipe, say, ranking, vary)
+    own = hand_in(wish, dataset=dataset, vary=vary, say=say)
+    refuse_other_own(run, own.things)
+    recipe, ranking = with_backbone(wish, say, own.given)
+    return _walk(run, recipe, say, ranking, own)
 
 
-def evaluate(path: str | PathLike[str], *, views: str | None = None, say: Say = say_on_stderr) -> dict[str, Any]:
-    """Judge a finished run again, perhaps in other views; the scores, which the run folder then holds."""
+def evaluate(
+    path: str | PathLike[str],
+    *,
+    views: str | None = None,
+    dataset: Handed | None = None,
+    say: Say = say_on_stderr,
+) -> dict[str, Any]:
+    """Judge a finished run again, perhaps in other views; the scores, which the run folder then holds.
+
+    Args:
+        path: the run folder.
+        views: None: those of its plan.
+        dataset: what the run was begun with, if it was.
+        say: gets every line for people.
+    """
     tune_process()
     run = RunFolder.open(path)
+    own = hand_in(wish := read_wish(run), dataset=dataset, say=say)
+    refuse_other_own(run, own.things, "evaluate")
     with run.lock():
-        seen = look(read_wish(run), every_few_seconds(say))
+        seen = look(wish, every_few_seconds(say), given=own.given)
         refuse_changes(run.plan, seen.facts)
         if not run.final_weights().exists():
             raise RunError(f"{path} is not trained to its end. `finetune resume {path}` goes on.")
@@ -169,40 +202,40 @@ def summarize(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _walk(run: Run, recipe: Recipe, say: Say, ranking: Ranking | None = None, vary: Vary | None = None) -> Run:
+def _walk(run: Run, recipe: Recipe, say: Say, ranking: Ranking | None, own: Own) -> Run:
     tune_process()
     with faults_told(run, recipe.data.root), run.lock():
         sweep(run.path)
         voice = _logged(run, say)
         voice(f"run folder: {run.path}")
         try:
-            _steps(run, recipe, voice, ranking, vary)
+            _steps(run, recipe, voice, ranking, own)
         except KeyboardInterrupt:
             voice(f"stopped. `finetune resume {run.path}` goes on from here.")
             raise
     return run
 
 
-def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, vary: Vary | None) -> None:
+def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, own: Own) -> None:
     clock = Clock(run)
     is_new = not run.file("plan.yaml").exists()
     teacher = find_teacher(recipe.train.distillation.teacher) if is_new else None  # images would take longer
-    seen = look(recipe, every_few_seconds(say))
+    seen = look(recipe, every_few_seconds(say), given=own.given)
     clock.lap("survey")
     give_back_memory()
     if not is_new:
-        refuse_other_beginning(run, seen.facts, vary)
-        record_root(run, str(recipe.data.root))
+        refuse_other_beginning(run, seen.facts)
+        record_root(run, recipe.data.root)
     else:
-        facts = seen.facts.model_copy(update={"ranking": ranking, "teacher": teacher})
-        _decide(run, recipe, replace(seen, facts=facts), vary, say)
+        facts = seen.facts.model_copy(update={"ranking": ranking, "teacher": teacher, "own": own.things})
+        _decide(run, recipe, replace(seen, facts=facts), own, say)
     plan = run.plan
     curves = Curves(run.file("curves.csv"))
     for index, stage in enumerate(plan.stages):
         rewind(curves, f"{index + 1}-{stage.name}", run.stage_weights(index))
     tracker = _start_tracker(run, plan, say, recipe.tracking.uri)
     try:
-        classifier = _train_stages(run, plan, seen, vary, tracker, say)
+        classifier = _train_stages(run, plan, seen, own, tracker, say)
         clock.lap("training")
         give_back_memory()
         keep_model(run, seen.dataset, seen.backbone)
@@ -222,14 +255,14 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, va
         _tell_unsent(tracker.close("FINISHED"), run, say)
 
 
-def _decide(run: RunFolder, recipe: Recipe, seen: Survey, vary: Vary | None, say: Say) -> None:
+def _decide(run: RunFolder, recipe: Recipe, seen: Survey, own: Own, say: Say) -> None:
     """Write what was measured and what was decided; the plan last, for it marks a run that can go on."""
     decided = checked_plan(recipe, seen)
-    if vary is not None and decided.train.optimizer.name == "lbfgs":
+    if own.vary is not None and decided.train.optimizer.name == "lbfgs":
         raise RecipeError("train.optimizer.name is lbfgs, which needs the same loss at every look; leave vary out.")
     run.write_json("facts.json", seen.facts.model_dump(mode="json"))
     environment = describe_environment(decided.hardware.devices, decided.hardware.precision)
-    run.write_json("environment.json", {**environment, "own_view": name_view(vary)})
+    run.write_json("environment.json", environment)
     tensors = probe_tensors(seen.probe, seen.refit if decided.probe_on == "labelled" else None)
     write_whole(run.file("probe.safetensors"), lambda path: save_file(tensors, path))
     run.write_text("plan.yaml", decided.to_yaml())
@@ -238,7 +271,7 @@ def _decide(run: RunFolder, recipe: Recipe, seen: Survey, vary: Vary | None, say
 
 
 def _train_stages(
-    run: RunFolder, plan: Plan, seen: Survey, vary: Vary | None, tracker: Tracker | None, say: Say
+    run: RunFolder, plan: Plan, seen: Survey, own: Own, tracker: Tracker | None, say: Say
 ) -> Classifier | None:
     if not plan.stages:
         return None
@@ -246,7 +279,7 @@ def _train_stages(
 
     notify = tracker.notify if tracker is not None else (lambda: None)
     teach = partial(load_teacher, plan)
-    return train_stages(run, plan, seen.dataset, seen.backbone, vary=vary, teach=teach, say=say, notify=notify)
+    return train_stages(run, plan, seen.dataset, seen.backbone, vary=own.vary, teach=teach, say=say, notify=notify)
 
 
 def _start_tracker(run: RunFolder, plan: Plan, say: Say, wish: str | None) -> Tracker | None:

@@ -10,12 +10,15 @@ from typing import Any
 from finetune.compute import every_few_seconds, tune_process
 from finetune.data.dataset import Dataset
 from finetune.data.items import ROLES
+from finetune.data.torch_datasets import Handed
 from finetune.errors import RecipeError
 from finetune.evaluation.teaching import find_teacher
 from finetune.evaluation.viewing import refuse_views
 from finetune.features.ranking import choose_backbone
 from finetune.features.survey import Survey, look, survey_part
+from finetune.handing_in import hand_in
 from finetune.models.classifier import refuse_layers
+from finetune.models.own import NOTHING, Given
 from finetune.piloting import run_pilot
 from finetune.recipe.distillation import teacher_faults
 from finetune.recipe.facts import Facts, Ranking
@@ -36,9 +39,10 @@ def say_on_stderr(text: str) -> None:
 
 
 def plan(
-    recipe: Wish,
+    recipe: Wish | None = None,
     overrides: Sequence[str] = (),
     *,
+    dataset: Handed | None = None,
     pilot_seconds: float | None = None,
     say: Say = say_on_stderr,
 ) -> tuple[Facts, Plan]:
@@ -47,6 +51,7 @@ def plan(
     Args:
         recipe: what to do: a recipe, its file or shipped name, or a folder of images.
         overrides: `section.key=value`.
+        dataset: as in `train`.
         say: gets every line for people.
         pilot_seconds: for short trainings of the closest candidates, by which the strategy is then chosen; None: none.
     """
@@ -56,19 +61,26 @@ def plan(
         raise RecipeError("a pilot chooses train.strategy, which the recipe names already; leave one of the two out.")
     check_optimizer(recipe.train.optimizer)
     teacher = find_teacher(recipe.train.distillation.teacher)
-    recipe, ranking = with_backbone(recipe, say)
-    seen = look(recipe, every_few_seconds(say), roles_seen=_roles_seen(recipe))
+    own = hand_in(recipe, dataset=dataset, say=say)
+    recipe, ranking = with_backbone(recipe, say, own.given)
+    seen = look(recipe, every_few_seconds(say), roles_seen=_roles_seen(recipe), given=own.given)
     facts = seen.facts
     if pilot_seconds is not None:
         if faults := teacher_faults(recipe, facts.model_copy(update={"teacher": teacher})):  # before seconds are spent
             raise RecipeError("\n".join(faults))
         facts = run_pilot(recipe, seen, pilot_seconds, say)
-    facts = facts.model_copy(update={"ranking": ranking, "teacher": teacher})
+    facts = facts.model_copy(update={"ranking": ranking, "teacher": teacher, "own": own.things})
     return facts, checked_plan(recipe, replace(seen, facts=facts))
 
 
-def open_dataset(recipe: Wish, overrides: Sequence[str] = ()) -> Dataset:
-    """The images of a recipe (or of a folder): read, faulty files named, divided as a run divides them.
+def open_dataset(
+    recipe: Wish | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    dataset: Handed | None = None,
+    say: Say = say_on_stderr,
+) -> Dataset:
+    """The images of a recipe (or of a folder, or of torch data sets): read, faulty ones named, divided as a run does.
 
     Files that show their fault only when they are decoded are found by `Dataset.find_faults`, or by a survey.
 
@@ -77,14 +89,21 @@ def open_dataset(recipe: Wish, overrides: Sequence[str] = ()) -> Dataset:
         RecipeError: if no data is named.
     """
     recipe = as_recipe(recipe, overrides)
-    if recipe.data.root is None:
-        raise RecipeError("no images are named. Give a folder, or set data.root.")
-    dataset = Dataset.open(recipe.data, recipe.seed)
-    dataset.divide()
-    return dataset
+    if recipe.data.root is None and dataset is None:
+        raise RecipeError("no images are named. Give a folder, set data.root, or hand in dataset=.")
+    own = hand_in(recipe, dataset=dataset, say=say)
+    opened = Dataset.open(recipe.data, recipe.seed, own.given.source)
+    opened.divide()
+    return opened
 
 
-def survey(recipe: Wish, overrides: Sequence[str] = (), *, say: Say = say_on_stderr) -> Facts:
+def survey(
+    recipe: Wish | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    dataset: Handed | None = None,
+    say: Say = say_on_stderr,
+) -> Facts:
     """What there is to know about a recipe's (or a folder's) images and backbone before anything is decided.
 
     Where the recipe leaves the backbone open it is chosen as `train` chooses it. What was looked at is remembered, so
@@ -93,14 +112,16 @@ def survey(recipe: Wish, overrides: Sequence[str] = (), *, say: Say = say_on_std
     Args:
         recipe: a recipe, its file or shipped name, or a folder of images.
         overrides: `section.key=value`.
+        dataset: as in `train`.
         say: gets every line for people.
     """
     tune_process()
     recipe = as_recipe(recipe, overrides)
     teacher = find_teacher(recipe.train.distillation.teacher)
-    recipe, ranking = with_backbone(recipe, say)
-    seen = look(recipe, every_few_seconds(say))
-    return seen.facts.model_copy(update={"ranking": ranking, "teacher": teacher})
+    own = hand_in(recipe, dataset=dataset, say=say)
+    recipe, ranking = with_backbone(recipe, say, own.given)
+    seen = look(recipe, every_few_seconds(say), given=own.given)
+    return seen.facts.model_copy(update={"ranking": ranking, "teacher": teacher, "own": own.things})
 
 
 def show_images(recipe: Recipe, path: Path, say: Say = say_on_stderr) -> Path:
@@ -132,10 +153,10 @@ def extract(recipe: Recipe, part: str, say: Say = say_on_stderr) -> dict[str, An
     return {"hits": seen.hits, "misses": seen.misses, "bad": len(seen.bad)}
 
 
-def with_backbone(recipe: Recipe, say: Say) -> tuple[Recipe, Ranking | None]:
+def with_backbone(recipe: Recipe, say: Say, given: Given = NOTHING) -> tuple[Recipe, Ranking | None]:
     """The recipe with its backbone named, and the ranking that named it where there was a choice."""
     recipe = name_backbone(recipe)
-    name, ranking = choose_backbone(recipe, progress=every_few_seconds(say))
+    name, ranking = choose_backbone(recipe, progress=every_few_seconds(say), given=given)
     if ranking is not None:
         say(f"backbone: {ranking.why}")
     return recipe.model_copy(update={"backbone": name}), ranking

@@ -368,7 +368,7 @@ def test_a_users_own_view_is_drawn_and_its_absence_stops_a_resume(shapes, tmp_pa
     run.final_weights().unlink()
     (run.stage_folder(0) / "last.ckpt").unlink()
     run.file("scores.json").unlink()
-    with pytest.raises(RunError, match=r"begun with .*darken.*resumed with none"):
+    with pytest.raises(RunError, match=r"begun with .*darken.*gets none now"):
         ft.resume(run.path)
 
 

@@ -25,6 +25,7 @@ ROOMS = [
     "reporting",
     "export",
     "run",
+    "handing_in",
     "piloting",
     "preparing",
     "pipeline",

@@ -43,7 +43,7 @@ class Dataset:
         """
         self.source, self.spec, self.seed = source, spec, seed
         contents = Contents()
-        answers = digest_images(source.items, contents)
+        answers = digest_images(source.items, contents) if source.digests is None else source.digests
         self.format_warnings = tuple(contents.warnings(source.classes))
         """Formats that stand under wrong names, or for one class alone."""
         self.files = tuple(answer if isinstance(answer, str) else "" for answer in answers)
@@ -63,13 +63,13 @@ class Dataset:
         self._store: ImageStore | None = None
 
     @classmethod
-    def open(cls, spec: DataSpec, seed: int) -> "Dataset":
-        """The images that a recipe names, read and digested, not yet divided.
+    def open(cls, spec: DataSpec, seed: int, source: Source | None = None) -> "Dataset":
+        """The images that a recipe names, or those that a program handed in, read and digested, not yet divided.
 
         Raises:
             DataError: as `open_source`.
         """
-        return cls(open_images(spec), spec, seed)
+        return cls(source or open_images(spec), spec, seed)
 
     @property
     def items(self) -> Items:

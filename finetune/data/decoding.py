@@ -46,8 +46,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What PIL's readers raise on damaged files; anything else is a bug and must surface.
-_DAMAGE = (
+DAMAGE = (
     OSError,
     SyntaxError,
     ValueError,
@@ -61,6 +60,7 @@ _DAMAGE = (
     struct.error,
     zlib.error,
 )
+"""What readers raise on damaged files; anything else is a bug and must surface."""
 
 
 KINDS = ("rgb", "grey", "palette", "alpha", "cmyk", "16-bit")
@@ -172,7 +172,7 @@ def decode_sizes(data: bytes, sizes: Sequence[Scaling]) -> tuple[list[np.ndarray
             try:
                 loaded = _load(image, data, one, known)
                 answers.append(_resize(loaded, one.shorter_pixels, _RESAMPLING[one.interpolation]))
-            except _DAMAGE as fault:
+            except DAMAGE as fault:
                 raise BadImage(_reason(image, fault)) from fault
     return answers, loaded.facts
 
@@ -188,7 +188,7 @@ def count_frames(data: bytes) -> int:
             return _num_frames(_open(data))
         except BadImage:
             return 1
-        except _DAMAGE as fault:
+        except DAMAGE as fault:
             raise BadImage(f"damaged ({_short(fault)})") from fault
 
 
@@ -207,7 +207,7 @@ def read_levels(data: bytes, frame: str | int = "first") -> Levels | None:
                 return None
             image.load()
             return levels_of(wide_values(image, data, place))
-        except (BadImage, *_DAMAGE):
+        except (BadImage, *DAMAGE):
             return None  # decoding it says why
 
 
@@ -229,7 +229,7 @@ def _open(data: bytes) -> Image.Image:
         raise BadImage("too many pixels") from fault
     except UnidentifiedImageError as fault:
         raise BadImage(unknown_tiff(data) or why_unreadable(data)) from fault
-    except _DAMAGE as fault:
+    except DAMAGE as fault:
         raise BadImage(f"damaged header ({_short(fault)})") from fault
     if image.width * image.height > MAX_PIXELS:
         raise BadImage("too many pixels")

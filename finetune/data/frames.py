@@ -15,6 +15,7 @@ from finetune.data.decoding import BadImage, count_frames
 from finetune.data.formats import format_of
 from finetune.data.items import Found, Item, Items
 from finetune.data.sources import Source, open_source, read_bytes
+from finetune.errors import DataError
 from finetune.recipe.schema import DataSpec
 
 SEVERAL = ("GIF", "TIFF", "WEBP", "PNG", "AVIF", "HEIF")
@@ -26,9 +27,14 @@ def open_images(data: DataSpec) -> Source:
     """The images that a recipe names; of files of several frames each one, where it says so.
 
     Raises:
-        DataError: as `open_source`.
+        DataError: as `open_source`, or if it names none.
     """
-    source = open_source(Path(str(data.root)).expanduser(), data.splits, data.columns.named)
+    if data.root is None:
+        raise DataError(
+            "no folder is named. Where images were handed in from Python, only a program that does so again "
+            "(dataset=...) can look at them."
+        )
+    source = open_source(Path(data.root).expanduser(), data.splits, data.columns.named)
     return each_frame(source) if data.frame == "each" else source
 
 

@@ -5,7 +5,7 @@ for.
 import copy
 import sys
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, overload
@@ -34,6 +34,8 @@ class Item:
     """The file itself, where a program holds it in memory."""
     frame: int | None = None
     """Of the several in the file, from 0; None where the file is one image."""
+    read: Callable[[], bytes] | None = None
+    """Gives the file, where a program makes it each time it is asked for."""
 
 
 class Found(NamedTuple):

@@ -15,6 +15,7 @@ import numpy as np
 
 from finetune.data.choosing_tables import choose_tables, not_a_table, outranks, split_tables
 from finetune.data.columns import Columns
+from finetune.data.decoding import BadImage
 from finetune.data.delimited import TABLE_DELIMITERS
 from finetune.data.folders import NO_CLASS_NOTE, folder_images
 from finetune.data.formats import IMAGE_SUFFIXES
@@ -35,17 +36,20 @@ class Source:
 
     root: Path
     kind: str
-    """folders, table or parquet."""
+    """folders, table, parquet, or dataset where a program handed it in."""
     classes: tuple[str, ...]
-    """Sorted names, in Unicode's composed form (NFC)."""
+    """Names in Unicode's composed form (NFC), sorted; of a dataset in its own order."""
     items: Items
     """Sorted by name."""
     warnings: tuple[str, ...]
+    digests: tuple[str | BadImage, ...] | None = None
+    """Of every item's content, or the fault that reading it met, where listing took reading; None elsewhere."""
 
     def of_role(self, *roles: str | None) -> "Source":
         """The same source with the images of these roles alone; None stands for images of no role."""
         rows = [index for index in range(len(self.items)) if self.items.role(index) in roles]
-        return replace(self, items=self.items.taken(np.array(rows, dtype=np.int64)))
+        digests = None if self.digests is None else tuple(self.digests[row] for row in rows)
+        return replace(self, items=self.items.taken(np.array(rows, dtype=np.int64)), digests=digests)
 
 
 def read_bytes(item: Item) -> bytes:
@@ -53,9 +57,12 @@ def read_bytes(item: Item) -> bytes:
 
     Raises:
         OSError: if the file or the row cannot be read.
+        BadImage: if a program holds the image, and cannot give it.
     """
     if item.data is not None:
         return item.data
+    if item.read is not None:
+        return item.read()
     return item.file.read_bytes() if item.row is None else read_row(item.file, item.row, item.column or "image")
 
 

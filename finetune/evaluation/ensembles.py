@@ -271,7 +271,7 @@ def _write(target: RunFolder, made: _Made, record: dict[str, Any], how: How) -> 
         _copy(base.run.file(name), target.file(name))
     target.write_text("recipe.yaml", recipe_text(read_wish(base.run).model_copy(update={"name": plan.name})))
     environment = describe_environment(str(plan.hardware.devices), str(plan.hardware.precision))
-    target.write_json("environment.json", {**environment, "own_view": None, "seconds": {}})
+    target.write_json("environment.json", {**environment, "seconds": {}})
     Curves(target.file("curves.csv"))  # nothing was trained
     target.write_json(SOUP_FILE if made.state is not None else AVERAGE_FILE, record)
     target.write_text("plan.yaml", plan.to_yaml())

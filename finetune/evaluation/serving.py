@@ -2,7 +2,6 @@
 
 import csv
 import glob
-import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from PIL import Image
 from finetune.data.decoding import BadImage, ImageFacts
 from finetune.data.formats import IMAGE_SUFFIXES
 from finetune.data.frames import frames_of
+from finetune.data.held import Held, hold
 from finetune.data.items import Item
 from finetune.data.tables import write_parquet
 from finetune.data.walking import Left, image_files, is_hidden
@@ -70,14 +70,7 @@ class _Wish:
     """Whether the run learned from images of more than 8 bits per channel, or was told their range."""
 
 
-class Held(NamedTuple):
-    """An image that a program holds in memory, as the file that it would be."""
-
-    name: str
-    data: bytes
-
-
-Picture = str | PathLike[str] | Image.Image | np.ndarray
+Picture = str | PathLike[str] | Image.Image | np.ndarray | torch.Tensor
 
 
 def predict(run: str | PathLike[str], images: Picture | Iterable[Picture]) -> list[Prediction]:
@@ -85,14 +78,14 @@ def predict(run: str | PathLike[str], images: Picture | Iterable[Picture]) -> li
 
     Args:
         run: a finished run, or its folder.
-        images: one or several paths, Pillow images, or arrays (H, W, 3) or (H, W) in uint8.
+        images: one or several paths, Pillow images, arrays (H, W, 3) or (H, W), or tensors (3, H, W), in uint8.
 
     Raises:
         DataError: if a path does not exist or no image is found.
         TypeError: if one of `images` is none.
-        ValueError: if an array is of another shape or kind.
+        ValueError: if an array or tensor is of another shape or kind.
     """
-    several = [images] if isinstance(images, str | PathLike | Image.Image | np.ndarray) else images
+    several = [images] if isinstance(images, str | PathLike | Image.Image | np.ndarray | torch.Tensor) else images
     found: list[Path | Held] = []
     for number, one in enumerate(several):
         if isinstance(one, str | PathLike):
@@ -102,28 +95,6 @@ def predict(run: str | PathLike[str], images: Picture | Iterable[Picture]) -> li
     if not found:
         raise DataError("no images were given.")
     return list(predict_stream(RunFolder.open(run), found))
-
-
-def hold(image: Image.Image | np.ndarray, name: str) -> Held:
-    """An image in memory as the file that it would be, none of its values changed.
-
-    Raises:
-        TypeError: if it is no image.
-        ValueError: if an array is not (H, W, 3) or (H, W), or not of uint8.
-    """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
-            raise ValueError(
-                f"{name} is an array of shape {image.shape} and type {image.dtype}; give (H, W, 3) in RGB, or (H, W), "
-                "of uint8. A batch is given as a list of its images."
-            )
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"{name} is a {type(image).__name__}; give a path, a Pillow image, or an array of uint8.")
-    format = "PNG" if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else "TIFF"
-    file = io.BytesIO()
-    image.save(file, format=format, exif=image.getexif(), **({"compress_level": 1} if format == "PNG" else {}))
-    return Held(name, file.getvalue())
 
 
 def predict_stream(

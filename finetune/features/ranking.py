@@ -33,6 +33,7 @@ from finetune.features.viewing import (
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.models.frozen import FrozenBackbone
 from finetune.models.input_size import fit_size
+from finetune.models.own import NOTHING, Given
 from finetune.recipe.cards import Card, View
 from finetune.recipe.facts import Measure, Ranking, RankRow, Unranked
 from finetune.recipe.schema import Recipe
@@ -46,7 +47,7 @@ TIMED_IMAGES, TIMED_BATCHES = 16, 5
 
 
 def choose_backbone(
-    recipe: Recipe, *, progress: Progress = lambda what, done, total: None
+    recipe: Recipe, *, progress: Progress = lambda what, done, total: None, given: Given = NOTHING
 ) -> tuple[str, Ranking | None]:
     """The recipe's own backbone, or the best card at hand for its images, with the ranking where there was a choice.
 
@@ -64,7 +65,7 @@ def choose_backbone(
     cards = {name: card for name, card in read_zoo().items() if card.weights is None or card.weights.exists()}
     if len(cards) == 1:
         return next(iter(cards)), None
-    ranking = rank_backbones(recipe, cards, progress=progress)
+    ranking = rank_backbones(recipe, cards, progress=progress, given=given)
     return ranking.chosen, ranking
 
 
@@ -74,6 +75,7 @@ def rank_backbones(
     *,
     most_images: int = MOST_IMAGES,
     progress: Progress = lambda what, done, total: None,
+    given: Given = NOTHING,
 ) -> Ranking:
     """Candidates in the order of choice; `why` says by which rule.
 
@@ -85,6 +87,7 @@ def rank_backbones(
         cards: the candidates; one without a weights file stands for a timm or torchvision name.
         most_images: size of the sample of training images.
         progress: called with a candidate's name, images done, and images in all.
+        given: images that are used instead of what the recipe would name.
 
     Raises:
         DataError: if there is nothing to learn from, or a file is broken and `data.on_bad_image` is fail.
@@ -95,7 +98,7 @@ def rank_backbones(
         raise RecipeError("pretrained is false: random weights know nothing that backbones could be ranked by.")
     if not cards:
         raise BackboneError("there is no backbone to rank. `finetune zoo list` shows those at hand.")
-    images = _Images(recipe)
+    images = _Images(recipe, given)
     while True:
         rows = images.draw(most_images)
         seen, unranked = _look_at_candidates(images, rows, cards, progress)
@@ -124,11 +127,11 @@ def rank_backbones(
 class _Images:
     """The recipe's images, divided as a run divides them, and the machine that looks at them."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        if recipe.data.root is None:
+    def __init__(self, recipe: Recipe, given: Given = NOTHING) -> None:
+        if recipe.data.root is None and given.source is None:
             raise RecipeError("no images are named. Give a folder: `finetune zoo rank FOLDER`, or set data.root.")
         self.recipe = recipe
-        self.dataset = Dataset.open(recipe.data, recipe.seed)
+        self.dataset = Dataset.open(recipe.data, recipe.seed, given.source)
         self.found_bad = False
         self.warnings: tuple[str, ...] = ()
         self.unkept: tuple[str, ...] = ()

@@ -35,6 +35,7 @@ from finetune.models.backbones import Backbone, load_backbone
 from finetune.models.classifier import Classifier
 from finetune.models.frozen import FrozenBackbone
 from finetune.models.input_size import fit_size
+from finetune.models.own import NOTHING, Given
 from finetune.recipe.facts import BadFile, Facts, Findings
 from finetune.recipe.refit import is_cross_fitted
 from finetune.recipe.schema import Recipe
@@ -89,7 +90,11 @@ class Survey:
 
 
 def look(
-    recipe: Recipe, progress: Progress = lambda what, done, total: None, *, roles_seen: Sequence[str] = ROLES
+    recipe: Recipe,
+    progress: Progress = lambda what, done, total: None,
+    *,
+    roles_seen: Sequence[str] = ROLES,
+    given: Given = NOTHING,
 ) -> Survey:
     """Open the images, divide them, extract features, and measure.
 
@@ -97,16 +102,17 @@ def look(
         recipe: which images, and which backbone looks at them.
         progress: called with what is counted, how many are done, and of how many.
         roles_seen: images of other roles are listed and divided, but not opened.
+        given: what is used instead of what the recipe would name.
 
     Raises:
         DataError: if there is nothing to learn from, or a file is broken and `data.on_bad_image` is fail.
         BackboneError: if the backbone cannot be had.
         RecipeError: if no data is named.
     """
-    if recipe.data.root is None:
+    if recipe.data.root is None and given.source is None:
         raise RecipeError("no images are named. Give a folder: `finetune train FOLDER`, or set data.root.")
     began = time.perf_counter()
-    work = _Survey(recipe, progress, roles_seen)
+    work = _Survey(recipe, progress, roles_seen, given)
     split, found = work.divide_and_extract()
     dataset = work.dataset
     source, roles = dataset.source, dataset.roles
@@ -165,9 +171,9 @@ def look(
 class _Survey:
     """What a survey works with: the data set, the backbone and how it sees."""
 
-    def __init__(self, recipe: Recipe, progress: Progress, roles_seen: Sequence[str]) -> None:
+    def __init__(self, recipe: Recipe, progress: Progress, roles_seen: Sequence[str], given: Given = NOTHING) -> None:
         self.recipe, self._progress, self._roles_seen = recipe, progress, roles_seen
-        self.dataset = Dataset.open(recipe.data, recipe.seed)
+        self.dataset = Dataset.open(recipe.data, recipe.seed, given.source)
         torch.manual_seed(recipe.seed)  # random weights, where asked for, follow the seed
         name = recipe.backbone or default_backbone()
         self.machine = measure_machine(recipe.hardware.devices)

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from finetune.recipe.cards import View
 from finetune.recipe.measures import LearningCurveFacts, Measure, Proportion
+from finetune.recipe.own import OwnThing
 
 
 class _Value(BaseModel):
@@ -325,7 +326,9 @@ class Facts(Findings):
     """What we measured: the images, the split, the backbone's view of them, the machine."""
 
     root: str
+    """The folder or table of images; of a dataset that a program handed in, the name of its class."""
     kind: str
+    """folders, table, parquet or dataset."""
     classes: tuple[str, ...]
     given_roles: tuple[str, ...] = ()
     """Roles that the data themselves name; the others are cut."""
@@ -375,6 +378,8 @@ class Facts(Findings):
     """Where the recipe left the backbone open and there were several."""
     teacher: TeacherFacts | None = None
     """Where the recipe names one."""
+    own: tuple[OwnThing, ...] = ()
+    """What a Python program handed in."""
     machine: MachineFacts
     features: dict[str, int] = {}
     """Cache hits, misses, and bytes."""

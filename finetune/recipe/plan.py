@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from finetune.errors import RunError
 from finetune.recipe.cards import View
 from finetune.recipe.matrix import Prefer
+from finetune.recipe.own import OwnThing
 from finetune.recipe.schema import (
     AugmentSpec,
     DataSpec,
@@ -23,13 +24,14 @@ from finetune.recipe.schema import (
 )
 
 DECIDED_NULLS = (
+    "data.root",
     "data.splits",
     "data.columns.image",
     "data.columns.label",
     "data.columns.split",
     "train.distillation.teacher",
 )
-"""Keys whose null is a decision: there is none."""
+"""Keys whose null is a decision: there is none. Without a root, a program handed the images in."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times faster, and a plan is read often
 HELD_OUT_WEIGHTS = "held_out.safetensors"
 """Of a stage that a refit repeats on all labelled images."""
@@ -141,6 +143,8 @@ class Plan(Section):
     hardware: HardwareSpec
     tracking: TrackingSpec
     seed: int
+    own: tuple[OwnThing, ...] = ()
+    """What a Python program handed in, and hands in again where the run goes on; none of it is kept."""
     classes: tuple[str, ...]
     split_digest: str
     weights_digest: str

@@ -41,6 +41,7 @@ def make_plan(recipe: Wish, facts: Facts) -> Plan:
     _refuse_contradictions(recipe, facts)
     if facts.profile is not None and facts.profile.earlier is not None:
         reasons.append(_propose_cut(facts.profile))
+    reasons += [Reason(key=f"own.{own.argument}", value=str(own), why="handed in from Python") for own in facts.own]
     if facts.ranking is not None:
         reasons.append(Reason(key="backbone", value=facts.backbone.name, why=facts.ranking.why))
     strategy = decide("train.strategy", recipe.train.strategy, *_strategy(recipe, advice))
@@ -70,6 +71,7 @@ def make_plan(recipe: Wish, facts: Facts) -> Plan:
             "evaluate": _decide_evaluate(recipe, facts, data["invariances"], refit if is_probe else None, decide),
             "hardware": hardware,
             "tracking": _decide_tracking(recipe, facts, name, decide),
+            "own": facts.own,
             "classes": facts.classes,
             "split_digest": facts.split_digest,
             "weights_digest": facts.backbone.weights_digest,
@@ -235,7 +237,7 @@ def _decide_data(recipe: Recipe, facts: Facts, refit: Refit, decide: Any) -> dic
     return {
         **wish.model_dump(),
         "split": {**wish.split.model_dump(), "seed": seed, "refit": is_refit},
-        "root": facts.root,
+        "root": None if facts.kind == "dataset" else facts.root,
         "image_size": size,
         "crop_pct": facts.crop_pct,
         "interpolation": view.interpolation,

@@ -70,14 +70,16 @@ def recipe_text(recipe: Recipe) -> str:
     return yaml.safe_dump(wish, sort_keys=False, allow_unicode=True)
 
 
-def as_recipe(recipe: Wish, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe as it is, or the one that a file, a shipped name or a folder of images stands for; see `load_recipe`.
+def as_recipe(recipe: Wish | None, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe as it is, or the one that a file, a shipped name or a folder of images stands for; None: an empty one.
+
+    See `load_recipe`.
 
     Raises:
         TypeError: if overrides stand beside a recipe that is made already.
     """
     if not isinstance(recipe, Recipe):
-        return load_recipe(os.fspath(recipe), overrides)
+        return load_recipe(None if recipe is None else os.fspath(recipe), overrides)
     if overrides:
         raise TypeError("the recipe is made already; give the overrides to load_recipe, which made it.")
     return recipe

@@ -1,20 +1,17 @@
-"""What must be as it was where a run goes on: images, weights, view, the user's own change of images, its teacher."""
+"""What must be as it was where a run goes on: images, weights, view, what a program handed in, its teacher."""
 
-import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from finetune.errors import RunError
 from finetune.recipe.distillation import refuse_other_teacher
 from finetune.recipe.facts import Facts
+from finetune.recipe.own import OwnThing, refuse_other_things
 from finetune.recipe.plan import Plan
 from finetune.recipe.reading import load_recipe, recipe_text
 from finetune.recipe.runs import RunFolder, no_run
 from finetune.recipe.schema import Recipe
-
-Vary = Callable[..., Any]
 
 
 def read_wish(run: RunFolder, root: str | None = None) -> Recipe:
@@ -47,8 +44,10 @@ def _read_recipe(run: RunFolder, root: str | None = None) -> Recipe:
     return load_recipe(run.file("recipe.yaml"), moved)
 
 
-def record_root(run: RunFolder, root: str) -> None:
+def record_root(run: RunFolder, root: str | None) -> None:
     """Write where the images are now into the recipe and the plan; for whoever knows that they are the same."""
+    if root is None:  # a program handed them in
+        return
     if _read_recipe(run).data.root != root:
         run.write_text("recipe.yaml", recipe_text(_read_recipe(run, root)))
     if run.file("plan.yaml").exists() and (plan := run.plan).data.root != root:
@@ -88,13 +87,12 @@ def another_wish(run: RunFolder, overrides: Sequence[str]) -> Recipe:
     return load_recipe(run.file("recipe.yaml"), [*begins, *overrides])
 
 
-def refuse_other_beginning(run: RunFolder, facts: Facts, vary: Vary | None) -> None:
+def refuse_other_beginning(run: RunFolder, facts: Facts) -> None:
     """Nothing, where `run` can go on as it began.
 
     Args:
         run: has a plan.
         facts: as they are now.
-        vary: the user's own change of training images.
 
     Raises:
         RunError: if what it began with has changed, or is not here.
@@ -102,7 +100,6 @@ def refuse_other_beginning(run: RunFolder, facts: Facts, vary: Vary | None) -> N
     refuse_changes(run.plan, facts)
     if run.plan.hardware.devices == "cuda" and facts.machine.device != "cuda":
         raise RunError("the plan is made for a GPU, and torch sees none here. Resume the run where there is one.")
-    _refuse_other_view(run, vary)
     refuse_other_teacher(run)
 
 
@@ -125,21 +122,24 @@ def refuse_changes(plan: Plan, facts: Facts) -> None:
         raise RunError("plan.yaml was changed by hand: its view is not that of the recipe. Start a new run instead.")
 
 
-def name_view(vary: Vary | None) -> str | None:
-    """Name and digest of a user's own function; its code is not kept."""
-    if vary is None:
-        return None
-    code = getattr(vary, "__code__", None)
-    plain = [part for part in code.co_consts if isinstance(part, bool | int | float | str)] if code else []
-    text = repr((code.co_code, code.co_names, plain)) if code else type(vary).__qualname__
-    name = getattr(vary, "__qualname__", type(vary).__qualname__)
-    return f"{name} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+def refuse_other_own(run: RunFolder, now: Sequence[OwnThing], verb: str = "resume") -> None:
+    """Nothing, where what a program hands in is what it handed in when `run` was begun; or there is no plan yet.
+
+    Raises:
+        RunError: if not.
+    """
+    if not run.file("plan.yaml").exists():
+        return
+    then, view = run.plan.own, _own_view(run, now)
+    is_trained = verb == "evaluate" or not run.plan.stages or run.final_weights().exists()
+    refuse_other_things((*then, *view), now, run=run.path, is_trained=is_trained, verb=verb)
 
 
-def _refuse_other_view(run: RunFolder, vary: Vary | None) -> None:
-    then, now = run.read_json("environment.json").get("own_view"), name_view(vary)
-    if run.plan.stages and not run.final_weights().exists() and then != now:
-        raise RunError(
-            f"the run was begun with {then or 'no function of its own'} for training views, and is resumed with "
-            f"{now or 'none'}. Resume it from Python with the same one: finetune.resume(run, vary=...)."
-        )
+def _own_view(run: RunFolder, now: Sequence[OwnThing]) -> list[OwnThing]:
+    """The `vary` of a run of an older version, whose plan does not name it."""
+    named = run.read_json("environment.json").get("own_view")
+    if named is None:
+        return []
+    name, _, digest = named.rpartition(" ")
+    alike = [one for one in now if one.argument == "vary" and one.digest == digest]
+    return alike or [OwnThing(argument="vary", name=name, digest=digest)]

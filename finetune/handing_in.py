@@ -1,0 +1,74 @@
+"""Handing in: what a Python program gives to `train` and its kin instead of naming it, checked, opened and described.
+
+It is used as it is and never kept; the plan names it, and a run that goes on is refused without the same.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.compute import every_few_seconds
+from finetune.data.torch_datasets import Handed, digest_contents, open_datasets
+from finetune.errors import RecipeError
+from finetune.models.own import NOTHING, Given
+from finetune.recipe.own import OwnThing, describe, qualified_name
+from finetune.recipe.schema import Recipe
+
+Vary = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+"""A user's own change of training images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """All that was handed in, ready for use."""
+
+    given: Given = NOTHING
+    vary: Vary | None = None
+    things: tuple[OwnThing, ...] = ()
+    """What the plan says of it."""
+
+
+def hand_in(
+    recipe: Recipe,
+    *,
+    dataset: Handed | None = None,
+    vary: Vary | None = None,
+    say: Callable[[str], None],
+) -> Own:
+    """What is handed in beside `recipe`; every image of a data set is read.
+
+    Raises:
+        RecipeError: if the recipe names what is handed in, or says how to read a folder.
+        DataError: as `open_datasets`.
+    """
+    things: list[OwnThing] = []
+    source = None
+    if dataset is not None:
+        _refuse_named_images(recipe)
+        progress = every_few_seconds(say)
+        source = open_datasets(dataset, lambda done, total: progress("images", done, total))
+        parts = dataset.values() if isinstance(dataset, Mapping) else [dataset]
+        names = dict.fromkeys(map(qualified_name, parts))
+        things.append(OwnThing(argument="dataset", name=" + ".join(names), digest=digest_contents(source)))
+    if vary is not None:
+        things.append(describe("vary", vary))
+    return Own(given=Given(source=source), vary=vary, things=tuple(things))
+
+
+def _refuse_named_images(recipe: Recipe) -> None:
+    """Raises RecipeError where the images are named twice, or a key speaks of folders and files."""
+    data, faults = recipe.data, []
+    if data.root is not None:
+        faults.append(
+            f"data.root is {data.root}, and dataset= hands in images: these are two sets of images. Leave one out; a "
+            "recipe of its own, such as the shipped 'quick', or none may stand first, and name=NAME names the run."
+        )
+    if data.splits is not None:
+        faults.append("data.splits names folders, and dataset= has none: give a data set for each role, as a dict.")
+    if data.columns.named:
+        faults.append("data.columns names columns of a table, and dataset= has none; remove it.")
+    if data.frame != "first":
+        faults.append(f"data.frame is {data.frame}, but an image of a data set has one frame; remove it.")
+    if faults:
+        raise RecipeError("\n".join(faults))
