@@ -89,15 +89,30 @@ def test_a_batch_norm_that_trains_is_left_alone():
 
 def test_looking_changes_no_mode_no_tensor_and_no_layer():
     model = prepare("test_efficientnet")
-    modes = [module.training for module in model.modules()]
+    modes, names = [module.training for module in model.modules()], [name for name, _ in model.named_modules()]
     state = copy.deepcopy(model.state_dict())
     folding = fold(model)
     with pytest.raises(KeyError), folding():
-        assert "forward" in vars(folding.pairs[0][0])
+        assert not any(module is folding.pairs[0][0] for module in model.children())
         raise KeyError
+    assert [name for name, _ in model.named_modules()] == names
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def runs_folded(model: nn.Module, folding: Folding) -> list[bool]:
+    """Of each pair, whether its batch norm is left out."""
+    ran, images = [], torch.rand(2, 3, 64, 64, dtype=torch.float64)
+
+    def note(func, *args, **kwargs):
+        ran.append(args[1].data_ptr())
+        return func(*args, **kwargs)
+
+    own = F.batch_norm
+    with pytest.MonkeyPatch.context() as patch, folding():
+        patch.setattr(F, "batch_norm", lambda *args, **kwargs: note(own, *args, **kwargs))
+        model(images)
+    return [norm.running_mean.data_ptr() not in ran for _, norm in folding.pairs]
 
 
 def test_where_scales_alone_train_nothing_is_folded():
@@ -106,13 +121,10 @@ def test_where_scales_alone_train_nothing_is_folded():
     folding = fold(model)
     for conv, _ in folding.pairs[2:]:
         conv.weight.requires_grad_(False)
-    with folding():
-        is_folded = ["forward" in vars(norm) for _, norm in folding.pairs]
-    assert is_folded == [True, True, *[False] * (len(folding.pairs) - 2)]
+    assert runs_folded(model, folding) == [True, True, *[False] * (len(folding.pairs) - 2)]
     for _, norm in folding.pairs[3:]:
         norm.weight.requires_grad_(False)
-    with folding():
-        assert ["forward" in vars(norm) for _, norm in folding.pairs].count(False) == 1  # the rest is still
+    assert runs_folded(model, folding).count(False) == 1  # the rest is still
 
 
 @pytest.mark.parametrize(("precision", "is_folded"), [("32", True), ("bf16", False)])
@@ -120,8 +132,8 @@ def test_a_fit_folds_what_it_holds_still(shapes, tmp_path, monkeypatch, precisio
     import finetune as ft
     from finetune.models import folding
 
-    calls, own = [], folding._convolve
-    monkeypatch.setattr(folding, "_convolve", lambda conv, norm, x: calls.append(x.requires_grad) or own(conv, norm, x))
+    calls, own = [], folding._Convolution.forward
+    monkeypatch.setattr(folding._Convolution, "forward", lambda self, x: calls.append(x.requires_grad) or own(self, x))
     monkeypatch.setattr(Folding, "__init__", told(Folding.__init__, calls))
     wishes = [f"data.root={shapes}", "data.image_size=32", "train.strategy=full", "train.epochs=1",
               "tracking.enabled=false", "data.split.refit=false", f"hardware.precision={precision}"]  # fmt: skip
@@ -190,3 +202,33 @@ def test_biases_of_convolutions_and_norms_without_scales_count():
     plain, folded = gradients(model, lambda: torch.enable_grad()), gradients(model, folding)
     assert torch.allclose(plain[0], folded[0], rtol=1e-9)
     assert all(torch.allclose(plain[1][name], folded[1][name], rtol=1e-8) for name in plain[1])
+
+
+def test_who_listens_to_a_batch_norm_or_to_a_block_is_heard_and_may_change_what_passes():
+    """Dropout of channels hangs on such hooks."""
+    model = prepare("test_resnet")
+    folding, heard = fold(model), []
+    model.bn1.register_forward_hook(lambda module, inputs, output: heard.append(module) or output * 2)
+    model.layer1.register_forward_hook(lambda module, inputs, output: heard.append(module))
+    plain, folded = gradients(model, lambda: torch.enable_grad()), gradients(model, folding)
+    assert heard == [model.bn1, model.layer1] * 2
+    assert torch.allclose(plain[0], folded[0], rtol=1e-9)
+
+
+class Inquisitive(nn.Module):
+    """A network that asks its layers for more than their answer; and one that has a layer by two names."""
+
+    def __init__(self, *, asks: bool) -> None:
+        super().__init__()
+        self.conv, self.norm, self.asks = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), asks
+        self.again = self.conv
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        scale = self.conv.out_channels if self.asks else 4
+        return self.norm(self.again(images)).mean((2, 3)) * scale
+
+
+@pytest.mark.parametrize(("asks", "num_pairs"), [(False, 1), (True, 0)])
+def test_a_layer_of_two_names_is_folded_and_one_that_is_asked_for_more_is_not(asks, num_pairs):
+    torch.manual_seed(0)
+    assert len(fold(freeze(Inquisitive(asks=asks).double())).pairs) == num_pairs
