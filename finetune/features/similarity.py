@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.data.loading import normalize
 from finetune.errors import BackboneError
@@ -22,6 +21,7 @@ from finetune.features.depths import DEPTH_GRID, cross_validate, proportion
 from finetune.features.extraction import look_at_all
 from finetune.models.backbones import Backbone
 from finetune.models.frozen import FrozenBackbone
+from finetune.models.layers import BatchNorm
 from finetune.models.weights import check_sha256
 from finetune.recipe.cards import View
 from finetune.recipe.facts import Measure, Proportion, ResponseFacts, ShiftFacts
@@ -229,7 +229,7 @@ def measure_distances(
 
 
 def _has_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.running_mean is not None
+    return isinstance(module, BatchNorm) and module.running_mean is not None
 
 
 def _measure(

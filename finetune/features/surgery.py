@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.models.classifier import Classifier
+from finetune.models.layers import BatchNorm
 
 
 def relative_gradients(
@@ -39,7 +39,7 @@ def relative_gradients(
     skipped = {
         f"{prefix}.{own}"
         for prefix, module in backbone.named_modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, BatchNorm)
         for own, _ in module.named_parameters(recurse=False)
     } | backbone.fixed_names
     # twins that share the memory, so that the classifier's own tensors keep what they require and hold

@@ -8,6 +8,7 @@ from finetune.compute import num_cores
 from finetune.data.value_range import FULL_RANGE
 from finetune.errors import RecipeError
 from finetune.models.backbones import Backbone
+from finetune.models.layers import BatchNorm
 from finetune.recipe.addresses import uri_from_environment
 from finetune.recipe.cards import View
 from finetune.recipe.facts import BackboneFacts, MachineFacts
@@ -88,5 +89,5 @@ def backbone_facts(backbone: Backbone) -> BackboneFacts:
         input_size=backbone.source_size,
         licence=card.licence,
         weights_digest=backbone.digest,
-        has_batch_norm=any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in backbone.modules()),
+        has_batch_norm=any(isinstance(module, BatchNorm) for module in backbone.modules()),
     )

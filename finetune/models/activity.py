@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+
+from finetune.models.layers import Convolution
 
 FLAT_BELOW = {"relu": 0.0, "relu6": 0.0, "hardswish": -3.0, "hardmish": -2.0}
 """Pre-activation up to which output and gradient are exactly zero, by kind. A unit of any other kind cannot die."""
@@ -87,7 +88,7 @@ class Watch(TorchFunctionMode):
                 self._leave(self._open.pop(), output)
             elif isinstance(module, nn.Linear):
                 self._linear_width = module.out_features
-            elif isinstance(module, _ConvNd):
+            elif isinstance(module, Convolution):
                 self._linear_width = 0
 
         return enter, leave

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from finetune.models.layers import BatchNorm
 
 IMAGES_AT_ONCE = 8
 """Images whose values are held in float64 at a time, so that memory stays small."""
@@ -28,7 +29,7 @@ def moving_norms(model: nn.Module) -> tuple[str, ...]:
 
 def uses_batch_statistics(model: nn.Module) -> bool:
     """Whether a batch norm normalises by the batch at hand, as the modules' modes are now; so images are not alone."""
-    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    norms = (module for module in model.modules() if isinstance(module, BatchNorm))
     return any(norm.training or norm.running_mean is None for norm in norms)
 
 
@@ -140,7 +141,7 @@ class _Moments:
 
 
 def _collect(
-    model: nn.Module, norms: Mapping[str, _BatchNorm], images: Iterable[torch.Tensor], device: str | torch.device
+    model: nn.Module, norms: Mapping[str, BatchNorm], images: Iterable[torch.Tensor], device: str | torch.device
 ) -> dict[str, _Moments]:
     """What each of `norms` is given while the network looks at all images; a norm that never runs is left out."""
     moments: dict[str, _Moments] = {}
@@ -154,7 +155,7 @@ def _collect(
     return moments
 
 
-def _store(norms: Mapping[str, _BatchNorm], moments: Mapping[str, _Moments]) -> None:
+def _store(norms: Mapping[str, BatchNorm], moments: Mapping[str, _Moments]) -> None:
     if lonely := [name for name, seen in moments.items() if seen.values_per_channel < 2]:
         raise ValueError(f"{lonely[0]} saw a single value per channel, which has no variance; give more images.")
     for name, seen in moments.items():
@@ -167,7 +168,7 @@ def _store(norms: Mapping[str, _BatchNorm], moments: Mapping[str, _Moments]) -> 
             norm.num_batches_tracked.fill_(seen.batches)
 
 
-def _ready(model: nn.Module, waiting: Mapping[str, _BatchNorm], example: torch.Tensor) -> dict[str, _BatchNorm]:
+def _ready(model: nn.Module, waiting: Mapping[str, BatchNorm], example: torch.Tensor) -> dict[str, BatchNorm]:
     """Those of `waiting` that no other of them feeds: with all of them spoiled, the ones that are given no NaN."""
     is_clean: dict[str, bool] = {}
 
@@ -202,7 +203,7 @@ def _in_company(images: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def _watched(norms: Mapping[str, _BatchNorm], see: Callable[[str, torch.Tensor], object]) -> Iterator[None]:
+def _watched(norms: Mapping[str, BatchNorm], see: Callable[[str, torch.Tensor], object]) -> Iterator[None]:
     def hook(name: str) -> Callable[[nn.Module, Any], None]:
         def look(module: nn.Module, inputs: Any) -> None:
             see(name, inputs[0])
@@ -230,10 +231,10 @@ def _modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _is_tracked(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.running_mean is not None and module.track_running_stats
+    return isinstance(module, BatchNorm) and module.running_mean is not None and module.track_running_stats
 
 
-def _norms(model: nn.Module, names: Collection[str] | None) -> dict[str, _BatchNorm]:
+def _norms(model: nn.Module, names: Collection[str] | None) -> dict[str, BatchNorm]:
     found = {name: module for name, module in model.named_modules() if _is_tracked(module)}
     wanted = moving_norms(model) if names is None else names
     if unknown := [name for name in wanted if name not in found]:

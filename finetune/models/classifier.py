@@ -9,12 +9,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from finetune.errors import BackboneError, RecipeError, nearest
 from finetune.models.adapters import LowRankLinear
 from finetune.models.backbones import Backbone
+from finetune.models.layers import BatchNorm, Convolution, InstanceNorm
 
 BATCH_NORM = ("frozen", "statistics", "train")
 ONLY = ("all", "norms", "biases", "lora")
@@ -86,7 +85,7 @@ class Classifier(nn.Module):
             name
             for name, module in self.backbone.named_modules()
             if not (self._stage_of_module[name] in stages or _is_within(name, prefixes))
-            or (batch_norm == "frozen" and isinstance(module, _BatchNorm))
+            or (batch_norm == "frozen" and isinstance(module, BatchNorm))
             or name == first
         )
         self.train(self.training)
@@ -117,7 +116,7 @@ class Classifier(nn.Module):
                     "biases": own == "bias" or own.endswith("_bias"),
                     "lora": isinstance(module, LowRankLinear) and own in LowRankLinear.ADDED,
                 }[only]
-                if not trains or (batch_norm == "statistics" and isinstance(module, _BatchNorm)):
+                if not trains or (batch_norm == "statistics" and isinstance(module, BatchNorm)):
                     held.add(f"{prefix}.{own}")
         return held
 
@@ -196,7 +195,7 @@ def stages_of_modules(backbone: Backbone) -> dict[str, int]:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` is a norm layer of torch, timm or torchvision, not a block that holds one."""
-    if isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
+    if isinstance(module, BatchNorm | InstanceNorm | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm):
         return True
     # the others share no class, only a name; blocks that bear it too have layers inside
     return "Norm" in type(module).__name__ and not any(map(_holds_weights, module.children()))
@@ -205,7 +204,7 @@ def is_norm(module: nn.Module) -> bool:
 def first_layer(backbone: Backbone) -> str:
     """Name of the module through which images come in: the first convolution, or what embeds patches."""
     stages = stages_of_modules(backbone)
-    layers = (name for name, module in backbone.named_modules() if isinstance(module, _ConvNd | nn.Linear))
+    layers = (name for name, module in backbone.named_modules() if isinstance(module, Convolution | nn.Linear))
     return min(layers, key=lambda name: stages[name])
 
 

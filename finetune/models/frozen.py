@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils import fuse_conv_bn_weights
 
 from finetune.models.backbones import Backbone
 from finetune.models.classifier import stages_of_modules
 from finetune.models.folding import TOLERANCE, example_images, layers_after, watch_pairs
+from finetune.models.layers import BatchNorm
 
 
 class FrozenBackbone:
@@ -97,7 +97,7 @@ def _fused(backbone: Backbone, example: torch.Tensor) -> Backbone:
 
 def _fuse(model: nn.Module, conv_name: str, norm_name: str) -> None:
     conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-    assert isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm)
+    assert isinstance(conv, nn.Conv2d) and isinstance(norm, BatchNorm)
     assert norm.running_mean is not None and norm.running_var is not None
     weight, bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias

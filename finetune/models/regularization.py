@@ -12,9 +12,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from finetune.models.backbones import Backbone
+from finetune.models.layers import Dropout
 
 _DROP_PATH = re.compile(r"(\w+_)?drop_path\d*|stochastic_depth")
 _NO_SHORTCUT = {
@@ -241,8 +241,8 @@ def insert_channel_dropout(backbone: Backbone, rate: float, stages: Sequence[str
 
 def _drop_maps_of(module: nn.Module, rate: float) -> None:
     # The dropout lives in a layer of the stage, which freezes with it; a child of a container might be run by it.
-    host = [layer for layer in module.modules() if layer._parameters][-1]
-    if isinstance(before := host._modules.get("channel_dropout"), nn.Dropout2d):
+    host = [layer for layer in module.modules() if any(True for _ in layer.parameters(recurse=False))][-1]
+    if isinstance(before := getattr(host, "channel_dropout", None), nn.Dropout2d):
         before.p = rate
         return
     dropout = nn.Dropout2d(rate).train(host.training)
@@ -287,7 +287,7 @@ def random_pieces(module: nn.Module) -> list[nn.Module]:
     from timm.layers import DropPath, PatchDropout
     from torchvision.ops import StochasticDepth
 
-    rates = {DropPath: "drop_prob", PatchDropout: "prob", StochasticDepth: "p", _DropoutNd: "p", DropConnectLinear: "p"}
+    rates = {DropPath: "drop_prob", PatchDropout: "prob", StochasticDepth: "p", Dropout: "p", DropConnectLinear: "p"}
     return [
         piece
         for piece in module.modules()

@@ -44,9 +44,9 @@ def _stage_label(name: str) -> str:
 
 def _tensor_names(model: nn.Module) -> Iterator[str]:
     for prefix, module in model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                yield f"{prefix}.{name}" if prefix else name
+        own = {"recurse": False, "remove_duplicate": False}
+        for name, _ in (*module.named_parameters(**own), *module.named_buffers(**own)):
+            yield f"{prefix}.{name}" if prefix else name
 
 
 def _claim_by_matcher(model: nn.Module, names: Sequence[str]) -> dict[str, int]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.models.activity import FLAT_BELOW, TWO_SIDED, Tally, Wakes, Watch
+from finetune.models.layers import BatchNorm
 
 NEARLY_DEAD = 1e-3
 """Share of samples that wake a unit, below which it is nearly dead."""
@@ -110,7 +110,7 @@ def measure_units(
         ValueError: if there is no batch.
     """
     watch = Watch()
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and batch_statistics]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and batch_statistics]
     running = [(norm.running_mean, norm.running_var) for norm in norms]
     try:
         for norm in norms:

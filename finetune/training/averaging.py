@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from finetune.models.batch_norm import moving_norms
 
@@ -57,8 +58,8 @@ class WeightAverage:
     def update(self, classifier: nn.Module) -> None:
         """Let the weights as they are now enter the average; `classifier` is not touched."""
         weights = self._live_weights(classifier)
-        share = 1 / (self.num_shown + 1) if self.decay is None else 1 - self.decay
-        torch._foreach_lerp_(list(self._weights.values()), weights, share)
+        step = get_swa_multi_avg_fn() if self.decay is None else get_ema_multi_avg_fn(self.decay)
+        step(list(self._weights.values()), weights, self.num_shown)
         self.num_shown += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from finetune.training.distilling import Distillation
 from finetune.training.losses import Loss
 from finetune.training.mixing import Mixing
 from finetune.training.optimization import Anchor, gradient_norm, set_rates
-from finetune.training.watching import Divergence
+from finetune.training.watching import Divergence, update_ratio
 
 RATIO_EVERY = 10
 """Steps between two measurements of how far an update moves the weights: measuring copies them."""
@@ -163,9 +163,7 @@ class Finetuning(pl.LightningModule):
         before = [p.detach().clone() for p in trained] if is_measured else []
         self.optimizers().step()  # type: ignore[union-attr]
         if is_measured:
-            moved = torch._foreach_norm(torch._foreach_sub([p.detach() for p in trained], before))
-            whole = torch.stack(torch._foreach_norm(before)).norm()
-            self._add(update_ratio=float(torch.stack(moved).norm() / whole.clamp(min=1e-12)), ratios=1)
+            self._add(update_ratio=update_ratio(before, trained), ratios=1)
         return loss, hits, norm
 
     def _search(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[float, int, float]:

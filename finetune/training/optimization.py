@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from finetune.errors import RecipeError, nearest
 from finetune.models.classifier import Classifier
+from finetune.models.layers import BatchNorm
 from finetune.recipe.plan import Stage
 from finetune.recipe.schema import OptimizerSpec
 
@@ -192,7 +192,7 @@ def random_layers(classifier: nn.Module) -> list[str]:
     return [
         f"{name} ({kind})"
         for name, module, kind in modules
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, BatchNorm)
         or (_RANDOM.search(kind) and any(getattr(module, share, 0) for share in ("p", "drop_prob")))
     ]
 

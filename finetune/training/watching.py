@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
 
 from finetune.errors import RunError
 from finetune.recipe.runs import append, write_whole
@@ -199,24 +200,26 @@ class Recovery:
         return f"training diverged ({why}): going back, with {self.factor:g} of the rates (lr {self.factor * lr:.2g})"
 
 
+@torch.no_grad()
+def update_ratio(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
+    """Norm of a step's update over the norm of the weights before it, or after it where they began at zero.
+
+    It holds whatever made the step: momentum, adaptive rates, decay and clipping are all in it. `before` costs a copy,
+    so take it on few steps.
+    """
+    moved = get_total_norm([new.detach() - old for old, new in zip(before, after, strict=True)])
+    size = get_total_norm(before) or get_total_norm(after)
+    return float(moved / size.clamp(min=1e-12))
+
+
 def copy_weights(optimizer: torch.optim.Optimizer) -> dict[str, list[torch.Tensor]]:
-    """What trains, by part (`head`, `backbone`), as it is now: taken before a step for `update_ratio` after it."""
+    """What trains, by part (`head`, `backbone`), as it is now: taken before a step for `update_ratios` after it."""
     return {part: [weight.detach().clone() for weight in weights] for part, weights in _by_part(optimizer).items()}
 
 
-@torch.no_grad()
-def update_ratio(before: Mapping[str, Sequence[torch.Tensor]], optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Norm of the update over norm of the weights after it, by part; costs a copy, so take it on few steps.
-
-    It holds whatever made the step: momentum, adaptive rates, decay and clipping are all in it. Weights that begin at
-    zero have 1 after their first step.
-    """
-    ratios = {}
-    for part, weights in _by_part(optimizer).items():
-        moved = sum(float((new - old).float().square().sum()) for old, new in zip(before[part], weights, strict=True))
-        size = sum(float(weight.float().square().sum()) for weight in weights)
-        ratios[part] = math.sqrt(moved / size) if size else 0.0
-    return ratios
+def update_ratios(before: Mapping[str, Sequence[torch.Tensor]], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """`update_ratio` by part, since `copy_weights`."""
+    return {part: update_ratio(before[part], weights) for part, weights in _by_part(optimizer).items()}
 
 
 def _by_part(optimizer: torch.optim.Optimizer) -> dict[str, list[torch.Tensor]]:
