@@ -140,6 +140,7 @@ def compare_far(shared: Path, work: Path) -> None:
 
 def compare_epochs(shared: Path, work: Path) -> None:
     """Keep every epoch, and ask of each what val and test say of it; a row per cell."""
+    from finetune.compute import PLAIN
     from finetune.data.loading import Batches
     from finetune.evaluation.loading import load_final
     from finetune.features.survey import look
@@ -160,7 +161,7 @@ def compare_epochs(shared: Path, work: Path) -> None:
             classifier, found = load_final(run), []
             for member in read_members(run.file("snapshots")):
                 load_member(classifier, member)
-                found.append([measure_loss(classifier, judge, "cpu", "32") for judge in judges])
+                found.append([measure_loss(classifier, judge, PLAIN) for judge in judges])
             keys = [lambda one: one.loss, lambda one: one.chosen_by, lambda one: -one.top1]
             kept = [min(found, key=lambda pair, key=key: key(pair[0])) for key in keys]  # type: ignore[misc]
             settled = kept[1] if is_clearly_higher(found[-1][0].losses, kept[1][0].losses) else found[-1]

@@ -223,13 +223,13 @@ def extraction(images: Path, out: Path, notes: Notes, env: dict[str, str], dry: 
             "from finetune.features.extraction import extract\n"
             "for turn in (0, 1):\n"
             "    began = time.perf_counter()\n"
-            "    cache = FeatureCache(str(turn) + work.backbone.digest[1:], view.digest, work.precision)\n"
+            "    cache = FeatureCache(str(turn) + work.backbone.digest[1:], view.digest, work.compute.precision)\n"
             "    found = extract(data.items, data.digests, range(len(data.digests)), view,\n"
-            "        backbone=work._freeze, cache=cache, store=None, device=work.machine.device,\n"
-            "        precision=work.precision, progress=lambda *a: None)\n"
+            "        backbone=work._freeze, cache=cache, store=None, compute=work.compute,\n"
+            "        progress=lambda *a: None)\n"
             "    seconds = time.perf_counter() - began\n"
             "print(json.dumps({'images': found.misses, 'seconds': seconds, 'rate': found.misses / seconds,\n"
-            "    'precision': work.precision, 'device': work.machine.device}))\n"
+            "    'precision': work.compute.precision, 'device': work.compute.device}))\n"
         )
         done = subprocess.run([sys.executable, "-c", code, str(images), network], env=env, capture_output=True,
                               text=True, timeout=200, check=False)  # fmt: skip

@@ -51,7 +51,7 @@ def compare_extraction(shared: Path) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from finetune.compute import tune_process
+    from finetune.compute import PLAIN, tune_process
     from finetune.data.loading import normalize
     from finetune.features.extraction import BATCH, look_at_all
     from finetune.models.backbones import load_backbone
@@ -68,7 +68,7 @@ def compare_extraction(shared: Path) -> dict[str, float]:
     speeds: dict[str, list[float]] = {"extraction": [], "bare": []}
     for _ in range(4):
         began = time.perf_counter()
-        look_at_all(frozen, crops, view, "cpu", "32")
+        look_at_all(frozen, crops, view, PLAIN)
         speeds["extraction"].append(len(crops) / (time.perf_counter() - began))
         began = time.perf_counter()
         with torch.inference_mode():

@@ -1,8 +1,7 @@
-"""Compute: what a process sets once before it computes, and what not every operating system has.
+"""Compute: what a run computes with, decided once; and the only file that knows the operating system.
 
-On CPUs glibc hands freed activations back to the kernel and pays page faults to get them again, and
-arithmetic on denormal numbers is many times slower than on others; both are settings of the process, recorded in
-`environment.json`. Whatever macOS or Windows lacks is asked for here alone.
+A `Compute` says which device, in which precision and why. The rest is what a process has to set before it computes
+well, what not every system has, and how a process that is somebody else's gets its settings back.
 """
 
 import ctypes
@@ -11,15 +10,22 @@ import os
 import platform
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, cast
 
 from finetune import __version__
+from finetune.errors import RecipeError, RunError
 
+if TYPE_CHECKING:
+    import torch
+
+Device = Literal["cpu", "cuda", "mps"]
+"""`cuda` is a GPU of Nvidia or AMD, `mps` that of a Mac."""
+Precision = Literal["32", "bf16", "fp16"]
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -53,19 +59,210 @@ _PACKAGES = (
 )
 
 
-SECONDS_BETWEEN_LINES = 5
+class Hardware(Protocol):
+    """The section `hardware`: of a recipe, which may say `auto`, or of a plan."""
+
+    @property
+    def devices(self) -> str:
+        """A `Device`, or `auto`."""
+
+    @property
+    def precision(self) -> str:
+        """A `Precision`, or `auto`."""
 
 
-def every_few_seconds(say: Callable[[str], None]) -> Callable[[str, int, int], None]:
-    """What to call with what is counted, how many are done, and of how many: now and then it says so."""
-    last = [time.perf_counter()]
+class Offer(Protocol):
+    """What torch was found to offer: a `Machine`, or what facts say of it."""
 
-    def progress(what: str, done: int, total: int) -> None:
-        if time.perf_counter() - last[0] > SECONDS_BETWEEN_LINES:
-            last[0] = time.perf_counter()
-            say(f"{what}: {done:,} of {total:,}")
+    @property
+    def device(self) -> str:
+        """The fastest `Device`."""
 
-    return progress
+    @property
+    def has_bf16(self) -> bool:
+        """Whether it is a GPU that computes in bf16."""
+
+    @property
+    def has_fp16(self) -> bool:
+        """Whether it is a GPU that computes in fp16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What torch and the system offer here."""
+
+    device: Device
+    """A GPU where there is one."""
+    cores: int
+    has_bf16: bool
+    """Of the GPU; so is `has_fp16`."""
+    has_fp16: bool
+    can_fork: bool
+    """Whether loader processes are forked, and so share decoded images."""
+
+    @classmethod
+    def here(cls, wish: str = "auto") -> Self:
+        """This one; with the wish `cpu` as if it had no GPU."""
+        import torch
+
+        device: Device = "cpu"
+        has_bf16 = has_fp16 = False
+        if wish != "cpu" and torch.cuda.is_available():
+            device, has_bf16, has_fp16 = "cuda", torch.cuda.is_bf16_supported(), True
+        elif wish != "cpu" and torch.backends.mps.is_available():
+            device, has_fp16 = "mps", torch.amp.is_autocast_available("mps")
+            has_bf16 = has_fp16 and torch.backends.mps.is_macos_or_newer(14, 0)
+        return cls(device=device, cores=num_cores(), has_bf16=has_bf16, has_fp16=has_fp16, can_fork=can_fork())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """What to compute with."""
+
+    device: Device
+    precision: Precision
+    why: str
+    """The reason for the precision."""
+
+    @classmethod
+    def decide(cls, wish: Hardware, offer: Offer | None = None) -> Self:
+        """What a recipe asks for; where it leaves that open, the GPU if there is one, and the precision that suits it.
+
+        Args:
+            wish: of the recipe.
+            offer: what there is to choose from; None: what torch sees here.
+
+        Raises:
+            RecipeError: if torch sees no such device, or the device does not compute in such precision.
+        """
+        found = Machine.here(wish.devices) if offer is None else offer
+        device = cast(Device, found.device if wish.devices == "auto" else wish.devices)
+        if device not in ("cpu", found.device):
+            seen = "no GPU" if found.device == "cpu" else f"{found.device} alone"
+            raise RecipeError(f"hardware.devices is {device}, but torch sees {seen} here; use auto or cpu.")
+        if wish.precision != "auto":
+            _refuse_precision(wish.precision, device, found)
+            return cls(device=device, precision=cast(Precision, wish.precision), why="the recipe says so")
+        best: Precision = "bf16" if found.has_bf16 else "fp16" if found.has_fp16 else "32"
+        if device == "cuda":
+            return cls(device=device, precision=best, why=f"the fastest this GPU trains well in is {best}")
+        if device == "mps":
+            return cls(device=device, precision="32", why="the GPU of a Mac trains in 32 bit")
+        return cls(device="cpu", precision="32", why=PLAIN.why)
+
+    @classmethod
+    def of(cls, hardware: Hardware, *, or_cpu: bool = False) -> Self:
+        """What a plan has decided.
+
+        Args:
+            hardware: of the plan.
+            or_cpu: judge on the CPU where the plan's GPU is not here.
+
+        Raises:
+            RunError: if it is not here.
+        """
+        device = cast(Device, hardware.devices)
+        if device != "cpu" and Machine.here().device != device:
+            if not or_cpu:
+                raise RunError(f"the plan is made for a GPU ({device}), and torch sees none such here. Run it there.")
+            device = "cpu"
+        return cls(device=device, precision=cast(Precision, hardware.precision), why="the plan says so")
+
+    @property
+    def cores(self) -> int:
+        """Processors that this process may use."""
+        return num_cores()
+
+    @property
+    def threads(self) -> int:
+        """Threads of this process that multiply one matrix."""
+        import torch
+
+        return torch.get_num_threads()
+
+    def autocast(self) -> "torch.autocast":
+        """A context in which the forward pass of a network is in this precision."""
+        import torch
+
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = kinds.get(self.precision, torch.bfloat16)
+        return torch.autocast(self.device, dtype=dtype, enabled=self.precision in kinds)
+
+    def wait(self) -> None:
+        """Return when the device has done what it was given, so that a clock can be read."""
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        elif self.device == "mps":
+            torch.mps.synchronize()
+
+    def describe(self) -> dict[str, Any]:
+        """Versions and settings that a number of this run depends on."""
+        import torch
+
+        return {
+            "python": platform.python_version(),
+            "platform": platform.platform(terse=True),
+            "cores": self.cores,
+            "threads": self.threads,
+            "device": torch.cuda.get_device_name() if self.device == "cuda" else self.device,
+            "precision": self.precision,
+            "memory_format": "channels_last",
+            "freed_memory_kept_below_bytes": KEEP_BYTES,
+            "denormals_flushed": True,
+            "versions": {"finetune": __version__, **{name: _version(name) for name in _PACKAGES}},
+        }
+
+
+PLAIN = Compute(device="cpu", precision="32", why="a CPU repeats 32-bit training to the last bit")
+
+
+def _refuse_precision(wish: str, device: str, offer: Offer) -> None:
+    if device == "cpu":
+        if wish == "fp16":
+            raise RecipeError("hardware.precision is fp16, which needs a GPU; use 32 or bf16 on a CPU.")
+    elif not {"32": True, "bf16": offer.has_bf16, "fp16": offer.has_fp16}[wish]:
+        raise RecipeError(
+            f"hardware.precision is {wish}, but torch does not compute in {wish} on {device} here; use 32."
+        )
+
+
+def exact(values: "torch.Tensor") -> "torch.Tensor":
+    """The same numbers in float64; on the CPU where their device has none, as `mps`."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+def free_gpu_memory(device: "torch.device") -> None:
+    """Return what torch keeps of freed memory to the GPU; nothing on a CPU."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+@contextmanager
+def own_draws(seed: int, device: "str | torch.device") -> Iterator[None]:
+    """What is drawn inside follows `seed`; the generators of the CPU and of `device` are then as they were."""
+    import torch
+
+    place = torch.device(device)
+    on_mac = torch.mps.get_rng_state() if place.type == "mps" else None
+    with torch.random.fork_rng(_gpu_of(place) if place.type == "cuda" else []):
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            if on_mac is not None:
+                torch.mps.set_rng_state(on_mac)
+
+
+def _gpu_of(place: "torch.device") -> list[int]:
+    import torch
+
+    return [torch.cuda.current_device() if place.index is None else place.index]
 
 
 def tune_process() -> None:
@@ -146,6 +343,11 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def can_fork() -> bool:
+    """Whether a loader process is forked, and so shares what is in memory; macOS and Windows start it anew."""
+    return sys.platform == "linux"
+
+
 def after_fork(renew: Callable[[], None]) -> None:
     """Call `renew` in every child that is forked off this process; Windows forks none."""
     if hasattr(os, "register_at_fork"):
@@ -183,24 +385,6 @@ def _try_lock_byte(handle: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def describe_environment(device: str, precision: str) -> dict[str, Any]:
-    """Versions and settings that a number of this run depends on."""
-    import torch
-
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(terse=True),
-        "cores": num_cores(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "precision": precision,
-        "memory_format": "channels_last",
-        "freed_memory_kept_below_bytes": KEEP_BYTES,
-        "denormals_flushed": True,
-        "versions": {"finetune": __version__, **{name: _version(name) for name in _PACKAGES}},
-    }
 
 
 def _version(name: str) -> str:

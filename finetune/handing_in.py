@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.compute import every_few_seconds
 from finetune.data.torch_datasets import Handed, digest_contents, open_datasets
 from finetune.errors import RecipeError
 from finetune.models.own import NOTHING, Given
 from finetune.recipe.own import OwnThing, describe, qualified_name
 from finetune.recipe.schema import Recipe
+from finetune.saying import every_few_seconds
 
 Vary = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 """A user's own change of training images."""

@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from finetune.compute import describe_environment, every_few_seconds, give_back_memory, tune_process
+from finetune.compute import Compute, give_back_memory, tune_process
 from finetune.data.torch_datasets import Handed
 from finetune.errors import DataError, FinetuneError, RecipeError, RunError, names_beside, nearest
 from finetune.evaluation.evaluation import evaluate_run
@@ -52,6 +52,7 @@ from finetune.recipe.shelf import name_backbone, short_name
 from finetune.reporting.report import write_report
 from finetune.reporting.terminal import facts_text, plan_text, scores_text
 from finetune.run import Run
+from finetune.saying import every_few_seconds
 from finetune.training.optimization import check_optimizer
 from finetune.training.tracking import Tracker, Unsent, default_uri, send_remaining
 from finetune.training.watching import Curves, rewind
@@ -261,8 +262,7 @@ def _decide(run: RunFolder, recipe: Recipe, seen: Survey, own: Own, say: Say) ->
     if own.vary is not None and decided.train.optimizer.name == "lbfgs":
         raise RecipeError("train.optimizer.name is lbfgs, which needs the same loss at every look; leave vary out.")
     run.write_json("facts.json", seen.facts.model_dump(mode="json"))
-    environment = describe_environment(decided.hardware.devices, decided.hardware.precision)
-    run.write_json("environment.json", environment)
+    run.write_json("environment.json", Compute.of(decided.hardware).describe())
     tensors = probe_tensors(seen.probe, seen.refit if decided.probe_on == "labelled" else None)
     write_whole(run.file("probe.safetensors"), lambda path: save_file(tensors, path))
     run.write_text("plan.yaml", decided.to_yaml())

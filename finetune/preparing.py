@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.compute import every_few_seconds, tune_process
+from finetune.compute import tune_process
 from finetune.data.dataset import Dataset
 from finetune.data.items import ROLES
 from finetune.data.torch_datasets import Handed
@@ -27,6 +27,7 @@ from finetune.recipe.planning import make_plan
 from finetune.recipe.reading import Wish, as_recipe
 from finetune.recipe.schema import Recipe
 from finetune.recipe.shelf import name_backbone
+from finetune.saying import every_few_seconds
 from finetune.training.optimization import check_optimizer
 
 Say = Callable[[str], None]

@@ -150,8 +150,9 @@ def rank_cards(
         DataError: if there is nothing to learn from.
         RecipeError: if no data is named.
     """
-    from finetune.compute import every_few_seconds, tune_process
+    from finetune.compute import tune_process
     from finetune.features.ranking import rank_backbones
+    from finetune.saying import every_few_seconds
 
     tune_process()
     cards = pick_cards(among=among, max_params=max_params, licences=licences)
@@ -197,8 +198,9 @@ def _described(name: str, zoo: dict[str, Card]) -> Card:
 
 
 def _measure(card: Card, images: Path, say: Say) -> "SourceStatistics":
-    from finetune.compute import every_few_seconds, tune_process
+    from finetune.compute import tune_process
     from finetune.features.source_statistics import measure_statistics
+    from finetune.saying import every_few_seconds
 
     tune_process()
     tell = every_few_seconds(say)

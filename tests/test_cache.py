@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import finetune as ft
+from finetune.compute import PLAIN
 from finetune.data.decoding import ImageFacts, facts_row
 from finetune.features import cache as cache_module
 from finetune.features.cache import FeatureCache, evict
@@ -182,8 +183,7 @@ def test_the_features_of_an_image_do_not_depend_on_what_else_is_looked_at(shapes
         backbone=lambda: FrozenBackbone(seen.backbone, size_pixels=view.size_pixels, device="cpu"),
         cache=alone,
         store=None,
-        device="cpu",
-        precision="32",
+        compute=PLAIN,
         progress=lambda done, total: None,
     )
     assert torch.equal(alone.features([seen.dataset.digests[index]])[0], seen.features("train")[0])

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from conftest import draw_shapes
 from PIL import Image
 
+from finetune.compute import PLAIN
 from finetune.data.decoding import center_crop, decode
 from finetune.data.sources import open_source, read_bytes
 from finetune.features import depths as depths_module
@@ -290,7 +291,7 @@ def profiles(crops, labels, num_classes):
         if is_spoilt:
             shuffle_top(backbone)
         frozen = FrozenBackbone(backbone, size_pixels=64, device="cpu")
-        depths = look_at_all(frozen, crops, backbone.card.view(), "cpu", "32")
+        depths = look_at_all(frozen, crops, backbone.card.view(), PLAIN)
         stages = backbone.stages
         found.append(measure_profile(depths, labels, stages, val=None, num_classes=num_classes, seed=0))
     return found

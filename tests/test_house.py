@@ -14,6 +14,7 @@ from finetune.recipe.schema import recipe_keys
 ROOT = Path(finetune.__file__).parent
 ROOMS = [
     "errors",
+    "saying",
     "compute",
     "recipe",
     "data",

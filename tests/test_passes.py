@@ -12,6 +12,7 @@ import yaml
 from test_planning import make_facts
 from test_training import ShortOfMemory, _module, tiny_classifier
 
+from finetune.compute import PLAIN
 from finetune.errors import RecipeError
 from finetune.features.extraction import look_at, look_at_all
 from finetune.recipe.cards import View
@@ -146,12 +147,12 @@ def test_frozen_features_are_extracted_in_passes_of_one_size(pixels, passes):
         return [images.mean((2, 3)), images.amax((2, 3))]
 
     crops = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, pixels, pixels, 3), dtype=np.uint8)
-    depths = look_at(backbone, crops, view, "cpu", "32")
+    depths = look_at(backbone, crops, view, PLAIN)
     assert sizes == passes
     expected = torch.arange(20)[:, None].expand(20, 3) / 255 / 0.5 - 1
     for depth in depths:
         torch.testing.assert_close(depth, expected, rtol=0, atol=1e-5)
-    assert all(map(torch.equal, look_at_all(backbone, crops[7:8], view, "cpu", "32"), [d[7:8] for d in depths]))
+    assert all(map(torch.equal, look_at_all(backbone, crops[7:8], view, PLAIN), [d[7:8] for d in depths]))
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="settings of glibc")

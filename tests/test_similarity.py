@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 import finetune as ft
+from finetune.compute import PLAIN
 from finetune.data.loading import normalize
 from finetune.features.similarity import _stage_shift, measure_control, measure_response, measure_shift, source_logits
 from finetune.models.backbones import Backbone, load_backbone
@@ -44,7 +45,7 @@ def used_to(backbone, crops):
 
 
 def shift(backbone, crops):
-    return measure_shift(backbone, crops, backbone.card.view(), device="cpu", seed=0)
+    return measure_shift(backbone, crops, backbone.card.view(), compute=PLAIN, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +161,7 @@ def test_a_network_without_batch_norm_has_no_shift():
     backbone = load_backbone("test_vit", zoo={}, pretrained=False).eval()
     view = backbone.card.view()
     crops = np.zeros((2, view.size_pixels, view.size_pixels, 3), dtype=np.uint8)
-    assert measure_shift(backbone, crops, view, device="cpu", seed=0) == ()
+    assert measure_shift(backbone, crops, view, compute=PLAIN, seed=0) == ()
 
 
 def test_looking_for_a_shift_leaves_no_trace():
@@ -242,7 +243,7 @@ def test_the_source_head_on_stored_features_is_the_whole_source_network():
 
 def control(backbone, crops, labels, seed=0):
     view = backbone.card.view()
-    return measure_control(backbone, crops, labels, view, num_classes=2, device="cpu", precision="32", seed=seed)
+    return measure_control(backbone, crops, labels, view, num_classes=2, compute=PLAIN, seed=seed)
 
 
 @pytest.mark.technique("T016")

@@ -5,6 +5,7 @@ import pytest
 import torch
 from test_planning import make_facts
 
+from finetune.compute import PLAIN
 from finetune.features import timing
 from finetune.features.timing import NORMS, time_training
 from finetune.models.backbones import load_backbone
@@ -25,9 +26,7 @@ def backbone():
 
 def timed(backbone, batch_size=16, depths=(2, 5)):
     view = backbone.card.view(size_pixels=32)
-    return time_training(
-        backbone, CROPS, view, num_classes=3, depths=depths, batch_size=batch_size, device="cpu", precision="32"
-    )
+    return time_training(backbone, CROPS, view, num_classes=3, depths=depths, batch_size=batch_size, compute=PLAIN)
 
 
 def test_timing_teaches_the_backbone_nothing(backbone):

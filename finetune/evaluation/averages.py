@@ -5,14 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from finetune.compute import exact
 from finetune.recipe.cards import View
 from finetune.scores.selection import AVERAGES
 
 
 class Ensemble(nn.Module):
     """Several classifiers, and logits whose softmax is the average of what they say of the same tensor of images."""
-
-    weights: torch.Tensor
 
     def __init__(
         self,
@@ -42,7 +41,7 @@ class Ensemble(nn.Module):
             raise ValueError(f"average must be one of {', '.join(AVERAGES)}, got {average!r}.")
         self.members, self.average, self.views = nn.ModuleList(members), average, tuple(views)
         shares = torch.tensor(weights, dtype=torch.float64)
-        self.register_buffer("weights", shares / shares.sum(), persistent=False)
+        self.weights = shares / shares.sum()  # no buffer, for it stays in float64, which not every device has
 
     @property
     def backbone(self) -> nn.Module:
@@ -65,11 +64,12 @@ class Ensemble(nn.Module):
                 "the members of this ensemble look at images of different sizes, crops or constants, so one tensor "
                 "cannot suit them all; `open_viewer` prepares an image for each."
             )
-        logits = torch.stack([member(images).double() for member in self.members])  # (M, B, K)
+        logits = torch.stack([exact(member(images)) for member in self.members])  # (M, B, K)
+        weights = self.weights.to(logits.device)
         ahead = logits.log_softmax(2)
         ahead = ahead - ahead[:1]  # from the first member on, so that nothing is added to it where all say the same
         if self.average == "logit":
-            gain = (self.weights[:, None, None] * ahead).sum(0)
+            gain = (weights[:, None, None] * ahead).sum(0)
         else:
-            gain = torch.logsumexp(ahead + self.weights.log()[:, None, None], 0)
-        return (logits[0] + gain).float()
+            gain = torch.logsumexp(ahead + weights.log()[:, None, None], 0)
+        return (logits[0] + gain).float().to(images.device)

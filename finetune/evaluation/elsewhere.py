@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from finetune.compute import Machine
 from finetune.data.dataset import ALL, BAD, Dataset
 from finetune.data.digests import digest_images
 from finetune.data.frames import each_frame, open_images
@@ -137,7 +138,7 @@ def source_view_logits(backbone: Backbone, store: ImageStore, indices: Sequence[
         indices: N items of the store.
         views: one of `SOURCE_VIEWS`.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = Machine.here().device
     backbone.to(device).to(memory_format=torch.contiguous_format)
     parts = []
     with ThreadPoolExecutor(2) as pool:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 
-from finetune.compute import describe_environment
+from finetune.compute import Compute
 from finetune.data.dataset import Dataset
 from finetune.errors import RunError
 from finetune.evaluation.loading import AVERAGE_FILE, load_ensemble
@@ -270,7 +270,7 @@ def _write(target: RunFolder, made: _Made, record: dict[str, Any], how: How) -> 
     for name in ("facts.json", "probe.safetensors"):
         _copy(base.run.file(name), target.file(name))
     target.write_text("recipe.yaml", recipe_text(read_wish(base.run).model_copy(update={"name": plan.name})))
-    environment = describe_environment(str(plan.hardware.devices), str(plan.hardware.precision))
+    environment = Compute.of(plan.hardware, or_cpu=True).describe()
     target.write_json("environment.json", {**environment, "seconds": {}})
     Curves(target.file("curves.csv"))  # nothing was trained
     target.write_json(SOUP_FILE if made.state is not None else AVERAGE_FILE, record)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from finetune.compute import Compute
 from finetune.data.dataset import Dataset
 from finetune.errors import RecipeError, RunError
 from finetune.evaluation.loading import AVERAGE_FILE, load_final, load_held_out
@@ -234,7 +235,7 @@ class Val:
     def renew(self, state: State, names: tuple[str, ...], on: Images = "train") -> State:
         """The same weights with pooled statistics of these images, as training sees them, for these norms."""
         plan, classifier = self._base.plan, self._filled(state)
-        device = str(plan.hardware.devices) if torch.cuda.is_available() else "cpu"
+        device = Compute.of(plan.hardware, or_cpu=True).device
         train = training_batches(plan, self.dataset, on)
         pooled_statistics(classifier.to(device), train, device=device, names=names)
         return {name: tensor.detach().cpu().clone() for name, tensor in classifier.state_dict().items()}

@@ -108,7 +108,7 @@ def draw_in_batches(
         )
     viewer = Viewer(classifier, plan, "center")
     for number, pictures in enumerate(_pictures(viewer, store, indices)):
-        with torch.inference_mode(), viewer.autocast():
+        with torch.inference_mode(), viewer.compute.autocast():
             features = classifier.backbone(viewer.images(np.stack([crop for crops in pictures for crop in crops])))
             drawn = sample_predictions(classifier.head, features, draws, seed + number)
         yield drawn.cpu()

@@ -6,13 +6,13 @@ An image is decoded once, however many views are taken of it.
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
+from finetune.compute import Compute
 from finetune.data.decoding import ImageFacts, Scaling, decode_sizes, scaling
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore, normalize
@@ -31,7 +31,7 @@ BATCH = 64
 """Most images read at once."""
 MOST_CROPS = 640
 """Most crops in memory at once, of the size the network was trained on."""
-CROPS_PER_PASS = {"cpu": 64, "cuda": 640}
+CROPS_PER_PASS = {"cpu": 64, "cuda": 640, "mps": 64}
 """Most crops per forward pass, of the size the network was trained on; fewer where they are larger. On a CPU the
 activations of more are given back to the kernel (see `compute.KEEP_BYTES`): ten crops then cost twenty centres; and
 from 112 px on there are fewer, as `passes` says."""
@@ -56,10 +56,7 @@ class Viewer:
         Raises:
             RecipeError: if `views` is unknown, or the classifier cannot look at images of such sizes.
         """
-        device = plan.hardware.devices if torch.cuda.is_available() else "cpu"
-        assert device is not None
-        self.device = device
-        self.precision = plan.hardware.precision
+        self.compute = Compute.of(plan.hardware, or_cpu=True)
         self.view = view or plan.view
         self.views = views
         self.crops = list_crops(views, self.view.size_pixels)
@@ -68,10 +65,10 @@ class Viewer:
         self.mirror_classes = plan.data.mirror_classes(plan.classes)
         self.images_at_once = max(1, min(BATCH, MOST_CROPS // len(self.crops)))
         """Images to read and judge together; bounds memory."""
-        most = CROPS_PER_PASS[device] * self.view.size_pixels**2
-        self._pixels_per_pass = min(most, PASS_PIXELS) if device == "cpu" else most
+        most = CROPS_PER_PASS[self.compute.device] * self.view.size_pixels**2
+        self._pixels_per_pass = min(most, PASS_PIXELS) if self.compute.device == "cpu" else most
         self._scales = sorted({crop.scale_pixels(self.view) for crop in self.crops}, reverse=True)
-        classifier.to(device).eval()
+        classifier.to(self.compute.device).eval()
         if any(crop.place == "whole" for crop in self.crops):
             _check_takes_any_size(classifier, self.view.size_pixels)
         sizes = {crop.size_pixels for crop in self.crops}
@@ -135,19 +132,13 @@ class Viewer:
         return unmirror(answers.transpose(0, 1), self.views, self.mirror_classes)
 
     def _look(self, network: nn.Module, crops: np.ndarray) -> torch.Tensor:
-        with self.autocast():
+        with self.compute.autocast():
             logits = network(self.images(crops))
         return logits.float().softmax(1).cpu()
 
     def images(self, crops: np.ndarray) -> torch.Tensor:
         """Crops (B, H, W, 3) as the network takes them: (B, 3, H, W), normalised, on its device."""
-        return normalize(torch.from_numpy(crops).to(self.device), self.view)
-
-    def autocast(self) -> Any:
-        """The precision of the plan, as a context."""
-        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = kinds.get(self.precision, torch.bfloat16)
-        return torch.autocast(self.device, dtype=dtype, enabled=self.precision in kinds)
+        return normalize(torch.from_numpy(crops).to(self.compute.device), self.view)
 
 
 class MixedViewer:

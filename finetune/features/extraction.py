@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from finetune.compute import num_cores
+from finetune.compute import Compute, num_cores
 from finetune.data.decoding import KINDS, BadImage, ImageFacts, center_crop, decode_sizes, facts_row, scaling
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore, normalize
@@ -83,8 +83,7 @@ def extract(
     backbone: Callable[[], FrozenBackbone] | None,
     cache: FeatureCache | None,
     store: ImageStore | None,
-    device: str,
-    precision: str,
+    compute: Compute,
     progress: Callable[[int, int], None],
 ) -> Extraction:
     """Look once at every image of `indices` that the cache does not know.
@@ -97,8 +96,7 @@ def extract(
         backbone: makes the network, if any image is to be looked at; None only decodes, to find broken files.
         cache: what is known already, and where features go; None exactly where `backbone` is.
         store: keeps decoded images for training, up to its bound.
-        device: `cpu` or `cuda`.
-        precision: `32`, `bf16` or `fp16`.
+        compute: where the network is, and its precision.
         progress: called with the number of images done and in all.
     """
     found, todo = Extraction(ImageTable(len(items))), list(indices)
@@ -123,7 +121,7 @@ def extract(
         if batch and (len(batch) == BATCH or count == len(todo)):
             if backbone is not None and cache is not None:
                 network = network or backbone()
-                rows = look_at(network, np.stack([crop for _, crop, _ in batch]), view, device, precision)
+                rows = look_at(network, np.stack([crop for _, crop, _ in batch]), view, compute)
                 for row, (position, _, facts) in enumerate(batch):
                     cache.put(digests[position], [depth[row] for depth in rows], facts)
             batch = []
@@ -157,30 +155,27 @@ def _decode_ahead(
             yield first, future.result()
 
 
-def look_at_all(
-    backbone: FrozenBackbone, crops: np.ndarray, view: View, device: str, precision: str
-) -> list[torch.Tensor]:
+def look_at_all(backbone: FrozenBackbone, crops: np.ndarray, view: View, compute: Compute) -> list[torch.Tensor]:
     """(N, D_k) at each depth k, from any number of crops (N, H, W, 3) in uint8."""
-    parts = [look_at(backbone, crops[at : at + BATCH], view, device, precision) for at in range(0, len(crops), BATCH)]
+    parts = [look_at(backbone, crops[at : at + BATCH], view, compute) for at in range(0, len(crops), BATCH)]
     return [torch.cat(depth) for depth in zip(*parts, strict=True)]
 
 
-def look_at(backbone: FrozenBackbone, crops: np.ndarray, view: View, device: str, precision: str) -> list[torch.Tensor]:
+def look_at(backbone: FrozenBackbone, crops: np.ndarray, view: View, compute: Compute) -> list[torch.Tensor]:
     """(B, D_k) at each depth k in float32 on the CPU, from at most 64 crops (B, H, W, 3) in uint8."""
-    count, at_once = len(crops), _images_at_once(view, device)
+    count, at_once = len(crops), _images_at_once(view, compute)
     if rest := -count % at_once:  # kernels for another batch size round differently; features shall not depend on it
         crops = np.concatenate([crops, np.zeros((rest, *crops.shape[1:]), dtype=crops.dtype)])
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     parts = []
-    with torch.autocast(device, dtype=kinds.get(precision, torch.bfloat16), enabled=precision in kinds):
+    with compute.autocast():
         for some in torch.from_numpy(crops).split(at_once):
-            parts.append([depth.cpu() for depth in backbone(normalize(some.to(device), view))])
+            parts.append([depth.cpu() for depth in backbone(normalize(some.to(compute.device), view))])
     return [torch.cat(depth)[:count] for depth in zip(*parts, strict=True)]
 
 
-def _images_at_once(view: View, device: str) -> int:
+def _images_at_once(view: View, compute: Compute) -> int:
     """Images per forward pass: all on a GPU, halves of that on a CPU until their activations are few."""
     size = BATCH
-    while device == "cpu" and size > 1 and size * view.size_pixels**2 > PASS_PIXELS:
+    while compute.device == "cpu" and size > 1 and size * view.size_pixels**2 > PASS_PIXELS:
         size //= 2
     return size

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from finetune.compute import Compute
 from finetune.data.decoding import center_crop
 from finetune.data.loading import ImageStore
 from finetune.data.splits import draw_sample
@@ -83,8 +84,7 @@ class Material:
     roles: Sequence[str]
     classes: Sequence[str]
     view: View
-    device: str
-    precision: str
+    compute: Compute
     split_digest: str
     seed: int
     batch_size: int
@@ -127,8 +127,9 @@ def measure(
         for_flips: also ask whether mirroring shows.
         for_training: also measure similarity, which belongs beside any training; `for_advice` implies it.
     """
-    named = [FORMAT, material.backbone.digest, material.view.digest, material.precision, material.split_digest]
-    named += [material.device, str(torch.get_num_threads()), str(PROBE_BYTES)]  # what is timed depends on the first
+    compute = material.compute
+    named = [FORMAT, material.backbone.digest, material.view.digest, compute.precision, material.split_digest]
+    named += [compute.device, str(compute.threads), str(PROBE_BYTES)]  # what is timed depends on the first
     named += material.classes  # their names may tell sides
     named.append(material.backbone.card.statistics_sha256 or "")
     key = hashlib.sha256(
@@ -249,7 +250,7 @@ def _similarity(material: Material, findings: Findings, *, is_whole: bool) -> Si
     assert findings.probe is not None and findings.knn is not None
     rows = material.rows("train", most=SHIFT_IMAGES)
     shift = measure_shift(
-        material.backbone, material.crops(rows), material.view, device=material.device, seed=material.seed
+        material.backbone, material.crops(rows), material.view, compute=material.compute, seed=material.seed
     )
     shares = (findings.probe.left_out or findings.probe.val, findings.knn.left_out or findings.knn.val)
     value, low, high = (
@@ -285,8 +286,7 @@ def _beside_similarity(material: Material) -> dict[str, Any]:
         material.labels[rows],
         material.view,
         num_classes=len(material.classes),
-        device=material.device,
-        precision=material.precision,
+        compute=material.compute,
         seed=seed,
     )
     return found
@@ -301,8 +301,7 @@ def _timing(material: Material, profile: ProfileFacts) -> dict[str, Any]:
         num_classes=len(material.classes),
         depths=sorted({partial_depth(stages, profile), stages}),
         batch_size=min(material.batch_size, len(material.rows("train"))),
-        device=material.device,
-        precision=material.precision,
+        compute=material.compute,
     )
     return {"forward_images_per_second": forward, "timing": timing}
 
@@ -313,7 +312,7 @@ def _chirality(material: Material, probe: Probe) -> ChiralityFacts:
 
     def mirrored(rows: Sequence[int]) -> torch.Tensor:
         crops = np.ascontiguousarray(material.crops(rows)[:, :, ::-1])
-        return look_at_all(frozen, crops, material.view, material.device, material.precision)[-1]
+        return look_at_all(frozen, crops, material.view, material.compute)[-1]
 
     unique = {material.digests[index]: index for index in material.rows("train", most=MIRROR_IMAGES)}
     rows = list(unique.values())

@@ -12,6 +12,7 @@ from statistics import median
 import numpy as np
 import torch
 
+from finetune.compute import Compute
 from finetune.data.dataset import Dataset
 from finetune.data.decoding import center_crop
 from finetune.data.loading import ImageStore, normalize
@@ -26,8 +27,6 @@ from finetune.features.similarity import measure_distances, measure_response, so
 from finetune.features.survey import Progress
 from finetune.features.viewing import (
     choose_view,
-    fast_precision,
-    measure_machine,
     whose_constants,
 )
 from finetune.models.backbones import Backbone, load_backbone
@@ -113,7 +112,7 @@ def rank_backbones(
         classes=images.dataset.classes,
         num_images=len(rows),
         image_size=recipe.data.image_size,
-        device=images.device,
+        device=images.compute.device,
         rows=tuple(ranked),
         unranked=tuple(unranked),
         chosen=ranked[0].name,
@@ -136,10 +135,7 @@ class _Images:
         self.warnings: tuple[str, ...] = ()
         self.unkept: tuple[str, ...] = ()
         """That features are not kept, and why, or nothing."""
-        machine = measure_machine(recipe.hardware.devices)
-        self.device = machine.device
-        wish = recipe.hardware.precision
-        self.precision = fast_precision(machine) if wish == "auto" else wish
+        self.compute = Compute.decide(recipe.hardware)
 
     def draw(self, most: int) -> list[int]:
         """A sample of the training images, without those known to be broken."""
@@ -171,7 +167,7 @@ def _look_at_candidates(
     for name, card in cards.items():
         try:
             backbone = load_backbone(name if name in zoo else card.name, zoo=zoo).eval()
-            backbone.to(images.device).to(memory_format=torch.channels_last)
+            backbone.to(images.compute.device).to(memory_format=torch.channels_last)
             answer = _look(images, rows, backbone, lambda done, total, name=name: progress(name, done, total))  # type: ignore[misc]
         except BackboneError as fault:
             unranked.append(Unranked(name=name, reason=str(fault)))
@@ -188,8 +184,8 @@ def _look(
     """What one candidate came to; None where files turned out broken."""
     store, dataset = images.see(backbone, rows), images.dataset
     view = store.view
-    frozen = FrozenBackbone(backbone, size_pixels=view.size_pixels, device=images.device)
-    cache = FeatureCache(backbone.digest, view.digest, images.precision)
+    frozen = FrozenBackbone(backbone, size_pixels=view.size_pixels, device=images.compute.device)
+    cache = FeatureCache(backbone.digest, view.digest, images.compute.precision)
     found = extract(
         dataset.items,
         dataset.digests,
@@ -198,8 +194,7 @@ def _look(
         backbone=lambda: frozen,
         cache=cache,
         store=None,
-        device=images.device,
-        precision=images.precision,
+        compute=images.compute,
         progress=progress,
     )
     images.unkept = cache.warnings
@@ -212,7 +207,7 @@ def _look(
         raise BackboneError(f"{backbone.card.name} gives features that are not finite; its weights are damaged.")
     timed = [rows[place % len(rows)] for place in range(TIMED_IMAGES)]
     crops = np.stack([center_crop(store.get(index), view.size_pixels) for index in timed])
-    milliseconds = time_images(frozen, crops, view, images.device, images.precision)
+    milliseconds = time_images(frozen, crops, view, images.compute)
     labels = torch.from_numpy(dataset.items.labels[list(rows)]).long()
     return _measure(backbone.to("cpu"), features, labels, images, view.size_pixels, milliseconds, found.hits)
 
@@ -267,14 +262,13 @@ def _measure(
     return Seen(row=row, right=right, log_loss=found.log_loss, hits=hits, misses=len(labels) - hits)
 
 
-def time_images(frozen: FrozenBackbone, crops: np.ndarray, view: View, device: str, precision: str) -> float:
+def time_images(frozen: FrozenBackbone, crops: np.ndarray, view: View, compute: Compute) -> float:
     """Milliseconds per image of a batch of decoded crops (B, H, W, 3) uint8: the median of a few, after a warm-up."""
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     seconds = []
     for _ in range(TIMED_BATCHES + 1):
         began = time.perf_counter()
-        batch = normalize(torch.from_numpy(crops).to(device), view)
-        with torch.autocast(device, dtype=kinds.get(precision, torch.bfloat16), enabled=precision in kinds):
+        batch = normalize(torch.from_numpy(crops).to(compute.device), view)
+        with compute.autocast():
             frozen(batch)[-1].cpu()  # waits for the device
         seconds.append(time.perf_counter() - began)
     return 1000 * median(seconds[1:]) / len(crops)

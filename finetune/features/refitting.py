@@ -134,9 +134,9 @@ def probe_tensors(held_out: Probe | None, refit: RefitProbe | None) -> dict[str,
 
 
 def _file(material: Material, l2: float, makes_folds: bool) -> Path:
-    named = [FORMAT, material.backbone.digest, material.view.digest, material.precision, material.split_digest]
+    named = [FORMAT, material.backbone.digest, material.view.digest, material.compute.precision, material.split_digest]
     numbers = [torch.get_num_threads(), PROBE_BYTES, MOST_ANSWERS, material.seed, l2, makes_folds]
-    key = hashlib.sha256(json.dumps(["refit", *named, material.device, *numbers]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(["refit", *named, material.compute.device, *numbers]).encode()).hexdigest()[:32]
     return cache_folder() / "findings" / f"{key}.safetensors"
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from finetune.compute import Compute, exact, own_draws
 from finetune.data.loading import normalize
 from finetune.errors import BackboneError
 from finetune.features.depths import DEPTH_GRID, cross_validate, proportion
@@ -44,7 +45,7 @@ MOST_WAYS = 300_000
 
 @torch.inference_mode()
 def measure_shift(
-    backbone: Backbone, crops: np.ndarray, view: View, *, device: str, seed: int
+    backbone: Backbone, crops: np.ndarray, view: View, *, compute: Compute, seed: int
 ) -> tuple[ShiftFacts, ...]:
     """How far images move the inputs of each stage's batch norms from their running statistics.
 
@@ -56,7 +57,7 @@ def measure_shift(
         backbone: in evaluation mode, unfused.
         crops: (N, H, W, 3) uint8.
         view: how they are normalised.
-        device: `cpu` or `cuda`.
+        compute: where the backbone is.
         seed: of the intervals' resampling.
 
     Returns:
@@ -76,7 +77,7 @@ def measure_shift(
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in norms]
     try:
         for first in range(0, len(crops), BATCH):
-            backbone(normalize(torch.from_numpy(crops[first : first + BATCH]).to(device), view))
+            backbone(normalize(torch.from_numpy(crops[first : first + BATCH]).to(compute.device), view))
     finally:
         for handle in handles:
             handle.remove()
@@ -85,7 +86,7 @@ def measure_shift(
         if sum(map(len, sums[name])) != len(crops):  # never called, or for several places at once
             continue
         moments = torch.cat(sums[name]).double()  # (N, 2, C)
-        known = torch.stack([module.running_mean, module.running_var + module.eps]).double().cpu()  # type: ignore[arg-type, operator]
+        known = exact(torch.stack([module.running_mean, module.running_var + module.eps])).cpu()  # type: ignore[arg-type, operator]
         stage = backbone.stage_of[f"{name}.running_mean"]
         by_stage.setdefault(stage, []).append(torch.cat([moments, known[None]]))  # the last row is the source
     return tuple(_stage_shift(backbone.stages[stage], by_stage[stage], seed) for stage in sorted(by_stage))
@@ -122,16 +123,15 @@ def measure_control(
     view: View,
     *,
     num_classes: int,
-    device: str,
-    precision: str,
+    compute: Compute,
     seed: int,
 ) -> Proportion:
     """Accuracy of a cross-validated probe on the same network with random weights: what pretraining has to beat.
 
     Its batch norms take their statistics from the images themselves, or activations would die out on the way up.
     """
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
-        torch.manual_seed(seed)
+    device = compute.device
+    with own_draws(seed, device):
         control = backbone.random_twin().to(device).to(memory_format=torch.channels_last)
     norms = [module for module in control.modules() if _has_statistics(module)]
     for norm in norms:
@@ -141,7 +141,7 @@ def measure_control(
         with torch.no_grad():
             control(normalize(torch.from_numpy(crops[: 2 * BATCH]).to(device), view))
     frozen = FrozenBackbone(control.eval(), size_pixels=view.size_pixels, device=device)
-    features = look_at_all(frozen, crops, view, device, precision)[-1]
+    features = look_at_all(frozen, crops, view, compute)[-1]
     found = cross_validate(features, labels, num_classes=num_classes, seed=seed, grid=DEPTH_GRID)
     return proportion(found.predictions == labels)
 

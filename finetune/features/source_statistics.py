@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from finetune.compute import Compute, Precision
 from finetune.data.dataset import ALL, Dataset
 from finetune.data.items import Found, Items
 from finetune.data.sources import Source, open_source
@@ -25,14 +26,14 @@ from finetune.models.backbones import load_backbone
 from finetune.models.frozen import FrozenBackbone
 from finetune.recipe.cards import Card
 from finetune.recipe.runs import write_whole
-from finetune.recipe.schema import DataSpec
+from finetune.recipe.schema import DataSpec, HardwareSpec
 from finetune.scores.distances import class_prototypes, fit_gaussian
 
 LEAST_IMAGES = 50
 """Statistics of fewer images are mostly chance."""
 MOST_IMAGES = 50_000
 """A sample of this many, drawn by class and content, says all that is asked of it."""
-PRECISION = "32"
+PRECISION: Precision = "32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,8 @@ def measure_statistics(
     dataset = Dataset(_list_images(root.expanduser()), DataSpec(root=str(root)), 0)
     classes, labels = dataset.classes, dataset.items.labels
     rows = draw_sample(dataset.indices(ALL), labels.tolist(), dataset.digests, most=MOST_IMAGES, seed=0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    backbone = load_backbone(card.name, zoo={card.name: card}).eval().to(device)
+    compute = Compute.decide(HardwareSpec(precision=PRECISION))
+    backbone = load_backbone(card.name, zoo={card.name: card}).eval().to(compute.device)
     backbone.to(memory_format=torch.channels_last)
     view = dataset.see(card.view()).view
     cache = FeatureCache(backbone.digest, view.digest, PRECISION)
@@ -93,11 +94,10 @@ def measure_statistics(
         dataset.digests,
         rows,
         view,
-        backbone=lambda: FrozenBackbone(backbone, size_pixels=view.size_pixels, device=device),
+        backbone=lambda: FrozenBackbone(backbone, size_pixels=view.size_pixels, device=compute.device),
         cache=cache,
         store=None,
-        device=device,
-        precision=PRECISION,
+        compute=compute,
         progress=progress,
     )
     rows = [index for index in rows if index not in found.bad]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from finetune.compute import Compute
 from finetune.data.ancestry import overlap_warnings
 from finetune.data.dataset import Dataset
 from finetune.data.items import ROLES
@@ -27,7 +28,6 @@ from finetune.features.surgery import relative_gradients
 from finetune.features.viewing import (
     backbone_facts,
     choose_view,
-    fast_precision,
     measure_machine,
     whose_constants,
 )
@@ -173,20 +173,19 @@ class _Survey:
 
     def __init__(self, recipe: Recipe, progress: Progress, roles_seen: Sequence[str], given: Given = NOTHING) -> None:
         self.recipe, self._progress, self._roles_seen = recipe, progress, roles_seen
+        self.machine = measure_machine(recipe.hardware.devices)
+        self.compute = Compute.decide(recipe.hardware, self.machine)
         self.dataset = Dataset.open(recipe.data, recipe.seed, given.source)
         torch.manual_seed(recipe.seed)  # random weights, where asked for, follow the seed
         name = recipe.backbone or default_backbone()
-        self.machine = measure_machine(recipe.hardware.devices)
         self.backbone = load_backbone(name, zoo=read_zoo(), pretrained=recipe.pretrained).eval()
-        self.backbone.to(self.machine.device).to(memory_format=torch.channels_last)
+        self.backbone.to(self.compute.device).to(memory_format=torch.channels_last)
         size, self.size_note = fit_size(self.backbone, recipe.data.image_size)
         view, self.overridden = choose_view(recipe, self.backbone, size)
         self.dataset.see(view, int(recipe.hardware.image_cache_gb * 1e9))
         self.cache: FeatureCache | None = None
         self._frozen: FrozenBackbone | None = None
         self.normalize, self.normalized_images = whose_constants(recipe), 0
-        wish = recipe.hardware.precision
-        self.precision = fast_precision(self.machine) if wish == "auto" else wish
 
     def extract_part(self, part: int, parts: int) -> Extraction:
         """Look at every image of one part of the list, whatever its role; nothing is divided or measured."""
@@ -228,7 +227,7 @@ class _Survey:
     def _freeze(self) -> FrozenBackbone:
         if self._frozen is None:
             size = self.dataset.store.view.size_pixels
-            self._frozen = FrozenBackbone(self.backbone, size_pixels=size, device=self.machine.device)
+            self._frozen = FrozenBackbone(self.backbone, size_pixels=size, device=self.compute.device)
         return self._frozen
 
     def material(self, labels: torch.Tensor, split: Split) -> Material:
@@ -246,8 +245,7 @@ class _Survey:
             roles=dataset.roles,
             classes=dataset.classes,
             view=dataset.store.view,
-            device=self.machine.device,
-            precision=self.precision,
+            compute=self.compute,
             split_digest=split.digest,
             seed=self.recipe.seed,
             batch_size=self.recipe.train.batch_size,
@@ -277,7 +275,7 @@ class _Survey:
         )  # fmt: skip
         head = torch.nn.Linear(probe.weight.shape[1], probe.weight.shape[0])
         head.load_state_dict({"weight": probe.weight.float(), "bias": probe.bias.float()})
-        device = self.machine.device
+        device = self.compute.device
         classifier = Classifier(self.backbone, head.to(device))
         return relative_gradients(classifier, ((x.to(device), y.to(device)) for x, y, _ in batches))
 
@@ -285,7 +283,7 @@ class _Survey:
         looks, dataset = looks and self.recipe.pretrained, self.dataset
         view = dataset.store.view
         if looks and self.cache is None:
-            self.cache = FeatureCache(self.backbone.digest, view.digest, self.precision)
+            self.cache = FeatureCache(self.backbone.digest, view.digest, self.compute.precision)
         return extract(
             dataset.items,
             dataset.digests,
@@ -294,8 +292,7 @@ class _Survey:
             backbone=self._freeze if looks else None,
             cache=self.cache if looks else None,
             store=None if self.recipe.train.strategy == "probe" else dataset.store,
-            device=self.machine.device,
-            precision=self.precision,
+            compute=self.compute,
             progress=lambda done, total: self._progress("images", done, total),
         )
 

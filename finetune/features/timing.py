@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from finetune.compute import Compute
 from finetune.data.loading import normalize
 from finetune.models.backbones import Backbone
 from finetune.models.classifier import Classifier
@@ -38,8 +39,7 @@ def time_training(
     num_classes: int,
     depths: Sequence[int],
     batch_size: int,
-    device: str,
-    precision: str,
+    compute: Compute,
 ) -> tuple[float, tuple[TimingFacts, ...]]:
     """Images per second of a forward pass, and the cost of a training step for each number of top stages.
 
@@ -50,19 +50,19 @@ def time_training(
         num_classes: K, the outputs of the head.
         depths: numbers of trained top stages; norms and biases alone are timed last, whatever these are.
         batch_size: images per step that memory is counted for.
-        device: `cpu` or `cuda`.
-        precision: `32`, `bf16` or `fp16`.
+        compute: where, and in which precision.
     """
+    device = compute.device
     model = copy.deepcopy(backbone).to(device).to(memory_format=torch.channels_last)
     classifier = Classifier(model, nn.Linear(model.num_features, num_classes).to(device))
     few = _take(crops, 4, view, device)
-    with torch.no_grad(), _autocast(device, precision):
+    with torch.no_grad(), compute.autocast():
         classifier(few)
-        speed = 4 / _seconds(lambda: classifier(few), device)
+        speed = 4 / _seconds(lambda: classifier(few), compute)
         size = max(2, min(batch_size, int(speed * SECONDS / (4 * (STEPS + 1)))))
         images = _take(crops, size, view, device)
-        forward = size / min(_seconds(lambda: classifier(images), device) for _ in range(STEPS))
-        folding = fold(model, size_pixels=few.shape[-1], device=device, precision=precision)
+        forward = size / min(_seconds(lambda: classifier(images), compute) for _ in range(STEPS))
+        folding = fold(model, size_pixels=few.shape[-1], device=device, precision=compute.precision)
     labels = torch.arange(size, device=device) % num_classes
     rows = []
     wanted: list[int | str] = [*depths, NORMS]
@@ -70,9 +70,9 @@ def time_training(
         _set_trainable(classifier, depth)
         parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-9)
-        kept = [_step(classifier, images, labels, optimizer, precision, device, folding)]  # warms up, and is counted
+        kept = [_step(classifier, images, labels, optimizer, compute, folding)]  # warms up, and is counted
         best = min(
-            _seconds(lambda: _step(classifier, images, labels, optimizer, precision, device, folding), device)  # noqa: B023
+            _seconds(lambda: _step(classifier, images, labels, optimizer, compute, folding), compute)  # noqa: B023
             for _ in range(STEPS)
         )
         own = 4 * 3 * sum(parameter.numel() for parameter in parameters)  # gradient and two moments
@@ -93,8 +93,7 @@ def _step(
     images: torch.Tensor,
     labels: torch.Tensor,
     optimizer: torch.optim.Optimizer,
-    precision: str,
-    device: str,
+    compute: Compute,
     folding: Callable[[], AbstractContextManager[None]],
 ) -> tuple[int, int]:
     """One step as training takes it; bytes that its backward pass kept of the images, and beside them.
@@ -116,7 +115,7 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        _autocast(device, precision),
+        compute.autocast(),
         folding(),
     ):
         loss = F.cross_entropy(classifier(images).float(), labels)
@@ -140,17 +139,9 @@ def _take(crops: np.ndarray, count: int, view: View, device: str) -> torch.Tenso
     return normalize(torch.from_numpy(crops[rows]).to(device), view)
 
 
-def _autocast(device: str, precision: str) -> torch.autocast:
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device, dtype=kinds.get(precision, torch.bfloat16), enabled=precision in kinds)
-
-
-def _seconds(work: object, device: str) -> float:
-    assert callable(work)
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _seconds(work: Callable[[], object], compute: Compute) -> float:
+    compute.wait()
     began = time.perf_counter()
     work()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    compute.wait()
     return time.perf_counter() - began

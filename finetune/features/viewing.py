@@ -1,10 +1,11 @@
 """How a backbone sees images here: the view of its weights, whose constants, which sizes, and on what machine."""
 
 import os
+from dataclasses import asdict
 
 import torch
 
-from finetune.compute import num_cores
+from finetune.compute import Machine
 from finetune.data.value_range import FULL_RANGE
 from finetune.errors import RecipeError
 from finetune.models.backbones import Backbone
@@ -58,20 +59,11 @@ def whose_constants(recipe: Recipe) -> str:
 
 def measure_machine(wish: str) -> MachineFacts:
     """What torch can use here."""
-    has_gpu = torch.cuda.is_available() and wish != "cpu"
     return MachineFacts(
-        device="cuda" if has_gpu else "cpu",
-        cores=num_cores(),
-        has_bf16=has_gpu and torch.cuda.is_bf16_supported(),
-        has_fp16=has_gpu,
+        **asdict(Machine.here(wish)),
         tracking_uri=uri_from_environment(),
         tracking_experiment=os.environ.get("MLFLOW_EXPERIMENT_NAME") or None,
     )
-
-
-def fast_precision(machine: MachineFacts) -> str:
-    """The fastest arithmetic that a frozen backbone looks in well, here."""
-    return "bf16" if machine.has_bf16 else "fp16" if machine.has_fp16 else "32"
 
 
 def backbone_facts(backbone: Backbone) -> BackboneFacts:

@@ -16,6 +16,8 @@ from torch import nn
 
 from finetune.models.layers import BatchNorm
 
+from finetune.compute import exact
+
 IMAGES_AT_ONCE = 8
 """Images whose values are held in float64 at a time, so that memory stays small."""
 
@@ -135,7 +137,7 @@ class _Moments:
         self.batches += 1
         axes = [axis for axis in range(inputs.ndim) if axis != 1]
         for part in inputs.split(IMAGES_AT_ONCE):
-            values = part.double()
+            values = exact(part)
             self.total = self.total.to(values.device) + values.sum(axes)
             self.squares = self.squares.to(values.device) + values.square().sum(axes)
 

@@ -19,6 +19,8 @@ from torch import nn
 
 from finetune.models.layers import BatchNorm
 
+from finetune.compute import Precision
+
 TOLERANCE = 1e-3
 """Greatest difference of a network's answers with fused or folded layers, as a share of their spread, before it is
 not used."""
@@ -72,7 +74,7 @@ class Folding:
 
 
 def fold(
-    model: nn.Module, *, size_pixels: int, device: str | torch.device, precision: str
+    model: nn.Module, *, size_pixels: int, device: str | torch.device, precision: Precision
 ) -> Callable[[], AbstractContextManager[None]]:
     """What to enter for a forward pass of training: a `Folding` in 32 bit; nothing else, where rounding is coarser."""
     return Folding(model, size_pixels=size_pixels, device=device) if precision == "32" else nullcontext

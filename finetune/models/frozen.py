@@ -20,7 +20,7 @@ from finetune.models.layers import BatchNorm
 class FrozenBackbone:
     """Pooled features of every stage, in evaluation mode, without gradients. Holds a copy where it fuses."""
 
-    def __init__(self, backbone: Backbone, *, size_pixels: int, device: str) -> None:
+    def __init__(self, backbone: Backbone, *, size_pixels: int, device: str | torch.device) -> None:
         self.depths = len(backbone.stages)
         """Answers per image: one for each stage from the stem, where the last is the pooled top."""
         self._model = _fused(backbone.eval().to(device), example_images(size_pixels, device))

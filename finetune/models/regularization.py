@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from finetune.compute import own_draws
 from finetune.models.backbones import Backbone
 from finetune.models.layers import Dropout
 
@@ -323,8 +324,7 @@ def sample_predictions(classifier: nn.Module, images: torch.Tensor, draws: int =
             raise ValueError("nothing in this classifier is random in training, so draws would all be the same.")
         for piece in awake:
             piece.training = True
-        with torch.inference_mode(), torch.random.fork_rng([images.device] if images.is_cuda else []):
-            torch.manual_seed(seed)
+        with torch.inference_mode(), own_draws(seed, images.device):
             return torch.stack([classifier(images).float().softmax(1) for _ in range(draws)])
     finally:
         for module, mode in was_training.items():

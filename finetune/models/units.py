@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.compute import exact
 from finetune.models.activity import FLAT_BELOW, TWO_SIDED, Tally, Wakes, Watch
 from finetune.models.layers import BatchNorm
 
@@ -92,7 +93,7 @@ class LayerGradients:
 
 @torch.no_grad()
 def measure_units(
-    model: nn.Module, batches: Iterable[Any], *, device: str = "cpu", batch_statistics: bool = False
+    model: nn.Module, batches: Iterable[Any], *, device: str | torch.device = "cpu", batch_statistics: bool = False
 ) -> tuple[LayerUnits, ...]:
     """Each activation of `model` in the order of its calls; in evaluation mode, which is put back with all else.
 
@@ -123,7 +124,7 @@ def measure_units(
 
 
 @torch.no_grad()
-def dead_share(model: nn.Module, batches: Iterable[Any], *, device: str = "cpu") -> float:
+def dead_share(model: nn.Module, batches: Iterable[Any], *, device: str | torch.device = "cpu") -> float:
     """Share of the units that could die and never fire, of layers that are not silent; in evaluation mode.
 
     Args:
@@ -140,7 +141,7 @@ def dead_share(model: nn.Module, batches: Iterable[Any], *, device: str = "cpu")
     return sum(int((tally.woken == 0).sum()) for tally in mortal) / max(1, sum(tally.num_units for tally in mortal))
 
 
-def _run(model: nn.Module, batches: Iterable[Any], watch: Watch, device: str) -> None:
+def _run(model: nn.Module, batches: Iterable[Any], watch: Watch, device: str | torch.device) -> None:
     num_batches = 0
     with watch.on(model):
         for batch in batches:
@@ -287,4 +288,4 @@ def _judge_gradients(gradients: Sequence[LayerGradients]) -> str:
 
 
 def _norm(tensors: Sequence[torch.Tensor]) -> float:
-    return math.sqrt(sum(float(tensor.detach().double().square().sum()) for tensor in tensors))
+    return math.sqrt(sum(float(exact(tensor.detach()).square().sum()) for tensor in tensors))

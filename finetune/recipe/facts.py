@@ -214,6 +214,8 @@ class MachineFacts(_Value):
     cores: int
     has_bf16: bool
     has_fp16: bool
+    can_fork: bool = True
+    """Whether loader processes are forked, and so share decoded images."""
     tracking_uri: str | None = None
     """MLFLOW_TRACKING_URI, without a login."""
     tracking_experiment: str | None = None

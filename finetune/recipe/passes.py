@@ -6,6 +6,7 @@ pieces keeps the activations of one piece; its gradient, a sum over images, stay
 
 from typing import Any
 
+from finetune.compute import Device
 from finetune.errors import RecipeError
 from finetune.recipe.facts import Facts
 from finetune.recipe.schema import Recipe
@@ -17,14 +18,14 @@ STEP_PIXELS = 12 * 224 * 224
 """Of one that does. What it keeps of more outweighs the process, and fewer take longer: `benchmarks/memory.py`."""
 
 
-def decide_micro_batch(recipe: Recipe, facts: Facts, train: dict[str, Any], device: str, decide: Decide) -> int:
+def decide_micro_batch(recipe: Recipe, facts: Facts, train: dict[str, Any], device: Device, decide: Decide) -> int:
     """`hardware.micro_batch` with nothing open.
 
     Args:
         recipe: may say it.
         facts: of the images' size and of the backbone.
         train: the decided section.
-        device: `cpu` or `cuda`.
+        device: of the plan.
         decide: writes the reason down.
 
     Raises:
@@ -45,7 +46,7 @@ def decide_micro_batch(recipe: Recipe, facts: Facts, train: dict[str, Any], devi
     return int(decide("hardware.micro_batch", wish, choice, why))
 
 
-def images_at_once(recipe: Recipe, facts: Facts, train: dict[str, Any], device: str) -> int:
+def images_at_once(recipe: Recipe, facts: Facts, train: dict[str, Any], device: Device) -> int:
     """Images of a step that pass at once in whichever strategy, for what is foretold of those not taken too."""
     batch = int(train["batch_size"])
     wish = 0 if _needs_whole(facts, train) else recipe.hardware.micro_batch
@@ -56,7 +57,7 @@ def _needs_whole(facts: Facts, train: dict[str, Any]) -> bool:
     return bool(train["batch_norm"] != "frozen" and facts.backbone.has_batch_norm)
 
 
-def _choice(facts: Facts, train: dict[str, Any], device: str) -> tuple[int, str]:
+def _choice(facts: Facts, train: dict[str, Any], device: Device) -> tuple[int, str]:
     batch, size = int(train["batch_size"]), facts.view.size_pixels
     if _needs_whole(facts, train) or device != "cpu":  # a GPU is fastest with all at once
         return batch, "all images of a step pass at once"

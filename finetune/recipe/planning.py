@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from finetune.compute import Compute
 from finetune.errors import RecipeError
 from finetune.recipe.activations import judge_activation
 from finetune.recipe.addresses import HOW_TO_LOG_IN, split_login
 from finetune.recipe.advice import advise, is_small
-from finetune.recipe.facts import Facts, ProfileFacts, RangeFacts
+from finetune.recipe.facts import Facts, MachineFacts, ProfileFacts, RangeFacts
 from finetune.recipe.forecasts import with_forecasts
 from finetune.recipe.idle import idle_reasons
 from finetune.recipe.passes import decide_micro_batch, images_at_once
@@ -279,26 +280,21 @@ def _safe_changes(recipe: Recipe, facts: Facts) -> tuple[tuple[str, ...], str]:
 
 def _decide_hardware(recipe: Recipe, facts: Facts, decide: Any) -> dict[str, Any]:
     wish, machine = recipe.hardware, facts.machine
-    if wish.devices == "cuda" and machine.device != "cuda":
-        raise RecipeError("hardware.devices is cuda, but torch sees no GPU here; use auto or cpu.")
-    device = decide("hardware.devices", wish.devices, machine.device, f"torch sees {machine.device}")
-    on_gpu = device == "cuda"
-    best = "bf16" if machine.has_bf16 else "fp16" if machine.has_fp16 else "32"
-    precision = decide(
-        "hardware.precision",
-        wish.precision,
-        best if on_gpu and recipe.train.optimizer.name != "lbfgs" else "32",
-        f"the fastest this GPU trains well in is {best}" if on_gpu else "a CPU repeats 32-bit training to the last bit",
-    )
-    if precision == "fp16" and not on_gpu:
-        raise RecipeError("hardware.precision is fp16, which needs a GPU; use 32 or bf16 on a CPU.")
-    workers = decide(
-        "hardware.workers",
-        wish.workers,
-        min(8, max(1, machine.cores - 1)) if on_gpu else 0,
-        "loader processes feed the GPU" if on_gpu else "decoded images are kept, so a loader would only take cores",
-    )
-    return {**wish.model_dump(), "devices": device, "precision": precision, "workers": workers}
+    compute = Compute.decide(wish, machine)
+    decide("hardware.devices", wish.devices, compute.device, f"torch sees {machine.device}")
+    best = "32" if recipe.train.optimizer.name == "lbfgs" else compute.precision
+    precision = decide("hardware.precision", wish.precision, best, compute.why)
+    workers = decide("hardware.workers", wish.workers, *_loaders(machine, compute.device))
+    return {**wish.model_dump(), "devices": compute.device, "precision": precision, "workers": workers}
+
+
+def _loaders(machine: MachineFacts, device: str) -> tuple[int, str]:
+    """How many loader processes where the recipe does not say; and why."""
+    if device == "cpu":
+        return 0, "decoded images are kept, so a loader would only take cores"
+    if not machine.can_fork:
+        return 0, "this system starts every loader process anew, without the images that are decoded already"
+    return min(8, max(1, machine.cores - 1)), "loader processes feed the GPU"
 
 
 def _decide_evaluate(

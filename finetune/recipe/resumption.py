@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetune.compute import Compute
 from finetune.errors import RunError
 from finetune.recipe.distillation import refuse_other_teacher
 from finetune.recipe.facts import Facts
@@ -98,8 +99,7 @@ def refuse_other_beginning(run: RunFolder, facts: Facts) -> None:
         RunError: if what it began with has changed, or is not here.
     """
     refuse_changes(run.plan, facts)
-    if run.plan.hardware.devices == "cuda" and facts.machine.device != "cuda":
-        raise RunError("the plan is made for a GPU, and torch sees none here. Resume the run where there is one.")
+    Compute.of(run.plan.hardware)  # its device
     refuse_other_teacher(run)
 
 

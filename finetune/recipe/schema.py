@@ -318,10 +318,10 @@ class EvaluateSpec(Section):
 class HardwareSpec(Section):
     """What to run on."""
 
-    devices: Literal["auto", "cpu", "cuda"] = "auto"
-    """One device; auto takes a GPU if there is one."""
+    devices: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """One device: cuda is a GPU of Nvidia or AMD, mps that of a Mac; auto takes a GPU if there is one."""
     precision: Annotated[Literal["auto", "32", "bf16", "fp16"], BeforeValidator(as_text)] = "auto"
-    """Auto takes bf16 (or fp16) on a GPU that has it, 32 elsewhere."""
+    """Auto takes bf16 (or fp16) on cuda where the GPU has it, 32 elsewhere."""
     workers: Annotated[int, Field(ge=0, le=64)] | None = None
     """Loader processes; on a CPU none is fastest, as decoded images are kept."""
     image_cache_gb: Annotated[float, Field(ge=0)] = 4.0

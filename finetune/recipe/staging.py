@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from finetune.compute import Device
 from finetune.errors import RecipeError
 from finetune.recipe.advice import partial_depth
 from finetune.recipe.batch_norm import refuse_lone_image, small_batch_warning
@@ -18,8 +19,8 @@ from finetune.recipe.wise_ft import mixture_faults, mixture_share
 
 Decide = Callable[[str, Any, Any, str], Any]
 """Key, wish, choice and reason to the value; the reason is written down."""
-BUDGETS = {"cpu": 8_000, "cuda": 200_000}
-"""Images that a default run trains on in all, epochs times images."""
+BUDGETS = {"cpu": 8_000, "cuda": 200_000, "mps": 40_000}
+"""Images that a default run trains on in all, epochs times images; the one for the GPU of a Mac is not measured."""
 EPOCHS_RANGE = (3, 20)
 """Fewest and most epochs that the planner chooses."""
 LEARNING_RATES = {
@@ -51,13 +52,13 @@ EMA_SHARE = 0.1
 """Memory of the moving average, as a share of all steps."""
 
 
-def epochs_for(recipe: Recipe, facts: Facts, device: str) -> int:
+def epochs_for(recipe: Recipe, facts: Facts, device: Device) -> int:
     """Passes over the training images: as the recipe says, else what the budget of the device allows."""
     least, most = EPOCHS_RANGE
     return recipe.train.epochs or min(most, max(least, round(BUDGETS[device] / sum(facts.counts["train"]))))
 
 
-def decide_train(recipe: Recipe, facts: Facts, strategy: str, device: str, decide: Decide) -> dict[str, Any]:
+def decide_train(recipe: Recipe, facts: Facts, strategy: str, device: Device, decide: Decide) -> dict[str, Any]:
     """The section `train` with nothing open."""
     wish, num_train = recipe.train, sum(facts.counts["train"])
     batch = min(wish.batch_size, num_train)
@@ -128,7 +129,7 @@ def _rate(rule: str, batch_size: int) -> tuple[float, str]:
     return min(LARGEST_RATE, rate), f"for {rule} at {batch_size} images per step"
 
 
-def _decide_schedule(recipe: Recipe, facts: Facts, device: str, decide: Decide) -> tuple[dict[str, Any], int]:
+def _decide_schedule(recipe: Recipe, facts: Facts, device: Device, decide: Decide) -> tuple[dict[str, Any], int]:
     wish, snapshots = recipe.train.schedule, recipe.train.averaging.snapshots
     why = "the rate falls to zero, so the last epochs settle"
     name = decide(

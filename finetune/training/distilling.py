@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from finetune.compute import Compute
 from finetune.recipe.cards import View
 from finetune.recipe.plan import Plan
 
@@ -99,5 +100,5 @@ def make_distillation(plan: Plan, teacher: nn.Module | None) -> Distillation | N
         raise ValueError(f"the plan's teacher is {spec.teacher}, and the one given is {type(teacher).__name__}.")
     if teacher is None:
         return None
-    device = "cuda" if plan.hardware.devices == "cuda" else "cpu"
+    device = Compute.of(plan.hardware).device
     return Distillation(teacher=teacher.to(device), temperature=spec.temperature, weight=spec.weight)

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from finetune.compute import Compute
 from finetune.data.loading import Batches
 from finetune.models.adapters import merge_lora
 from finetune.models.batch_norm import set_momentum
@@ -40,7 +41,8 @@ from finetune.training.watching import WINDOW, Curves, Divergence, Recovery
 from finetune.training.wise_ft import StartMixture
 
 PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-"""Ours to Lightning's."""
+ACCELERATORS = {"cpu": "cpu", "cuda": "gpu", "mps": "mps"}
+"""Ours to Lightning's; so are `PRECISIONS`."""
 
 
 def fit(
@@ -89,8 +91,8 @@ def fit(
         return
     _open(classifier, plan, index, len(train))
     before = copy.deepcopy(classifier.state_dict())
-    device, precision = next(classifier.parameters()).device, str(plan.hardware.precision)
-    folding = fold(classifier.backbone, size_pixels=plan.view.size_pixels, device=device, precision=precision)
+    device, compute = next(classifier.parameters()).device, Compute.of(plan.hardware)
+    folding = fold(classifier.backbone, size_pixels=plan.view.size_pixels, device=device, precision=compute.precision)
     recovery = Recovery()
     while True:
         module = _make_module(plan, index, classifier, train, origin, teacher, folding, say)
@@ -232,10 +234,11 @@ def _run_trainer(
         warnings.filterwarnings("ignore", category=pl.utilities.rank_zero.LightningDeprecationWarning)
         warnings.filterwarnings("ignore", module="pytorch_lightning")
         warnings.filterwarnings("ignore", message=".*(does not have many workers|isinstance.treespec).*")
+        compute = Compute.of(plan.hardware)
         trainer = pl.Trainer(
-            accelerator="gpu" if plan.hardware.devices == "cuda" else "cpu",
+            accelerator=ACCELERATORS[compute.device],
             devices=1,
-            precision=PRECISIONS[plan.hardware.precision],  # type: ignore[arg-type]
+            precision=PRECISIONS[compute.precision],  # type: ignore[arg-type]
             max_epochs=epochs,
             callbacks=[keeper],
             plugins=[PlainFile()],

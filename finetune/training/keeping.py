@@ -13,6 +13,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import nn
 
+from finetune.compute import Compute
 from finetune.data.loading import Batches
 from finetune.models.batch_norm import exact_statistics, pooled_statistics
 from finetune.models.classifier import Classifier
@@ -67,6 +68,7 @@ class Keeper(pl.Callback):
     ) -> None:
         self.plan, self.index, self.train, self.val = plan, index, train, val
         self.checkpoint, self.curves, self.members, self.say, self.notify = checkpoint, curves, members, say, notify
+        self.compute = Compute.of(plan.hardware)
         stage, averaging = plan.stages[index], plan.train.averaging
         has_cycles = stage.schedule.name in ("cyclic", "growing")
         self._ends = cycle_ends(stage.schedule, stage.epochs) if has_cycles else ()
@@ -193,8 +195,7 @@ class Keeper(pl.Callback):
     def _measure(self, module: pl.LightningModule, val: Batches, values: dict[str, float]) -> ValLoss:
         """Judge what would be shipped, keep it if it is the best, and leave rows in the curves."""
         assert isinstance(module, Finetuning)
-        hardware, train = self.plan.hardware, self.plan.train
-        judged = (val, str(hardware.devices), str(hardware.precision))
+        train, judged = self.plan.train, (val, self.compute)
         is_averaged = module.average is not None and module.average.num_shown > 0
         if is_averaged:
             raw = measure_loss(module.classifier, *judged, at_once=self._at_once)
@@ -240,7 +241,7 @@ class Keeper(pl.Callback):
     def _renew_statistics(self, classifier: nn.Module) -> None:
         """Batch-norm statistics of trained stages anew, from the training images as training sees them."""
         take = exact_statistics if self.plan.train.averaging.batch_norm == "exact" else pooled_statistics
-        take(classifier, self.train, device=str(self.plan.hardware.devices))
+        take(classifier, self.train, device=self.compute.device)
 
     def _dead_share(self, classifier: Classifier, val: Batches) -> float | None:
         """Share of units that never fire, on the first val batch; at the start, the end, and some epochs between."""
@@ -249,7 +250,7 @@ class Keeper(pl.Callback):
             return None
         images = next(iter(val))[0]
         parts = images.split(self._at_once or len(images))
-        return dead_share(classifier, parts, device=str(self.plan.hardware.devices))
+        return dead_share(classifier, parts, device=self.compute.device)
 
     @property
     def _at_once(self) -> int:
@@ -262,9 +263,7 @@ class Keeper(pl.Callback):
         epoch, most = self.epoch + 1, self.plan.train.averaging.keep_last if self._is_last else 0
         if epoch not in self._snapshots and not most:
             return
-        hardware = self.plan.hardware
-        judged = (val, str(hardware.devices), str(hardware.precision))
-        raw = measure_loss(module.classifier, *judged, at_once=self._at_once)
+        raw = measure_loss(module.classifier, val, self.compute, at_once=self._at_once)
         facts = {"epoch": epoch, "val_loss": raw.loss, "val_top1": raw.top1}
         if epoch in self._snapshots:
             save_member(self.members, f"cycle-{self._snapshots.index(epoch) + 1}", module.classifier, facts)

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from finetune.compute import exact
+
 Kind = Literal["none", "inverse", "effective", "sampler", "logits", "focal"]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits (B, K) and labels (B,) or targets (B, K) to the losses (B,), in nats."""
@@ -105,7 +107,7 @@ def decay_penalty(optimizer: torch.optim.Optimizer) -> float:
     With coupled decay its gradient is what the optimizer adds. It must be above 0 where decay is meant to do something.
     """
     return sum(
-        group["weight_decay"] / 2 * float(parameter.detach().double().square().sum())
+        group["weight_decay"] / 2 * float(exact(parameter.detach()).square().sum())
         for group in optimizer.param_groups
         for parameter in group["params"]
     )

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from finetune.compute import Compute, exact, free_gpu_memory
 from finetune.errors import RunError
 from finetune.models.batch_norm import uses_batch_statistics
 from finetune.models.classifier import Classifier
@@ -214,8 +215,7 @@ class Finetuning(pl.LightningModule):
                     f"with a train.batch_size below {size}, or with train.batch_norm=frozen."
                 )
             self.micro_batch = size // 2
-            if images.is_cuda:
-                torch.cuda.empty_cache()
+            free_gpu_memory(images.device)
             self._warn(
                 f"out of memory at {size} images: going on with {self.micro_batch} at a time, "
                 f"{len(targets)} per step as planned"
@@ -239,7 +239,8 @@ class Finetuning(pl.LightningModule):
 
 def is_out_of_memory(fault: RuntimeError) -> bool:
     """Whether a GPU or the CPU allocator said that memory is short."""
-    return isinstance(fault, torch.OutOfMemoryError) or "can't allocate memory" in str(fault)
+    told = str(fault)
+    return isinstance(fault, torch.OutOfMemoryError) or "can't allocate memory" in told or "MPS backend out of" in told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +260,7 @@ class ValLoss:
 
 @torch.inference_mode()
 def measure_loss(
-    classifier: nn.Module, batches: Any, device: str, precision: str, *, choose: str = "loss", at_once: int = 0
+    classifier: nn.Module, batches: Any, compute: Compute, *, choose: str = "loss", at_once: int = 0
 ) -> ValLoss:
     """What `batches` say of the classifier in eval mode, which is put back; by `choose`, `loss` or `balanced`.
 
@@ -267,12 +268,11 @@ def measure_loss(
     """
     was_training = classifier.training
     classifier.eval()
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
     parts, wanted = [], []
     for images, labels, _ in batches:
-        with torch.autocast(device, dtype=kinds.get(precision, torch.bfloat16), enabled=precision in kinds):
+        with compute.autocast():
             for some in images.split(at_once or len(images)):
-                parts.append(classifier(some.to(device)).double().cpu())
+                parts.append(exact(classifier(some.to(compute.device))).cpu())
         wanted.append(labels)
     classifier.train(was_training)
     logits, labels = torch.cat(parts), torch.cat(wanted)

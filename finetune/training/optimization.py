@@ -12,6 +12,7 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
+from finetune.compute import exact
 from finetune.errors import RecipeError, nearest
 from finetune.models.classifier import Classifier
 from finetune.models.layers import BatchNorm
@@ -243,7 +244,7 @@ def decay_penalty(optimizer: torch.optim.Optimizer) -> float:
     The classic penalty lambda * sum of w^2 is a decay of 2 * lambda.
     """
     return sum(
-        group["decay"] / 2 * float(parameter.detach().double().square().sum())
+        group["decay"] / 2 * float(exact(parameter.detach()).square().sum())
         for group in optimizer.param_groups
         for parameter in group["params"]
         if group["decay"]
@@ -308,4 +309,4 @@ class Anchor:
         return [parameter - start for parameter, start in zip(self._parameters, self._start, strict=True)]
 
     def _squared(self, tensors: list[torch.Tensor]) -> float:
-        return float(sum((tensor.double().square().sum() for tensor in tensors), torch.zeros(())))
+        return float(sum((exact(tensor).square().sum() for tensor in tensors), torch.zeros(())))

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from finetune.compute import exact
+
 
 class StartMixture:
     """(1 - share) of the start and `share` of the trained weights, for those that train."""
@@ -39,7 +41,7 @@ class StartMixture:
             with torch.no_grad():
                 for name, weight in live.items():
                     start = self._start[name].to(weight.device)
-                    weight.copy_(torch.lerp(start.double(), weight.double(), self.share))
+                    weight.copy_(torch.lerp(exact(start), exact(weight), self.share))
             yield
         finally:
             with torch.no_grad():
