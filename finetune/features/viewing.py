@@ -3,8 +3,6 @@
 import os
 from dataclasses import asdict
 
-import torch
-
 from finetune.compute import Machine
 from finetune.data.value_range import FULL_RANGE
 from finetune.errors import RecipeError

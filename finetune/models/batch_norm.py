@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.models.layers import BatchNorm
-
 from finetune.compute import exact
+from finetune.models.layers import BatchNorm
 
 IMAGES_AT_ONCE = 8
 """Images whose values are held in float64 at a time, so that memory stays small."""

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame, pad_same
 from torch import nn
 
-from finetune.models.layers import BatchNorm
-
 from finetune.compute import Precision
+from finetune.models.layers import BatchNorm
 
 TOLERANCE = 1e-3
 """Greatest difference of a network's answers with fused or folded layers, as a share of their spread, before it is
