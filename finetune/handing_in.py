@@ -12,7 +12,8 @@ from finetune.data.torch_datasets import Handed, digest_contents, open_datasets
 from finetune.errors import RecipeError
 from finetune.models.own import NOTHING, Given
 from finetune.recipe.own import OwnThing, describe, qualified_name
-from finetune.recipe.schema import Recipe
+from finetune.recipe.plan import Plan
+from finetune.recipe.schema import DataSpec, Recipe
 from finetune.saying import every_few_seconds
 
 Vary = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -30,22 +31,22 @@ class Own:
 
 
 def hand_in(
-    recipe: Recipe,
+    begins: Recipe | Plan,
     *,
     dataset: Handed | None = None,
     vary: Vary | None = None,
     say: Callable[[str], None],
 ) -> Own:
-    """What is handed in beside `recipe`; every image of a data set is read.
+    """What is handed in beside a recipe or a plan; every image of a data set is read.
 
     Raises:
-        RecipeError: if the recipe names what is handed in, or says how to read a folder.
+        RecipeError: if it names what is handed in, or says how to read a folder.
         DataError: as `open_datasets`.
     """
     things: list[OwnThing] = []
     source = None
     if dataset is not None:
-        _refuse_named_images(recipe)
+        _refuse_named_images(begins.data)
         progress = every_few_seconds(say)
         source = open_datasets(dataset, lambda done, total: progress("images", done, total))
         parts = dataset.values() if isinstance(dataset, Mapping) else [dataset]
@@ -56,9 +57,9 @@ def hand_in(
     return Own(given=Given(source=source), vary=vary, things=tuple(things))
 
 
-def _refuse_named_images(recipe: Recipe) -> None:
+def _refuse_named_images(data: DataSpec) -> None:
     """Raises RecipeError where the images are named twice, or a key speaks of folders and files."""
-    data, faults = recipe.data, []
+    faults = []
     if data.root is not None:
         faults.append(
             f"data.root is {data.root}, and dataset= hands in images: these are two sets of images. Leave one out; a "

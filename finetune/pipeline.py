@@ -5,7 +5,7 @@
     images, zoo ------look-----> Facts ---+
 
 Each arrow leaves its result in the run folder, and is skipped where the result is there already; so
-`resume` is the same walk again. Nothing right of the plan reads the recipe.
+`resume` is the same walk again. Nothing right of the plan reads the recipe, so a plan can be trained as well.
 """
 
 import shutil
@@ -31,15 +31,18 @@ from finetune.features.refitting import probe_tensors
 from finetune.features.survey import Survey, look
 from finetune.handing_in import Own, Vary, hand_in
 from finetune.models.classifier import Classifier
-from finetune.preparing import Say, checked_plan, say_on_stderr, with_backbone
-from finetune.recipe.addresses import split_login
+from finetune.preparing import Say, checked_plan, fitting_plan, say_on_stderr, with_backbone
+from finetune.recipe.addresses import Login, split_login
 from finetune.recipe.distillation import name_teacher
 from finetune.recipe.facts import Ranking
+from finetune.recipe.own import refuse_other_things
 from finetune.recipe.plan import Plan
+from finetune.recipe.plan_files import as_plan
 from finetune.recipe.reading import Wish, as_recipe, recipe_text
 from finetune.recipe.resumption import (
     another_wish,
     moved_to,
+    read_decided,
     read_wish,
     record_root,
     refuse_changes,
@@ -59,7 +62,7 @@ from finetune.training.watching import Curves, rewind
 
 
 def train(
-    recipe: Wish | None = None,
+    recipe: Wish | Plan | None = None,
     overrides: Sequence[str] = (),
     *,
     runs: str | Path | None = None,
@@ -71,15 +74,23 @@ def train(
 
     Args:
         recipe: what to do; what it leaves open is decided from what is measured. A file, a shipped name or a folder of
-            images stands for the recipe that `load_recipe` makes of it with `overrides`; None: all is left open.
-        overrides: `section.key=value`.
+            images stands for the recipe that `load_recipe` makes of it with `overrides`; None: all is left open. A
+            plan, or the file of one, is carried out as it is: on the same machine the run is, bit for bit, the one that
+            the plan came from.
+        overrides: `section.key=value`; none beside a plan.
         runs: where the run folder is made; None: FINETUNE_RUNS, or `runs` here.
         dataset: your own images instead of a folder: a map-style torch data set of (image, label), or one for each
             role, such as `{"train": ..., "val": ...}`; see `open_datasets`. Resuming needs all of yours again.
         vary: your own change of training images: an image (H, W, 3) uint8 and a numpy generator to an image of the
             same shape, the label left true.
         say: gets every line for people; `log.txt` gets them too.
+
+    Raises:
+        RecipeError: if wishes contradict each other, or a plan does not fit the images, the backbone or itself.
     """
+    if (plan := as_plan(recipe, overrides)) is not None:
+        return _train_by(plan, hand_in(plan, dataset=dataset, vary=vary, say=say), runs, say)
+    assert not isinstance(recipe, Plan)
     recipe = as_recipe(recipe, overrides)
     if dataset is None:
         recipe = _with_whole_root(recipe)
@@ -91,13 +102,36 @@ def train(
     own = hand_in(recipe, dataset=dataset, vary=vary, say=say)
     named, ranking = with_backbone(recipe, say, own.given)
     name = recipe.name or (own.given.source.root if own.given.source else Path(str(recipe.data.root))).name
-    run = Run.create(Path(runs or runs_folder()).expanduser(), name=name, backbone=short_name(str(named.backbone)))
+    return _new_run(named, recipe_text(recipe), name, runs, say, ranking, own)
+
+
+def _train_by(plan: Plan, own: Own, runs: str | Path | None, say: Say) -> Run:
+    """A new run of a plan: the walk from the plan on, once the images and the backbone are opened."""
+    refuse_other_things(plan.own, own.things, run="the run of this plan", is_trained=False, verb="train")
+    if plan.data.root is not None:
+        _refuse_nowhere(Path(plan.data.root))
+    Compute.decide(plan.hardware)  # refuses what is not here before images are looked at
+    tune_process()
+    check_optimizer(plan.train.optimizer)
+    return _new_run(plan, plan.to_yaml(), plan.name, runs, say, None, own)
+
+
+def _new_run(
+    begins: Recipe | Plan,
+    text: str,
+    name: str,
+    runs: str | Path | None,
+    say: Say,
+    ranking: Ranking | None,
+    own: Own,
+) -> Run:
+    run = Run.create(Path(runs or runs_folder()).expanduser(), name=name, backbone=short_name(str(begins.backbone)))
     try:
-        with faults_told(run, named.data.root):
-            run.write_text("recipe.yaml", recipe_text(recipe))
-        return _walk(run, named, say, ranking, own)
+        with faults_told(run, begins.data.root):
+            run.write_text("plan.yaml" if isinstance(begins, Plan) else "recipe.yaml", text)
+        return _walk(run, begins, say, ranking, own)
     except FinetuneError:
-        if not run.file("plan.yaml").exists():  # it could not even be started, so nothing can go on
+        if not run.has_begun:  # it could not even be started, so nothing can go on
             shutil.rmtree(run.path, ignore_errors=True)
         raise
 
@@ -107,10 +141,14 @@ def _with_whole_root(recipe: Recipe) -> Recipe:
     if recipe.data.root is None:
         raise RecipeError("no images are named. Give a folder: `finetune train FOLDER`, or set data.root.")
     root = Path(recipe.data.root).expanduser().absolute()
+    _refuse_nowhere(root)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})
+
+
+def _refuse_nowhere(root: Path) -> None:
     if not root.exists():
         hint = nearest(root.name, names_beside(root), otherwise="Check the path.")
         raise DataError(f"data.root: {root} does not exist. {hint}")
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})
 
 
 def resume(
@@ -143,10 +181,14 @@ def resume(
         recipe = another_wish(run, overrides)
         say(f"{run.path} is finished, so this is another run: it begins from those weights, and its rates start anew.")
         return train(recipe, runs=run.path.absolute().parent, dataset=dataset, vary=vary, say=say)
-    wish = read_wish(run, root)
     tune_process()
+    if run.file("plan.yaml").exists():
+        plan = read_decided(run, root)
+        own = hand_in(plan, dataset=dataset, vary=vary, say=say)
+        refuse_other_own(run, own.things)
+        return _walk(run, plan, say, None, own)
+    wish = read_wish(run, root)
     own = hand_in(wish, dataset=dataset, vary=vary, say=say)
-    refuse_other_own(run, own.things)
     recipe, ranking = with_backbone(wish, say, own.given)
     return _walk(run, recipe, say, ranking, own)
 
@@ -168,11 +210,11 @@ def evaluate(
     """
     tune_process()
     run = RunFolder.open(path)
-    own = hand_in(wish := read_wish(run), dataset=dataset, say=say)
+    own = hand_in(plan := read_decided(run), dataset=dataset, say=say)
     refuse_other_own(run, own.things, "evaluate")
     with run.lock():
-        seen = look(wish, every_few_seconds(say), given=own.given)
-        refuse_changes(run.plan, seen.facts)
+        seen = look(plan, every_few_seconds(say), given=own.given)
+        refuse_changes(run, seen.facts)
         if not run.final_weights().exists():
             raise RunError(f"{path} is not trained to its end. `finetune resume {path}` goes on.")
         keep_model(run, seen.dataset, seen.backbone)
@@ -203,38 +245,40 @@ def summarize(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _walk(run: Run, recipe: Recipe, say: Say, ranking: Ranking | None, own: Own) -> Run:
+def _walk(run: Run, begins: Recipe | Plan, say: Say, ranking: Ranking | None, own: Own) -> Run:
+    """All steps that are not done yet: from the recipe where nothing is decided, else from the plan."""
     tune_process()
-    with faults_told(run, recipe.data.root), run.lock():
+    with faults_told(run, begins.data.root), run.lock():
         sweep(run.path)
         voice = _logged(run, say)
         voice(f"run folder: {run.path}")
         try:
-            _steps(run, recipe, voice, ranking, own)
+            _steps(run, begins, voice, ranking, own)
         except KeyboardInterrupt:
             voice(f"stopped. `finetune resume {run.path}` goes on from here.")
             raise
     return run
 
 
-def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, own: Own) -> None:
+def _steps(run: RunFolder, begins: Recipe | Plan, say: Say, ranking: Ranking | None, own: Own) -> None:
     clock = Clock(run)
-    is_new = not run.file("plan.yaml").exists()
-    teacher = find_teacher(recipe.train.distillation.teacher) if is_new else None  # images would take longer
-    seen = look(recipe, every_few_seconds(say), given=own.given)
+    # a teacher is read first, for images would take longer
+    teacher = None if run.has_begun else find_teacher(begins.train.distillation.teacher)
+    seen = look(begins, every_few_seconds(say), given=own.given)
     clock.lap("survey")
     give_back_memory()
-    if not is_new:
+    if run.has_begun:
         refuse_other_beginning(run, seen.facts)
-        record_root(run, recipe.data.root)
+        record_root(run, begins.data.root)
     else:
         facts = seen.facts.model_copy(update={"ranking": ranking, "teacher": teacher, "own": own.things})
-        _decide(run, recipe, replace(seen, facts=facts), own, say)
+        _begin(run, begins, replace(seen, facts=facts), own, say)
+    login = split_login(begins.tracking.uri or "")[1]  # of a recipe; a plan holds none
     plan = run.plan
     curves = Curves(run.file("curves.csv"))
     for index, stage in enumerate(plan.stages):
         rewind(curves, f"{index + 1}-{stage.name}", run.stage_weights(index))
-    tracker = _start_tracker(run, plan, say, recipe.tracking.uri)
+    tracker = _start_tracker(run, plan, say, login)
     try:
         classifier = _train_stages(run, plan, seen, own, tracker, say)
         clock.lap("training")
@@ -256,9 +300,9 @@ def _steps(run: RunFolder, recipe: Recipe, say: Say, ranking: Ranking | None, ow
         _tell_unsent(tracker.close("FINISHED"), run, say)
 
 
-def _decide(run: RunFolder, recipe: Recipe, seen: Survey, own: Own, say: Say) -> None:
-    """Write what was measured and what was decided; the plan last, for it marks a run that can go on."""
-    decided = checked_plan(recipe, seen)
+def _begin(run: RunFolder, begins: Recipe | Plan, seen: Survey, own: Own, say: Say) -> None:
+    """Write what was measured and what was decided; the probe and the plan last, for they mark a run that can go on."""
+    decided = fitting_plan(begins, seen) if isinstance(begins, Plan) else checked_plan(begins, seen)
     if own.vary is not None and decided.train.optimizer.name == "lbfgs":
         raise RecipeError("train.optimizer.name is lbfgs, which needs the same loss at every look; leave vary out.")
     run.write_json("facts.json", seen.facts.model_dump(mode="json"))
@@ -282,7 +326,7 @@ def _train_stages(
     return train_stages(run, plan, seen.dataset, seen.backbone, vary=own.vary, teach=teach, say=say, notify=notify)
 
 
-def _start_tracker(run: RunFolder, plan: Plan, say: Say, wish: str | None) -> Tracker | None:
+def _start_tracker(run: RunFolder, plan: Plan, say: Say, login: Login | None) -> Tracker | None:
     if not plan.tracking.enabled:
         return None
     uri = plan.tracking.uri or ""
@@ -293,7 +337,7 @@ def _start_tracker(run: RunFolder, plan: Plan, say: Say, wish: str | None) -> Tr
         run_name=run.path.name,
         tags={"backbone": plan.backbone, "strategy": str(plan.train.strategy), "run_folder": str(run.path.resolve())},
         warn=say,
-        login=split_login(wish or "")[1],  # the plan holds none
+        login=login,
     )
     tracker.start()
     tracker.notify()

@@ -23,6 +23,7 @@ from finetune.piloting import run_pilot
 from finetune.recipe.distillation import teacher_faults
 from finetune.recipe.facts import Facts, Ranking
 from finetune.recipe.plan import Plan
+from finetune.recipe.plan_faults import refuse_misfit
 from finetune.recipe.planning import make_plan
 from finetune.recipe.reading import Wish, as_recipe
 from finetune.recipe.schema import Recipe
@@ -169,6 +170,19 @@ def checked_plan(recipe: Recipe, seen: Survey) -> Plan:
     refuse_layers(seen.backbone, decided.train.layers)
     refuse_views(decided, seen.backbone)
     return decided
+
+
+def fitting_plan(plan: Plan, seen: Survey) -> Plan:
+    """The plan that was handed in, once it is held against the images and the backbone.
+
+    Raises:
+        RecipeError: naming every key that does not fit.
+    """
+    refuse_misfit(plan, seen.facts)
+    for stage in plan.stages:
+        refuse_layers(seen.backbone, stage.layers)
+    refuse_views(plan, seen.backbone)
+    return plan
 
 
 def _roles_seen(recipe: Recipe) -> tuple[str, ...]:

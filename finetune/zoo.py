@@ -17,7 +17,7 @@ import yaml
 from finetune.errors import BackboneError, names_beside, nearest
 from finetune.recipe.cards import Card, read_card
 from finetune.recipe.runs import write_whole
-from finetune.recipe.shelf import read_zoo, user_zoo, why_no_card, zoo_folders
+from finetune.recipe.shelf import is_run, read_zoo, user_zoo, why_no_card, zoo_folders
 
 if TYPE_CHECKING:
     from finetune.features.source_statistics import SourceStatistics
@@ -76,7 +76,7 @@ def add_card(path: Path, *, statistics: Path | None = None, say: Say = say_on_st
         folder = weights.parent
     if not folder.exists():
         raise BackboneError(f"{folder} is not there. {nearest(folder.name, names_beside(folder))}".rstrip())
-    if (folder / "recipe.yaml").exists() and not (folder / "card.yaml").exists():
+    if is_run(folder) and not (folder / "card.yaml").exists():
         raise BackboneError(f"{folder} {why_no_card(folder)}")
     if not (folder / "card.yaml").exists():
         raise BackboneError(
@@ -119,7 +119,7 @@ def _own_zoo() -> Path:
 
 def _copy_card(folder: Path, card: Card, target: Path) -> None:
     """The whole folder of a card; of a run what its card names, for the rest is of no use to others."""
-    if not (folder / "recipe.yaml").exists():
+    if not is_run(folder):
         shutil.copytree(folder, target)
         return
     target.mkdir()

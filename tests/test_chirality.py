@@ -133,7 +133,7 @@ def test_names_that_differ_in_their_side_alone_are_paired(names, pairs):
 def test_hand_signs_have_a_side_and_blood_cells_have_none(shared, name, is_safe, monkeypatch):
     monkeypatch.setenv("FINETUNE_ZOO", str(shared / "zoo"))
     backbone = load_backbone("mobilenetv2_100.imagenet_keras", zoo=read_zoo()).eval()
-    view, _ = choose_view(load_recipe(None, ["data.image_size=96"]), backbone, 96)
+    view, _ = choose_view(load_recipe(None, ["data.image_size=96"]).data, backbone, 96)
     items = [item for item in open_source(shared / "data" / name).items if item.role == "train"]
     rows = np.random.default_rng(0).permutation(len(items))[:300]
     sizes = {"shorter_pixels": view.shorter_pixels, "interpolation": view.interpolation}

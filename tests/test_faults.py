@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import finetune as ft
-from finetune import cli, demo, machine, pipeline
+from finetune import cli, compute, demo, pipeline
 from finetune.data.decoding import ImageFacts
 from finetune.errors import DataError, RecipeError, RunError, explain_os_error, os_error_behind
 from finetune.features.cache import FeatureCache
@@ -324,12 +324,12 @@ def test_the_digits_are_drawn_beside_the_runs_where_the_cache_takes_none(monkeyp
 
 def test_cores_are_counted_where_the_system_does_not_say_whose(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert machine.num_cores() == os.cpu_count()
+    assert compute.num_cores() == os.cpu_count()
 
 
 def test_no_fork_needs_no_renewal(monkeypatch):
     monkeypatch.delattr(os, "register_at_fork")
-    machine.after_fork(lambda: None)
+    compute.after_fork(lambda: None)
 
 
 def test_a_run_is_locked_by_the_way_of_windows(monkeypatch, tmp_path):

@@ -38,10 +38,16 @@ def train(
     as_json: Json = False,
     runs: Runs = None,
 ) -> None:
-    """From images to a scored, tracked, reported run."""
-    view = {"data__image_size": image_size, "seed": seed}
+    """From images, by a recipe or by the file of a plan, to a scored, tracked, reported run."""
     recipe = read_wish(
-        wish, backbone=backbone, train__strategy=strategy, train__epochs=epochs, train__optimizer__lr=lr, **view
+        wish,
+        takes_plan=True,
+        backbone=backbone,
+        train__strategy=strategy,
+        train__epochs=epochs,
+        train__optimizer__lr=lr,
+        data__image_size=image_size,
+        seed=seed,
     )
     from finetune.pipeline import summarize
     from finetune.pipeline import train as start
@@ -66,9 +72,14 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Measure and decide, but do nothing: Facts, and the Plan with its reasons."""
-    view = {"data__image_size": image_size, "seed": seed}
     recipe = read_wish(
-        wish, backbone=backbone, train__strategy=strategy, train__epochs=epochs, train__optimizer__lr=lr, **view
+        wish,
+        backbone=backbone,
+        train__strategy=strategy,
+        train__epochs=epochs,
+        train__optimizer__lr=lr,
+        data__image_size=image_size,
+        seed=seed,
     )
     if part is not None:
         from finetune.preparing import extract

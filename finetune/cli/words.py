@@ -28,14 +28,16 @@ def split_words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def read_wish(wish: list[str] | None, **short: str | None) -> Any:
+def read_wish(wish: list[str] | None, *, takes_plan: bool = False, **short: str | None) -> Any:
     """The recipe that a verb's words mean: at most one source, the rest overrides.
 
     Args:
         wish: the words.
+        takes_plan: the source may be the file of a plan, which is then what they mean.
         short: values given by the short forms of overrides, by key with __ for each dot.
     """
     from finetune.errors import RecipeError
+    from finetune.recipe.plan_files import as_plan
     from finetune.recipe.reading import load_recipe
 
     words = list(wish or [])
@@ -53,7 +55,8 @@ def read_wish(wish: list[str] | None, **short: str | None) -> Any:
         raise RecipeError(
             f"one recipe or folder at a time, got {', '.join(sources)}. Overrides are written section.key=value."
         )
-    return load_recipe(sources[0] if sources else None, overrides)
+    plan = as_plan(sources[0], overrides) if takes_plan and sources else None
+    return plan or load_recipe(sources[0] if sources else None, overrides)
 
 
 def _is_key(word: str) -> bool:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from finetune.data.split_names import Splits, few, is_generic, name_parts, role_of, unknown_split
 from finetune.data.walking import Left, files_below, holds_images, image_files, is_image, listed
 from finetune.errors import DataError, nearest
+from finetune.recipe.shelf import is_run
 
 TABLE_SUFFIXES = frozenset([".csv", ".tsv", ".jsonl", ".parquet"])
 MASK_WORDS = frozenset(
@@ -118,9 +119,7 @@ def classes_in(folder: Path, root: Path) -> list[Path]:
 
 def holds_runs(folder: Path) -> bool:
     """Whether `folder` is a folder of runs of this tool, or a run."""
-    if (folder / "mlflow.db").is_file() or (folder / "recipe.yaml").is_file():
-        return True
-    return any((one / "recipe.yaml").is_file() for one in _folders(folder))
+    return (folder / "mlflow.db").is_file() or is_run(folder) or any(map(is_run, _folders(folder)))
 
 
 def _roles(top: Path, inside: dict[Path, list[Path]]) -> dict[Path, str]:

@@ -35,8 +35,7 @@ from finetune.evaluation.soups import uniform_soup as mean_of
 from finetune.evaluation.views import permitted_views
 from finetune.evaluation.whole_model import copy_model
 from finetune.recipe.plan import Plan, Stage
-from finetune.recipe.reading import recipe_text
-from finetune.recipe.resumption import read_wish
+from finetune.recipe.reading import load_recipe, recipe_text
 from finetune.recipe.runs import RunFolder, append, write_whole
 from finetune.scores.metrics import log_loss
 from finetune.scores.selection import AVERAGES, MOST_MEMBERS, average, ensemble_table, greedy_selection
@@ -269,7 +268,8 @@ def _write(target: RunFolder, made: _Made, record: dict[str, Any], how: How) -> 
             _save(target.file(name), state)
     for name in ("facts.json", "probe.safetensors"):
         _copy(base.run.file(name), target.file(name))
-    target.write_text("recipe.yaml", recipe_text(read_wish(base.run).model_copy(update={"name": plan.name})))
+    if (wish := base.run.file("recipe.yaml")).exists():  # of the training that lent its plan
+        target.write_text("recipe.yaml", recipe_text(load_recipe(wish).model_copy(update={"name": plan.name})))
     environment = Compute.of(plan.hardware, or_cpu=True).describe()
     target.write_json("environment.json", {**environment, "seconds": {}})
     Curves(target.file("curves.csv"))  # nothing was trained

@@ -24,7 +24,7 @@ from finetune.evaluation.views import check_crops, list_crops, permitted_views
 from finetune.models.batch_norm import pooled_statistics
 from finetune.recipe.cards import View
 from finetune.recipe.plan import Images, Plan
-from finetune.recipe.resumption import read_wish
+from finetune.recipe.resumption import read_decided
 from finetune.recipe.runs import RunFolder
 from finetune.scores.calibration import fit_temperature, log_probabilities
 from finetune.scores.metrics import decide
@@ -251,14 +251,15 @@ def open_again(run: RunFolder) -> Dataset:
     """The images of a run, divided as they were, in the view of its plan; those that were faulty then stay out.
 
     Raises:
-        DataError: if they are not where they were.
+        DataError: if they hold nothing that could be learned from.
+        RunError: if they are not where they were.
     """
-    wish, then = read_wish(run), run.read_json("facts.json")["bad_images"]
-    dataset, faults = Dataset.open(wish.data, wish.seed), {row["name"]: row["reason"] for row in then}
+    plan, then = read_decided(run), run.read_json("facts.json")["bad_images"]
+    dataset, faults = Dataset.open(plan.data, plan.seed), {row["name"]: row["reason"] for row in then}
     names = map(dataset.items.name, range(len(dataset.items)))
     dataset.drop({index: faults[name] for index, name in enumerate(names) if name in faults})
     dataset.divide()
-    dataset.see(run.plan.view, int(wish.hardware.image_cache_gb * 1e9))
+    dataset.see(plan.view, int(plan.hardware.image_cache_gb * 1e9))
     return dataset
 
 

@@ -20,8 +20,8 @@ def probe_answers(seen: Survey, plan: Plan) -> ProbeAnswers | None:
     if plan.probe_on == "labelled":
         if seen.refit is None:
             raise RunError(
-                "plan.yaml ends the probe on all labelled images, and recipe.yaml says data.split.refit false: one of "
-                "the two was changed by hand. Change it back."
+                "plan.yaml says probe_on labelled, but no more images are labelled than those for training: it was "
+                "changed by hand. Set probe_on to train."
             )
         final = seen.refit.probe
     probes = {role: final if role == "test" else seen.probe for role in _JUDGED}

@@ -149,9 +149,9 @@ class _Images:
     def see(self, backbone: Backbone, rows: Sequence[int]) -> ImageStore:
         """Images as a candidate sees them; by constants of the images themselves where the recipe asks for them."""
         size, _ = fit_size(backbone, self.recipe.data.image_size)
-        view, _ = choose_view(self.recipe, backbone, size)
+        view, _ = choose_view(self.recipe.data, backbone, size)
         store = self.dataset.see(replace(view, value_range=self.dataset.span))
-        if (kind := whose_constants(self.recipe)).startswith("channel"):
+        if (kind := whose_constants(self.recipe.data, is_pretrained=True)).startswith("channel"):
             found = measure_constants(store, rows, size_pixels=size, kind=kind, seed=self.recipe.seed)
             store.view = replace(store.view, mean=found.mean, std=found.std)
         return store

@@ -17,6 +17,7 @@ from finetune.data.items import ROLES
 from finetune.data.loading import Batches
 from finetune.data.normalization import measure_constants
 from finetune.data.splits import Split, refuse_idle
+from finetune.data.value_range import FULL_RANGE
 from finetune.errors import DataError, RecipeError
 from finetune.features.cache import FeatureCache
 from finetune.features.extraction import Extraction, ImageTable, extract
@@ -36,10 +37,12 @@ from finetune.models.classifier import Classifier
 from finetune.models.frozen import FrozenBackbone
 from finetune.models.input_size import fit_size
 from finetune.models.own import NOTHING, Given
-from finetune.recipe.facts import BadFile, Facts, Findings
+from finetune.recipe.facts import BadFile, Facts, Findings, RangeFacts
+from finetune.recipe.opening import Opening, opening_of
+from finetune.recipe.plan import Plan
 from finetune.recipe.refit import is_cross_fitted
 from finetune.recipe.schema import Recipe
-from finetune.recipe.shelf import default_backbone, read_zoo
+from finetune.recipe.shelf import read_zoo
 
 GRADIENT_BATCH = 32
 """Images of each batch on which gradients are compared, where surgical fine-tuning asks for them."""
@@ -60,7 +63,7 @@ def survey_part(
     Raises:
         DataError: if the features cannot be kept; otherwise as `look`.
     """
-    survey = _Survey(recipe, progress, ROLES)
+    survey = _Survey(opening_of(recipe), progress, ROLES)
     found = survey.extract_part(part, parts)
     if survey.cache is not None and survey.cache.warnings:
         raise DataError(f"a part of the images is looked at for later: {survey.cache.warnings[0]}")
@@ -90,7 +93,7 @@ class Survey:
 
 
 def look(
-    recipe: Recipe,
+    wish: Recipe | Plan,
     progress: Progress = lambda what, done, total: None,
     *,
     roles_seen: Sequence[str] = ROLES,
@@ -99,7 +102,7 @@ def look(
     """Open the images, divide them, extract features, and measure.
 
     Args:
-        recipe: which images, and which backbone looks at them.
+        wish: which images, and which backbone looks at them; of a plan only what training and judging need is measured.
         progress: called with what is counted, how many are done, and of how many.
         roles_seen: images of other roles are listed and divided, but not opened.
         given: what is used instead of what the recipe would name.
@@ -109,31 +112,30 @@ def look(
         BackboneError: if the backbone cannot be had.
         RecipeError: if no data is named.
     """
-    if recipe.data.root is None and given.source is None:
+    if wish.data.root is None and given.source is None:
         raise RecipeError("no images are named. Give a folder: `finetune train FOLDER`, or set data.root.")
-    began = time.perf_counter()
-    work = _Survey(recipe, progress, roles_seen, given)
+    began, opening = time.perf_counter(), opening_of(wish)
+    work = _Survey(opening, progress, roles_seen, given)
     split, found = work.divide_and_extract()
     dataset = work.dataset
     source, roles = dataset.source, dataset.roles
-    refuse_idle(roles, [item.role for item in source.items], recipe.data.split.val)
+    refuse_idle(roles, [item.role for item in source.items], opening.data.split.val)
     seconds = {"images": round(time.perf_counter() - began, 3)}
     labels = torch.from_numpy(source.items.labels).long()
     probe, refit, findings, began = None, None, Findings(), time.perf_counter()
-    if recipe.pretrained:
-        strategy = recipe.train.strategy
+    if opening.pretrained:
         material = work.material(labels, split)
         probe, findings = measure(
             material,
-            for_advice=strategy is None,
-            for_training=strategy != "probe",
-            for_flips=strategy != "probe" and recipe.data.invariances is None,
+            for_advice=opening.for_advice,
+            for_training=opening.for_training,
+            for_flips=opening.for_flips,
         )
-        if recipe.data.split.refit is not False and "calibration" in roles_seen:
+        if opening.refits_probe and "calibration" in roles_seen:
             refit = refit_probe(material, probe, makes_folds=is_cross_fitted(findings))
         seconds["findings"] = round(time.perf_counter() - began, 3)
     gradients: dict[str, float] = {}
-    if recipe.train.strategy == "surgical" and probe is not None:
+    if opening.for_surgery and probe is not None:
         gradients = work.measure_gradients(probe)
     facts = Facts(
         root=str(source.root),
@@ -171,25 +173,27 @@ def look(
 class _Survey:
     """What a survey works with: the data set, the backbone and how it sees."""
 
-    def __init__(self, recipe: Recipe, progress: Progress, roles_seen: Sequence[str], given: Given = NOTHING) -> None:
-        self.recipe, self._progress, self._roles_seen = recipe, progress, roles_seen
-        self.machine = measure_machine(recipe.hardware.devices)
-        self.compute = Compute.decide(recipe.hardware, self.machine)
-        self.dataset = Dataset.open(recipe.data, recipe.seed, given.source)
-        torch.manual_seed(recipe.seed)  # random weights, where asked for, follow the seed
-        name = recipe.backbone or default_backbone()
-        self.backbone = load_backbone(name, zoo=read_zoo(), pretrained=recipe.pretrained).eval()
+    def __init__(self, opening: Opening, progress: Progress, roles_seen: Sequence[str], given: Given = NOTHING) -> None:
+        self.opening, self._progress, self._roles_seen = opening, progress, roles_seen
+        self.machine = measure_machine(opening.hardware.devices)
+        hardware = opening.hardware
+        self.compute = (
+            Compute.of(hardware, or_cpu=True) if opening.is_decided else Compute.decide(hardware, self.machine)
+        )
+        self.dataset = Dataset.open(opening.data, opening.seed, given.source)
+        torch.manual_seed(opening.seed)  # random weights, where asked for, follow the seed
+        self.backbone = load_backbone(opening.backbone, zoo=read_zoo(), pretrained=opening.pretrained).eval()
         self.backbone.to(self.compute.device).to(memory_format=torch.channels_last)
-        size, self.size_note = fit_size(self.backbone, recipe.data.image_size)
-        view, self.overridden = choose_view(recipe, self.backbone, size)
-        self.dataset.see(view, int(recipe.hardware.image_cache_gb * 1e9))
+        size, self.size_note = fit_size(self.backbone, opening.data.image_size)
+        view, self.overridden = choose_view(opening.data, self.backbone, size)
+        self.dataset.see(view, int(opening.hardware.image_cache_gb * 1e9))
         self.cache: FeatureCache | None = None
         self._frozen: FrozenBackbone | None = None
-        self.normalize, self.normalized_images = whose_constants(recipe), 0
+        self.normalize, self.normalized_images = _constants(opening), 0
 
     def extract_part(self, part: int, parts: int) -> Extraction:
         """Look at every image of one part of the list, whatever its role; nothing is divided or measured."""
-        if not self.recipe.pretrained or self.normalize.startswith("channel"):
+        if not self.opening.pretrained or self.normalize.startswith("channel"):
             raise RecipeError(
                 "features are kept for pretrained weights with constants known beforehand, not for these."
             )
@@ -199,10 +203,11 @@ class _Survey:
 
     def divide_and_extract(self) -> tuple[Split, Extraction]:
         """The split, and the features; constants are measured first where the recipe asks for them."""
-        if self.normalize.startswith("channel"):  # on the training images, once it is settled which those are
+        if self.normalize.startswith("channel") and not self.opening.is_decided:
+            # on the training images, once it is settled which those are
             self._divide(looks=False)
             store, rows = self.dataset.store, self.dataset.indices("train")
-            size, seed = store.view.size_pixels, self.recipe.seed
+            size, seed = store.view.size_pixels, self.opening.seed
             found = measure_constants(store, rows, size_pixels=size, kind=self.normalize, seed=seed)
             self.normalized_images = found.num_images
             store.view = replace(store.view, mean=found.mean, std=found.std)  # the decoded pixels stay as they are
@@ -247,8 +252,8 @@ class _Survey:
             view=dataset.store.view,
             compute=self.compute,
             split_digest=split.digest,
-            seed=self.recipe.seed,
-            batch_size=self.recipe.train.batch_size,
+            seed=self.opening.seed,
+            batch_size=self.opening.batch_size,
         )
 
     def settled(self) -> dict[str, Any]:
@@ -256,14 +261,19 @@ class _Survey:
         return {
             "backbone": backbone_facts(self.backbone),
             "view": self.dataset.store.view,
-            "crop_pct": self.recipe.data.crop_pct or self.backbone.card.crop_pct,
+            "crop_pct": self.opening.data.crop_pct or self.backbone.card.crop_pct,
             "size_note": self.size_note,
             "normalize": self.normalize,
             "normalized_images": self.normalized_images,
-            "value_range": self.dataset.value_range,
+            "value_range": self._range_to_tell(),
             "overridden": self.overridden,
             "machine": self.machine,
         }
+
+    def _range_to_tell(self) -> RangeFacts | None:
+        """Nothing where a plan says no more than that there are no deep images."""
+        found = self.dataset.value_range
+        return None if self.opening.is_decided and self.dataset.span == FULL_RANGE else found
 
     def measure_gradients(self, probe: Probe) -> dict[str, float]:
         """How large the gradients of the probe's loss are for the weights of each stage, on training images."""
@@ -271,7 +281,7 @@ class _Survey:
         size = min(GRADIENT_BATCH, len(rows))
         batches = Batches(
             self.dataset.store, rows, labels, batch_size=size, augmentation=None, shuffle=True,
-            seed=self.recipe.seed, even=True,
+            seed=self.opening.seed, even=True,
         )  # fmt: skip
         head = torch.nn.Linear(probe.weight.shape[1], probe.weight.shape[0])
         head.load_state_dict({"weight": probe.weight.float(), "bias": probe.bias.float()})
@@ -280,7 +290,7 @@ class _Survey:
         return relative_gradients(classifier, ((x.to(device), y.to(device)) for x, y, _ in batches))
 
     def _extract(self, indices: list[int], *, looks: bool = True) -> Extraction:
-        looks, dataset = looks and self.recipe.pretrained, self.dataset
+        looks, dataset = looks and self.opening.pretrained, self.dataset
         view = dataset.store.view
         if looks and self.cache is None:
             self.cache = FeatureCache(self.backbone.digest, view.digest, self.compute.precision)
@@ -291,10 +301,17 @@ class _Survey:
             view,
             backbone=self._freeze if looks else None,
             cache=self.cache if looks else None,
-            store=None if self.recipe.train.strategy == "probe" else dataset.store,
+            store=None if not self.opening.for_training else dataset.store,
             compute=self.compute,
             progress=lambda done, total: self._progress("images", done, total),
         )
+
+
+def _constants(opening: Opening) -> str:
+    """Where mean and std come from; a plan holds them, and says so too."""
+    if opening.is_decided:
+        return str(opening.data.normalize)
+    return whose_constants(opening.data, is_pretrained=opening.pretrained)
 
 
 def _partly(findings: Findings, split: Split) -> list[str]:

@@ -11,20 +11,20 @@ from finetune.models.layers import BatchNorm
 from finetune.recipe.addresses import uri_from_environment
 from finetune.recipe.cards import View
 from finetune.recipe.facts import BackboneFacts, MachineFacts
-from finetune.recipe.schema import Recipe
+from finetune.recipe.schema import DataSpec
 
 _OVERRIDES = ("image_size", "crop_pct", "interpolation", "mean", "std")
 
 
-def choose_view(recipe: Recipe, backbone: Backbone, size: int) -> tuple[View, tuple[str, ...]]:
+def choose_view(wish: DataSpec, backbone: Backbone, size: int) -> tuple[View, tuple[str, ...]]:
     """The view of the weights with the recipe's overrides, and the names of those that differ.
 
     Args:
-        recipe: may override any part.
+        wish: may override any part.
         backbone: its card says how it was pretrained.
         size: pixels, as `fit_size` settled them.
     """
-    wish, card = recipe.data, backbone.card
+    card = backbone.card
     view = View(
         size_pixels=size,
         shorter_pixels=max(size, int(size / (wish.crop_pct or card.crop_pct))),
@@ -39,20 +39,19 @@ def choose_view(recipe: Recipe, backbone: Backbone, size: int) -> tuple[View, tu
     return view, tuple(differ)
 
 
-def whose_constants(recipe: Recipe) -> str:
+def whose_constants(wish: DataSpec, *, is_pretrained: bool) -> str:
     """Where mean and std come from: the weights, the training images, or the recipe itself.
 
     Raises:
         RecipeError: if the recipe both gives them and asks for measured ones, or names ones it does not give.
     """
-    wish = recipe.data
     if wish.mean is not None or wish.std is not None:
         if wish.normalize not in (None, "recipe"):
             raise RecipeError(f"data.mean and data.std are given, and data.normalize is {wish.normalize}; keep one.")
         return "recipe"
     if wish.normalize == "recipe":
         raise RecipeError("data.normalize is recipe, but data.mean and data.std are not given.")
-    return wish.normalize or ("weights" if recipe.pretrained else "channel_mean_std")
+    return wish.normalize or ("weights" if is_pretrained else "channel_mean_std")
 
 
 def measure_machine(wish: str) -> MachineFacts:

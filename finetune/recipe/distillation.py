@@ -95,14 +95,20 @@ def refuse_other_teacher(run: RunFolder) -> None:
 
 def teacher_faults(recipe: Recipe, facts: Facts) -> list[str]:
     """Why the teacher that the recipe names cannot teach on these images."""
-    named, known = recipe.train.distillation.teacher, facts.teacher
-    if named is None:
-        return []
+    named = recipe.train.distillation.teacher
     faults = []
-    if recipe.train.strategy == "probe":
+    if named is not None and recipe.train.strategy == "probe":
         faults.append(
             f"{KEY} is set, but strategy probe trains nothing that could be taught; remove it or use another one."
         )
+    return faults + misfit_faults(named, facts)
+
+
+def misfit_faults(named: str | None, facts: Facts) -> list[str]:
+    """Why the teacher that is named does not fit these images; nothing where none is."""
+    known, faults = facts.teacher, list[str]()
+    if named is None:
+        return []
     if known is None:
         faults.append(f"{KEY} is {named}, but the facts know no teacher; `finetune.plan` looks at it.")
         return faults

@@ -212,9 +212,18 @@ def read_plan(path: Path) -> Plan:
         raise RunError(f"{path} is not there, so this is no run folder. `finetune train` makes one.")
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
-        return Plan.model_validate(_filled(BEFORE, found))
+        return plan_of(found)
     except (ValidationError, yaml.YAMLError, ValueError) as fault:
         raise RunError(f"{path} is not a plan of this version: {fault}") from fault
+
+
+def plan_of(found: object) -> Plan:
+    """The plan in what a file held, perhaps of an older version.
+
+    Raises:
+        ValidationError: if it is none.
+    """
+    return Plan.model_validate(_filled(BEFORE, found))
 
 
 def _filled(defaults: Any, found: Any) -> Any:

@@ -1,18 +1,18 @@
 """Reading recipes: strict YAML, `section.key=value` overrides, and every fault at once with its line."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from yaml.nodes import MappingNode, Node
+from yaml.nodes import MappingNode, Node, SequenceNode
 
 from finetune.errors import RecipeError, nearest
 from finetune.recipe.addresses import hide_logins
 from finetune.recipe.schema import VIEWS_HELP, Recipe, recipe_keys
-from finetune.recipe.shelf import find_recipe
+from finetune.recipe.shelf import find_recipe, is_run
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -41,6 +41,7 @@ def load_recipe(source: str | os.PathLike[str] | None = None, overrides: Sequenc
         else:
             text, where = _read(path), str(path)
             wish = _parse(text, where)
+            _refuse_plan(wish, path)
     faults, lines = [], _lines(text, where)
     for override in [overrides] if isinstance(overrides, str) else overrides:
         key, value = _parse_override(override)
@@ -49,18 +50,26 @@ def load_recipe(source: str | os.PathLike[str] | None = None, overrides: Sequenc
     try:
         recipe = Recipe.model_validate(wish)
     except ValidationError as fault:
-        faults = [_sentence(error, lines, where) for error in fault.errors()]
+        faults = [fault_sentence(error, lines, where) for error in fault.errors()]
     if faults:
         raise RecipeError(hide_logins("\n".join(faults)))
     return recipe
 
 
 def _refuse_run(path: Path) -> None:
-    if (path / "recipe.yaml").exists():
+    if is_run(path):
         raise RecipeError(
             f"{path} holds a run, no images. `finetune resume {path}` goes on with it; with train.epochs=N "
             f"added, or as `finetune train IMAGES backbone={path}`, another run begins from its weights; and "
-            f"`finetune train {path}/recipe.yaml` trains by its recipe again."
+            f"`finetune train {path}/recipe.yaml` trains by its recipe again, {path}/plan.yaml by its plan."
+        )
+
+
+def _refuse_plan(wish: Mapping[str, Any], path: Path) -> None:
+    if "split_digest" in wish and "stages" in wish:
+        raise RecipeError(
+            f"{path} is a plan, in which everything is decided, and no recipe. `finetune train {path}` carries it out; "
+            "what leads to another plan is a recipe, such as recipe.yaml beside it."
         )
 
 
@@ -83,6 +92,16 @@ def as_recipe(recipe: Wish | None, overrides: Sequence[str] = ()) -> Recipe:
     if overrides:
         raise TypeError("the recipe is made already; give the overrides to load_recipe, which made it.")
     return recipe
+
+
+def read_mapping(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """What a YAML file holds, and `FILE, line N` for every dotted key in it.
+
+    Raises:
+        RecipeError: if it is no mapping, or holds a key twice.
+    """
+    text = _read(path)
+    return _parse(text, str(path)), _lines(text, str(path))
 
 
 def _read(path: Path) -> str:
@@ -128,6 +147,9 @@ def _lines(text: str, where: str) -> dict[str, str]:
     faults: list[str] = []
 
     def walk(node: Node | None, prefix: str) -> None:
+        if isinstance(node, SequenceNode):
+            for number, part in enumerate(node.value):
+                walk(part, f"{prefix}{number}.")
         if not isinstance(node, MappingNode):
             return
         for key, value in node.value:
@@ -143,20 +165,31 @@ def _lines(text: str, where: str) -> dict[str, str]:
     return lines
 
 
-def _sentence(error: Any, lines: dict[str, str], where: str) -> str:
-    """What, where, got, do: one line per fault."""
-    known = set(recipe_keys())
+def fault_sentence(
+    error: Any, lines: Mapping[str, str], where: str, *, known: Set[str] | None = None, what: str = "a recipe"
+) -> str:
+    """What, where, got, do: one line for one fault that pydantic found.
+
+    Args:
+        error: pydantic's.
+        lines: `FILE, line N` by dotted key.
+        where: the file, for keys that it lacks.
+        known: all dotted keys; None: those of a recipe.
+        what: the file is.
+    """
+    known = set(recipe_keys()) if known is None else known
     path = ".".join(str(part) for part in error["loc"])
     key = next((path.rsplit(".", cut)[0] for cut in range(4) if path.rsplit(".", cut)[0] in known | set(lines)), path)
     place = lines.get(key, lines.get(path, where))
     if error["type"] == "extra_forbidden":
-        return f"{place}: {path} is no key of a recipe. {_hint(path, known)}"
+        return f"{place}: {path} is no key of {what}. {_hint(path, known)}"
     if error["type"] == "model_type":
         return f"{place}: {_section_hint(path, known, error['input'])}"
     if error["type"] == "string_pattern_mismatch" and key == "evaluate.views":
         return f"{place}: {key}: {error['input']!r} is no view, nor a list of views. {VIEWS_HELP}"
     got = "" if error["type"] == "missing" else f", got {error['input']!r}"
-    return f"{place}: {key}: {error['msg'].removeprefix('Value error, ')}{got}."
+    told = error["msg"].removeprefix("Value error, ")
+    return f"{place}: {key}: {told}{got}." if key else f"{place}: {told}."
 
 
 def _section_hint(section: str, known: Iterable[str], value: object) -> str:

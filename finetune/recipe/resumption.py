@@ -1,4 +1,7 @@
-"""What must be as it was where a run goes on: images, weights, view, what a program handed in, its teacher."""
+"""What must be as it was where a run goes on: images, weights, view, what a program handed in, its teacher.
+
+A run goes on by its plan. Its recipe is read where there is no plan yet, and where it is the wish of another run.
+"""
 
 import json
 from collections.abc import Sequence
@@ -16,31 +19,52 @@ from finetune.recipe.schema import Recipe
 
 
 def read_wish(run: RunFolder, root: str | None = None) -> Recipe:
-    """The recipe of `run`. A backbone that it left open is the one that was chosen, once there is a plan.
+    """The recipe of a run that has no plan yet.
 
     Args:
-        run: has a recipe.
+        run: stopped before its plan.
         root: where its images are now; None: where they were.
 
     Raises:
         RunError: if there is no recipe, or nothing where its images are said to be.
     """
-    recipe = _read_recipe(run, root)
-    if recipe.data.root is not None and not Path(recipe.data.root).expanduser().exists():
-        raise RunError(
-            f"{recipe.data.root} is not there, where the images of {run.path} are said to be. Where they have moved, "
-            f"`finetune resume {run.path} data.root=FOLDER` makes sure that they are the same, and remembers the place."
-        )
-    if recipe.backbone is None and run.file("plan.yaml").exists():
-        return recipe.model_copy(update={"backbone": run.plan.backbone})
-    return recipe
-
-
-def _read_recipe(run: RunFolder, root: str | None = None) -> Recipe:
     if not run.path.is_dir():
         raise no_run(run.path)
     if not run.file("recipe.yaml").exists():
-        raise RunError(f"{run.path} holds no recipe.yaml, so it is no run. `finetune train` makes one.")
+        raise RunError(
+            f"{run.path} holds neither plan.yaml nor recipe.yaml, so it is no run. `finetune train` makes one."
+        )
+    recipe = _read_recipe(run, root)
+    _refuse_lost_images(run, recipe.data.root)
+    return recipe
+
+
+def read_decided(run: RunFolder, root: str | None = None) -> Plan:
+    """The plan of `run`, with its images where they are now.
+
+    Raises:
+        RunError: if there is nothing where the images are said to be.
+    """
+    plan = run.plan if root is None else with_root(run.plan, root)
+    _refuse_lost_images(run, plan.data.root)
+    return plan
+
+
+def with_root(plan: Plan, root: str | Path) -> Plan:
+    """The plan with the whole path of where its images are."""
+    whole = str(Path(root).expanduser().absolute())
+    return plan.model_copy(update={"data": plan.data.model_copy(update={"root": whole})})
+
+
+def _refuse_lost_images(run: RunFolder, root: str | None) -> None:
+    if root is not None and not Path(root).expanduser().exists():
+        raise RunError(
+            f"{root} is not there, where the images of {run.path} are said to be. Where they have moved, "
+            f"`finetune resume {run.path} data.root=FOLDER` makes sure that they are the same, and remembers the place."
+        )
+
+
+def _read_recipe(run: RunFolder, root: str | None = None) -> Recipe:
     moved = [] if root is None else [f"data.root={json.dumps(str(Path(root).expanduser().absolute()))}"]
     return load_recipe(run.file("recipe.yaml"), moved)
 
@@ -49,11 +73,10 @@ def record_root(run: RunFolder, root: str | None) -> None:
     """Write where the images are now into the recipe and the plan; for whoever knows that they are the same."""
     if root is None:  # a program handed them in
         return
-    if _read_recipe(run).data.root != root:
+    if run.file("recipe.yaml").exists() and _read_recipe(run).data.root != root:
         run.write_text("recipe.yaml", recipe_text(_read_recipe(run, root)))
-    if run.file("plan.yaml").exists() and (plan := run.plan).data.root != root:
-        moved = plan.model_copy(update={"data": plan.data.model_copy(update={"root": root})})
-        run.write_text("plan.yaml", moved.to_yaml())
+    if (plan := run.plan).data.root != root:
+        run.write_text("plan.yaml", with_root(plan, root).to_yaml())
 
 
 def moved_to(overrides: Sequence[str]) -> str | None:
@@ -69,7 +92,14 @@ def another_wish(run: RunFolder, overrides: Sequence[str]) -> Recipe:
         RunError: if the run is not finished: what its plan says cannot change on the way.
         RecipeError: if an override is wrong.
     """
-    recipe, said = _read_recipe(run), " ".join(overrides)
+    said = " ".join(overrides)
+    if not run.file("recipe.yaml").exists():
+        raise RunError(
+            f"{run.path} was trained by a plan and holds no recipe that {said} could be laid over. Change a copy of "
+            f"its plan.yaml and train that, or give a recipe: `finetune train IMAGES backbone={run.path} {said}` "
+            "begins from its weights."
+        )
+    recipe = _read_recipe(run)
     if not run.file("scores.json").exists():
         raise RunError(
             f"{run.path} is not finished, and its plan cannot change on the way: with {said} the result would follow "
@@ -98,17 +128,18 @@ def refuse_other_beginning(run: RunFolder, facts: Facts) -> None:
     Raises:
         RunError: if what it began with has changed, or is not here.
     """
-    refuse_changes(run.plan, facts)
+    refuse_changes(run, facts)
     Compute.of(run.plan.hardware)  # its device
     refuse_other_teacher(run)
 
 
-def refuse_changes(plan: Plan, facts: Facts) -> None:
-    """Nothing, where the images and the backbone are those of the plan.
+def refuse_changes(run: RunFolder, facts: Facts) -> None:
+    """Nothing, where the images and the backbone are those of the plan of `run`, and its view is that of its beginning.
 
     Raises:
         RunError: if not.
     """
+    plan = run.plan
     for what, then, now in (
         ("images", plan.split_digest, facts.split_digest),
         ("backbone's weights", plan.weights_digest, facts.backbone.weights_digest),
@@ -118,8 +149,11 @@ def refuse_changes(plan: Plan, facts: Facts) -> None:
                 f"the {what} have changed since the plan was made ({then[:12]}, now {now[:12]}). "
                 f"Put them back, or start a new run: its split would not be the same."
             )
-    if plan.view != facts.view:
-        raise RunError("plan.yaml was changed by hand: its view is not that of the recipe. Start a new run instead.")
+    if plan.view != Facts.model_validate(run.read_json("facts.json")).view:
+        raise RunError(
+            f"{run.path}/plan.yaml was changed by hand: its view is not that of facts.json, with which the run began. "
+            f"Change it back, or train it as a run of its own: `finetune train {run.path}/plan.yaml`."
+        )
 
 
 def refuse_other_own(run: RunFolder, now: Sequence[OwnThing], verb: str = "resume") -> None:
@@ -137,7 +171,7 @@ def refuse_other_own(run: RunFolder, now: Sequence[OwnThing], verb: str = "resum
 
 def _own_view(run: RunFolder, now: Sequence[OwnThing]) -> list[OwnThing]:
     """The `vary` of a run of an older version, whose plan does not name it."""
-    named = run.read_json("environment.json").get("own_view")
+    named = run.read_json("environment.json").get("own_view") if run.has_begun else None
     if named is None:
         return []
     name, _, digest = named.rpartition(" ")

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from finetune.compute import try_lock
 from finetune.errors import RunError, explain_os_error, names_beside, nearest, os_error_behind
 from finetune.recipe.plan import Images, Plan, read_plan
+from finetune.recipe.shelf import is_run
 
 FILES = (
     "card.yaml",
@@ -34,7 +35,7 @@ FILES = (
     "tracking.json",
 )
 """What a finished run holds, beside `stages/K-NAME/{last.ckpt,weights.safetensors}`; of a stage that is
-refit, `held_out.safetensors`."""
+refit, `held_out.safetensors`. A run that was trained by a plan holds no `recipe.yaml`: nothing was left open."""
 
 
 class RunFolder:
@@ -88,6 +89,11 @@ class RunFolder:
     def file(self, name: str) -> Path:
         """The path of a file of the run."""
         return self.path / name
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it holds all that it needs to go on: the plan, and the probe that training begins from."""
+        return self.file("plan.yaml").exists() and self.file("probe.safetensors").exists()
 
     @property
     def plan(self) -> Plan:
@@ -176,7 +182,7 @@ def find_run(named: "str | os.PathLike[str]") -> Path:
         RunError: if there is none, or more than one begins so.
     """
     folder = Path(named).expanduser()
-    if any((folder / name).exists() for name in ("plan.yaml", "recipe.yaml")):
+    if is_run(folder):
         return folder
     among = runs_folder()
     if len(folder.parts) == 1 and among.is_dir():

@@ -93,7 +93,7 @@ def folder_of_backbone(name: str) -> Path | None:
     path = Path(name).expanduser()
     is_path = path.is_absolute() or name.startswith((".", "~")) or ("/" in name and path.parent.is_dir())
     for folder in (path, Path(os.environ.get("FINETUNE_RUNS", "runs")) / path):
-        if (folder / "recipe.yaml").exists() or (folder.is_dir() and is_path):
+        if is_run(folder) or (folder.is_dir() and is_path):
             return folder.absolute()
     if is_path:
         hint = nearest(path.name, names_beside(path))
@@ -127,12 +127,26 @@ def card_at(name: str) -> "Card | None":
 def name_backbone(recipe: "Recipe") -> "Recipe":
     """The recipe with the whole path of its backbone where that is a folder, so that it means the same anywhere."""
     name = recipe.backbone
-    if name is None or name.startswith("torchvision/") or name in read_zoo():
-        return recipe
-    if (folder := folder_of_backbone(name)) is None:
-        return recipe
+    return recipe if name is None else recipe.model_copy(update={"backbone": whole_name(name)})
+
+
+def whole_name(backbone: str) -> str:
+    """The name of a backbone, or the whole path of the folder that it means.
+
+    Raises:
+        BackboneError: if it is a path and nothing is there, or a folder without weights.
+    """
+    if backbone.startswith("torchvision/") or backbone in read_zoo():
+        return backbone
+    if (folder := folder_of_backbone(backbone)) is None:
+        return backbone
     card_at(str(folder))  # a folder without weights is refused here
-    return recipe.model_copy(update={"backbone": str(folder)})
+    return str(folder)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run: it holds the recipe that it was begun with, or the plan."""
+    return any((folder / name).is_file() for name in ("recipe.yaml", "plan.yaml"))
 
 
 def short_name(backbone: str) -> str:
@@ -147,7 +161,7 @@ def why_no_card(folder: Path) -> str:
         return f"averages several networks, and no training can begin from them all; name one of {folder}/members/."
     if (folder / "scores.json").exists():
         return f"is a run of an older version, without a card. `finetune evaluate {folder}` gives it one."
-    if (folder / "recipe.yaml").exists():
+    if is_run(folder):
         return f"is a run that is not trained to its end. `finetune resume {folder}` goes on."
     return "holds no card.yaml, so it is neither a finished run nor a backbone of a zoo."
 
