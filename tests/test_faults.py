@@ -232,7 +232,7 @@ def test_a_failed_start_leaves_no_run_folder(tmp_path, more):
 
 def test_our_own_faults_and_interrupts_before_the_plan_leave_the_folder(shapes, tmp_path, monkeypatch):
     for number, fault in enumerate((KeyboardInterrupt, ZeroDivisionError)):
-        monkeypatch.setattr(pipeline, "look", lambda *args, fault=fault: _throw(fault))
+        monkeypatch.setattr(pipeline, "look", lambda *args, fault=fault, **named: _throw(fault))
         with pytest.raises(fault):
             ft.train(wish(shapes, "backbone=tiny_resnet18.cifar10"), runs=tmp_path / str(number), say=quiet)
         assert len(list((tmp_path / str(number)).glob("*/recipe.yaml"))) == 1
