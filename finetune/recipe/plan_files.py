@@ -19,7 +19,7 @@ _MARKS = (re.compile(r"^split_digest:", re.MULTILINE), re.compile(r"^stages:", r
 
 
 def as_plan(wish: Wish | Plan | None, overrides: Sequence[str] = ()) -> Plan | None:
-    """The plan that is handed in, with the whole paths of what it names; None where it is or names a recipe, or nothing.
+    """The plan that is handed in, with the whole paths of what it names; None where that is a recipe, or names one.
 
     Args:
         wish: a plan, its file, or anything that `as_recipe` takes.
