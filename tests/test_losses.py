@@ -11,8 +11,8 @@ from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
 from finetune.recipe.plan import Stage
-from finetune.training.losses import class_weights, decay_penalty, log_priors, make_loss
-from finetune.training.optimization import group_parameters
+from finetune.training.losses import class_weights, log_priors, make_loss
+from finetune.training.optimization import decay_penalty, group_parameters
 
 KINDS = ["none", "inverse", "effective", "sampler", "logits", "focal"]
 COUNTS = [40, 10, 5, 2]
@@ -75,7 +75,7 @@ def test_the_loss_rises_when_decay_is_switched_on_and_not_where_nothing_is_decay
     assert penalties[0] == 0
     assert penalties[2] == pytest.approx(1000 * penalties[1], rel=1e-6)
     assert plain + penalties[2] > 2 * plain > 0
-    vectors = [{"params": [p for p in classifier.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    vectors = [{"params": [p for p in classifier.parameters() if p.ndim < 2], "decay": 0.0}]
     assert decay_penalty(torch.optim.SGD(vectors, lr=0.1)) == 0
 
 
@@ -83,7 +83,7 @@ def test_the_loss_rises_when_decay_is_switched_on_and_not_where_nothing_is_decay
 def test_the_gradient_of_the_penalty_is_what_coupled_decay_adds():
     torch.manual_seed(0)
     layer = nn.Linear(3, 2, bias=False).double()
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, weight_decay=0.25)
+    optimizer = torch.optim.SGD([{"params": layer.parameters(), "decay": 0.25}], lr=1.0, weight_decay=0.25)
     before, around = layer.weight.detach().clone(), []
     for shift in (1e-4, -1e-4):
         layer.weight.data[1, 2] = before[1, 2] + shift

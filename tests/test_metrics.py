@@ -17,7 +17,6 @@ from finetune.scores.metrics import (
     log_losses,
     macro_f1,
     per_class,
-    reliability_bins,
     score_predictions,
     top_k_accuracy,
 )
@@ -138,9 +137,8 @@ def test_a_certain_mistake_costs_a_finite_loss():
 
 def test_calibration_bins_are_closed_on_the_right():
     probabilities = torch.tensor([[0.6, 0.4], [0.6 + 1e-9, 0.4 - 1e-9]], dtype=torch.float64)
-    bins = reliability_bins(probabilities, torch.tensor([0, 0]), bins=5)
-    assert [each.n for each in bins] == [0, 0, 1, 1, 0]
-    assert bins[2].high == 0.6 == bins[3].low
+    apart = expected_calibration_error(probabilities, torch.tensor([0, 1]), bins=5)
+    assert apart == pytest.approx((0.4 + 0.6) / 2, abs=1e-6)  # and not |0.4 - 0.6| / 2, as in one bin
 
 
 def test_calibration_error_of_a_hand_made_case():
@@ -149,9 +147,6 @@ def test_calibration_error_of_a_hand_made_case():
     probabilities = torch.stack([confidences, 1 - confidences], dim=1)
     labels = torch.tensor([0, 0, 1, 1, 0, 0, 0, 1])
     assert expected_calibration_error(probabilities, labels) == pytest.approx(0.275, abs=1e-12)
-    filled = [each for each in reliability_bins(probabilities, labels) if each.n]
-    assert [each.accuracy for each in filled] == [wilson(3, 4), wilson(2, 4)]
-    assert [each.confidence for each in filled] == pytest.approx([0.6, 0.9])
 
 
 def _confidences(n, overconfidence, seed):

@@ -22,6 +22,7 @@ from finetune.reporting.report import (
     write_report,
 )
 from finetune.reporting.verdict import judge
+from finetune.scores.shares import wilson
 
 FLOWERS = ("daisy", "dandelion", "rose", "sunflower", "tulip")
 NASTY = '<b>&"'
@@ -30,8 +31,7 @@ VOID = {"meta", "br", "img"}
 
 def share(right, n):
     right, n = int(right), int(n)
-    low, high = figures.wilson_interval(right, n)
-    return {"value": right / n, "low": low, "high": high, "n": n}
+    return wilson(right, n).as_dict()
 
 
 def score(probabilities, labels, classes):
@@ -484,13 +484,8 @@ def test_bins_hold_every_image_and_its_hit():
     probabilities = np.array([[0.95, 0.05], [0.92, 0.08], [0.4, 0.6], [np.nan, np.nan], [1.0, 0.0]])
     low, high = figures.reliability_bins(probabilities, np.array([0, 1, 1, 0, 0]))
     assert (low.count, low.right, low.edges) == (1, 1.0, (0.6, 0.7))
-    assert (high.count, high.right) == (3, pytest.approx(2 / 3))
+    assert (high.count, high.right, high.low, high.high) == (3, 2 / 3, wilson(2, 3).low, wilson(2, 3).high)
     assert high.confidence == pytest.approx((0.95 + 0.92 + 1.0) / 3)
-
-
-def test_the_interval_is_wilsons():
-    assert figures.wilson_interval(146, 153) == pytest.approx((0.9086, 0.9777), abs=2e-4)
-    assert figures.wilson_interval(5, 5)[1] == 1.0
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.913, 0.988), (0, 1040), (3e-5, 4e-5), (-2, 3)])

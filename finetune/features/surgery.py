@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from finetune.models.classifier import Classifier
 from finetune.models.layers import BatchNorm
+from finetune.models.modes import evaluating
 
 
 def relative_gradients(
@@ -50,16 +51,11 @@ def relative_gradients(
     }
     sums: dict[str, float] = {}
     seen = 0
-    modes = {module: module.training for module in classifier.modules()}
-    classifier.eval()
-    try:
+    with evaluating(classifier):
         for images, labels in itertools.islice(batches, num_batches):
             seen += 1
             for name, ratio in _ratios(classifier, weights, images, labels).items():
                 sums[name] = sums.get(name, 0.0) + ratio
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not seen:
         raise ValueError("batches is empty, so there are no gradients to compare.")
     by_stage: dict[str, list[float]] = {stage: [] for stage in backbone.stages}

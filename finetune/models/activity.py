@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from finetune.models.layers import Convolution
+from finetune.models.modes import evaluating
 
 FLAT_BELOW = {"relu": 0.0, "relu6": 0.0, "hardswish": -3.0, "hardmish": -2.0}
 """Pre-activation up to which output and gradient are exactly zero, by kind. A unit of any other kind cannot die."""
@@ -51,19 +52,16 @@ class Watch(TorchFunctionMode):
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
         """Hook every module of `model`, in evaluation mode; both are put back."""
-        modes = [(module, module.training) for module in model.modules()]
         handles: list[RemovableHandle] = []
-        try:
-            for name, module in model.named_modules():
-                enter, leave = self._hooks(name, kind_of(type(module).__name__))
-                handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-                module.training = False
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, was_training in modes:
-                module.training = was_training
+        with evaluating(model):
+            try:
+                for name, module in model.named_modules():
+                    enter, leave = self._hooks(name, kind_of(type(module).__name__))
+                    handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kind, values = None if self._open else kind_of(getattr(func, "__name__", "")), kwargs or {}

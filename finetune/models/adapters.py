@@ -14,6 +14,7 @@ from torch import nn
 
 from finetune.errors import BackboneError, nearest
 from finetune.models.backbones import Backbone
+from finetune.models.modes import evaluating
 
 
 class LowRankLinear(nn.Linear):
@@ -117,19 +118,17 @@ def _check_targets(backbone: Backbone, layers: set[str], chosen: set[str], targe
 @torch.no_grad()
 def _called(backbone: Backbone, names: set[str]) -> set[str]:
     """Those of `names` whose forward runs when an image passes."""
-    modes = {module: module.training for module in backbone.modules()}
     called: set[str] = set()
     handles = [
         backbone.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in names
     ]
     weight = next(backbone.parameters())
     try:
-        backbone.eval()(weight.new_zeros(1, *backbone.card.input_size))
+        with evaluating(backbone):
+            backbone(weight.new_zeros(1, *backbone.card.input_size))
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return called
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from finetune.errors import BackboneError, nearest
 from finetune.models.image_sizes import set_image_size
+from finetune.models.modes import evaluating
 from finetune.models.stages import divide_into_stages, num_parameters
 from finetune.models.weights import fetch_from_hub, fetch_from_url, load_strictly, read_card_weights, read_checkpoint
 from finetune.recipe.cards import Card
@@ -175,10 +176,8 @@ def _num_features(model: nn.Module, classifier: nn.Module | None, card: Card) ->
     if width is None:
         width = getattr(classifier, "in_features", None)
     if width is None:
-        was_training = model.training
-        with torch.inference_mode():
-            width = _forward_features(model.eval(), torch.zeros(1, *card.input_size)).shape[1]
-        model.train(was_training)
+        with evaluating(model), torch.inference_mode():
+            width = _forward_features(model, torch.zeros(1, *card.input_size)).shape[1]
     return int(width)
 
 

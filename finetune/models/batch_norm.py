@@ -16,6 +16,7 @@ from torch import nn
 
 from finetune.compute import exact
 from finetune.models.layers import BatchNorm
+from finetune.models.modes import evaluating, modes_kept
 
 IMAGES_AT_ONCE = 8
 """Images whose values are held in float64 at a time, so that memory stays small."""
@@ -23,7 +24,7 @@ IMAGES_AT_ONCE = 8
 
 def moving_norms(model: nn.Module) -> tuple[str, ...]:
     """Names of the batch norms whose statistics training moves: tracked, and not held still by `model.train()`."""
-    with _modes_kept(model):
+    with modes_kept(model):
         model.train()
         return tuple(name for name, module in model.named_modules() if _is_tracked(module) and module.training)
 
@@ -77,10 +78,7 @@ def pooled_statistics(
     """
     if not (norms := _norms(model, names)):
         return
-    with _modes_kept(model):
-        model.eval()
-        for norm in norms.values():
-            norm.training, norm.track_running_stats = True, False  # batch statistics, and none are written
+    with evaluating(model), _using_batches(norms.values()):
         moments = _collect(model, norms, _in_company(images for images, *_ in batches), device)
     _store(norms, moments)
 
@@ -113,8 +111,7 @@ def exact_statistics(
         raise ValueError("batches is an iterator, which ends after one pass; give a list or a loader.")
     if not (waiting := _norms(model, names)):
         return
-    with _modes_kept(model):
-        model.eval()
+    with evaluating(model):
         example = next((images[:1].to(device) for images, *_ in batches), None)
         while example is not None and (ready := _ready(model, waiting, example)):
             _store(ready, _collect(model, ready, (images for images, *_ in batches), device))
@@ -220,15 +217,15 @@ def _watched(norms: Mapping[str, BatchNorm], see: Callable[[str, torch.Tensor], 
 
 
 @contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    kept = [(module, module.training, getattr(module, "track_running_stats", None)) for module in model.modules()]
+def _using_batches(norms: Collection[BatchNorm]) -> Iterator[None]:
+    """Normalise by statistics of each batch, and write none; within `evaluating`, which puts the modes back."""
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False
     try:
         yield
     finally:
-        for module, mode, tracks in kept:
-            module.training = mode
-            if tracks is not None:
-                module.track_running_stats = tracks
+        for norm in norms:
+            norm.track_running_stats = True  # as it is of all that keep statistics
 
 
 def _is_tracked(module: nn.Module) -> bool:

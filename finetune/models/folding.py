@@ -19,6 +19,7 @@ from torch import nn
 
 from finetune.compute import Precision
 from finetune.models.layers import BatchNorm
+from finetune.models.modes import evaluating
 
 TOLERANCE = 1e-3
 """Greatest difference of a network's answers with fused or folded layers, as a share of their spread, before it is
@@ -35,17 +36,11 @@ class Folding:
         """Look at noise once to see what feeds what, and once more to see that folding changes nothing."""
         images = example_images(size_pixels, device).to(dtype)
         self._swaps: tuple[_Swap, ...] = ()
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            with torch.no_grad():
-                pairs, expected = watch_pairs(model, images)
-                self._swaps = tuple(_Swap(model, *pair) for pair in pairs if _is_plain(*pair))
-                if not self._error(model, images, expected) < TOLERANCE:
-                    self._swaps = ()
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with evaluating(model), torch.no_grad():
+            pairs, expected = watch_pairs(model, images)
+            self._swaps = tuple(_Swap(model, *pair) for pair in pairs if _is_plain(*pair))
+            if not self._error(model, images, expected) < TOLERANCE:
+                self._swaps = ()
 
     def _error(self, model: nn.Module, images: torch.Tensor, expected: torch.Tensor) -> float:
         try:

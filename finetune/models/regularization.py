@@ -16,6 +16,7 @@ from torch import nn
 from finetune.compute import own_draws
 from finetune.models.backbones import Backbone
 from finetune.models.layers import Dropout
+from finetune.models.modes import evaluating, modes_kept
 
 _DROP_PATH = re.compile(r"(\w+_)?drop_path\d*|stochastic_depth")
 _NO_SHORTCUT = {
@@ -104,14 +105,12 @@ def insert_fractional_pooling(backbone: Backbone, size_pixels: int) -> str:
 
     pools = {name: m for name, m in backbone.named_modules() if type(m).__name__ in _POOLS}
     hooks = [module.register_forward_hook(partial(note, name)) for name, module in pools.items()]
-    was_training = backbone.training
     try:
-        with torch.inference_mode():
-            backbone.eval()(next(backbone.parameters()).new_zeros(1, 3, size_pixels, size_pixels))
+        with evaluating(backbone), torch.inference_mode():
+            backbone(next(backbone.parameters()).new_zeros(1, 3, size_pixels, size_pixels))
     finally:
         for hook in hooks:
             hook.remove()
-        backbone.train(was_training)
     if not found or len(found[-1][1]) != 2 or min(found[-1][1]) < 3:
         seen = f"pools maps of {found[-1][1]} last" if found else "has no pooling at its end"
         raise ValueError(
@@ -120,7 +119,8 @@ def insert_fractional_pooling(backbone: Backbone, size_pixels: int) -> str:
         )
     name = found[-1][0]  # the outermost is the last to finish
     parent, _, leaf = name.rpartition(".")
-    setattr(backbone.get_submodule(parent), leaf, nn.Sequential(FractionalMaxPool(), pools[name]).train(was_training))
+    changed = nn.Sequential(FractionalMaxPool(), pools[name]).train(backbone.training)
+    setattr(backbone.get_submodule(parent), leaf, changed)
     return name
 
 
@@ -266,15 +266,12 @@ def _stage_ends(backbone: Backbone) -> dict[int, tuple[nn.Module, torch.Size]]:
 
     modules = {name: module for name, module in backbone.named_modules() if len(held.get(name, ())) == 1}
     hooks = [module.register_forward_hook(partial(note, min(held[name]))) for name, module in modules.items()]
-    was_training = {module: module.training for module in backbone.modules()}
     try:
-        with torch.inference_mode():
-            backbone.eval()(next(backbone.parameters()).new_zeros(1, *backbone.card.input_size))
+        with evaluating(backbone), torch.inference_mode():
+            backbone(next(backbone.parameters()).new_zeros(1, *backbone.card.input_size))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in was_training.items():
-            module.training = mode
     return ends
 
 
@@ -315,20 +312,16 @@ def sample_predictions(classifier: nn.Module, images: torch.Tensor, draws: int =
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}.")
-    was_training = {module: module.training for module in classifier.modules()}
-    classifier.train()
-    awake = [piece for piece in random_pieces(classifier) if piece.training]
-    classifier.eval()
-    try:
+    with modes_kept(classifier):
+        classifier.train()
+        awake = [piece for piece in random_pieces(classifier) if piece.training]
+        classifier.eval()
         if not awake:
             raise ValueError("nothing in this classifier is random in training, so draws would all be the same.")
         for piece in awake:
             piece.training = True
         with torch.inference_mode(), own_draws(seed, images.device):
             return torch.stack([classifier(images).float().softmax(1) for _ in range(draws)])
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
 
 
 def _hook(module: nn.Module, piece: nn.Module) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from finetune.scores.shares import wilson
+
 NUM_COLOURS = 6
 """Colours the style sheet knows; further series take them up again."""
 
@@ -240,20 +242,10 @@ def reliability_bins(probabilities: np.ndarray, labels: np.ndarray, *, num_bins:
     for number in np.unique(place):
         inside = place == number
         count, right = int(inside.sum()), int(hit[inside].sum())
-        low, high = wilson_interval(right, count)
-        edges = (number / num_bins, (number + 1) / num_bins)
+        share, edges = wilson(right, count), (number / num_bins, (number + 1) / num_bins)
         mean = float(confidence[inside].mean())
-        bins.append(Bin(confidence=mean, right=right / count, low=low, high=high, count=count, edges=edges))
+        bins.append(Bin(confidence=mean, right=share.value, low=share.low, high=share.high, count=count, edges=edges))
     return bins
-
-
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson, JASA 1927)."""
-    z = 1.959964
-    share, spread = right / count, z * z / count
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def reliability_diagram(bins: Sequence[Bin]) -> Markup:

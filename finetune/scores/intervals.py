@@ -8,47 +8,14 @@ bootstrapped.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from statistics import NormalDist
 
 import torch
+
+from finetune.scores.shares import Interval, normal_quantile, wilson
 
 RESAMPLES = 1000
 _DRAWS_AT_ONCE = 2**22
 """Indices held in memory at a time; 32 MiB. It fixes the order of the draws, so results depend on it."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A score, the ends of its confidence interval, and the number of images behind it."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def as_dict(self) -> dict[str, float | int]:
-        """`{"value", "low", "high", "n"}`, ready for JSON."""
-        return asdict(self)
-
-
-def wilson(hits: int, n: int, confidence: float = 0.95) -> Interval:
-    """The share `hits / n` with its score interval; never below 0 or above 1.
-
-    Wilson, JASA 1927, https://doi.org/10.1080/01621459.1927.10502953, without continuity correction.
-
-    Raises:
-        ValueError: if `n` is not positive (a share of nothing: skip it), or `hits` is not in [0, n].
-    """
-    if n < 1 or not 0 <= hits <= n:
-        raise ValueError(f"a share needs 0 <= hits <= n and n >= 1, got hits={hits}, n={n}.")
-    z = _quantile(confidence)
-    share, shrink = hits / n, 1 + z * z / n
-    center = (share + z * z / (2 * n)) / shrink
-    half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    low = 0.0 if hits == 0 else max(0.0, center - half)  # rounding leaves 1e-18 where theory says 0
-    high = 1.0 if hits == n else min(1.0, center + half)
-    return Interval(share, low, high, n)
 
 
 def paired_difference(only_first: int, only_second: int, n: int, confidence: float = 0.95) -> Interval:
@@ -68,7 +35,7 @@ def paired_difference(only_first: int, only_second: int, n: int, confidence: flo
     """
     if n < 1 or min(only_first, only_second) < 0 or only_first + only_second > n:
         raise ValueError(f"{only_first} + {only_second} discordant pairs do not fit into {n} pairs.")
-    z, value = _quantile(confidence), (only_first - only_second) / n
+    z, value = normal_quantile(confidence), (only_first - only_second) / n
 
     def is_plausible(difference: float) -> bool:
         distance = only_first - only_second - n * difference
@@ -180,12 +147,6 @@ def percentiles(replicates: torch.Tensor, confidence: float = 0.95) -> tuple[flo
     tail = (1 - confidence) / 2
     low, high = torch.quantile(replicates, replicates.new_tensor([tail, 1 - tail])).tolist()
     return low, high
-
-
-def _quantile(confidence: float) -> float:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie in (0, 1), got {confidence}.")
-    return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
 def _null_variance(only_first: int, only_second: int, n: int, difference: float) -> float:

@@ -49,19 +49,6 @@ class ClassScore:
         return {"name": self.name, "n": self.n, "precision": precision, "recall": recall, "f1": self.f1}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReliabilityBin:
-    """The images whose confidence lies in (low, high]; one bar of a reliability diagram."""
-
-    low: float
-    high: float
-    n: int
-    confidence: float | None
-    """Mean probability of the decision; None in an empty bin."""
-    accuracy: Interval | None
-    """Share of right decisions; None in an empty bin."""
-
-
 def decide(probabilities: torch.Tensor) -> torch.Tensor:
     """The class with the largest probability, (N,); the first of them on a tie."""
     return probabilities.argmax(dim=1)
@@ -166,28 +153,6 @@ def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, seed: i
 
     is_plain_luck = value <= percentiles(bootstrap(lucky_error, n, seed))[1]
     return Interval(value, 0.0 if is_plain_luck else max(0.0, 2 * value - high), max(value, 2 * value - low), n)
-
-
-def reliability_bins(
-    probabilities: torch.Tensor, labels: torch.Tensor, bins: int = NUM_BINS
-) -> tuple[ReliabilityBin, ...]:
-    """The bars of a reliability diagram, from low to high confidence; empty bins included."""
-    gaps, places, confidences = _calibration_gaps(probabilities, labels, bins)
-    hits = gaps + confidences
-    answer = []
-    for place in range(bins):
-        inside = places == place
-        n = int(inside.sum())
-        answer.append(
-            ReliabilityBin(
-                low=place / bins,
-                high=(place + 1) / bins,
-                n=n,
-                confidence=float(confidences[inside].mean()) if n else None,
-                accuracy=wilson(round(float(hits[inside].sum())), n) if n else None,
-            )
-        )
-    return tuple(answer)
 
 
 def score_predictions(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.recipe.addresses import hide_logins
+from finetune.recipe.runs import write_whole
 
 ARTIFACTS = ("report.html", "plan.yaml", "scores.json", "facts.json", "curves.csv")
 """Files that MLflow gets."""
@@ -58,12 +59,8 @@ class SentState:
 
     def save(self, path: Path) -> None:
         """Write it whole or not at all."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(asdict(self), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        text = json.dumps(asdict(self), indent=1)
+        write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 class CurveRow(NamedTuple):

@@ -11,8 +11,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from finetune.compute import exact
-
 Kind = Literal["none", "inverse", "effective", "sampler", "logits", "focal"]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits (B, K) and labels (B,) or targets (B, K) to the losses (B,), in nats."""
@@ -99,18 +97,6 @@ def log_priors(counts: Sequence[int]) -> torch.Tensor:
     """
     images = torch.tensor(counts, dtype=torch.float64).clamp(min=1)
     return (images / images.sum()).log()
-
-
-def decay_penalty(optimizer: torch.optim.Optimizer) -> float:
-    """The L2 penalty that weight decay stands for: the sum of decay / 2 |W|^2 over the optimizer's groups, in nats.
-
-    With coupled decay its gradient is what the optimizer adds. It must be above 0 where decay is meant to do something.
-    """
-    return sum(
-        group["weight_decay"] / 2 * float(exact(parameter.detach()).square().sum())
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    )
 
 
 def _doubt(logits: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import yaml
 
 from finetune.compute import QUIET, lend_environment, try_lock
 from finetune.recipe.addresses import Login, is_web, join_login
+from finetune.recipe.runs import write_whole
 from finetune.training.ledger import SentState
 
 PATIENCE = {
@@ -96,13 +97,10 @@ def create_store(database: Path) -> None:
             return
         from mlflow import MlflowClient
 
-        temporary = database.with_name(f"{database.name}.new")
-        temporary.unlink(missing_ok=True)
         name = f"file:{uuid.uuid4().hex}?mode=memory&cache=shared"  # of this process; gone with its last connection
         with closing(sqlite3.connect(name, uri=True)) as memory, lend_environment(_NO_POOL):
             MlflowClient(tracking_uri=f"sqlite:///{name}&uri=true").get_experiment_by_name("Default")
-            memory.execute("VACUUM INTO ?", (str(temporary),))
-        temporary.replace(database)
+            write_whole(database, lambda temporary: memory.execute("VACUUM INTO ?", (str(temporary),)))
 
 
 def experiment_id(client: Any, state: SentState) -> str:

@@ -22,6 +22,7 @@ from finetune.compute import Compute, exact, free_gpu_memory
 from finetune.errors import RunError
 from finetune.models.batch_norm import uses_batch_statistics
 from finetune.models.classifier import Classifier
+from finetune.models.modes import evaluating
 from finetune.recipe.schedules import Plateau
 from finetune.scores.calibration import fit_temperature
 from finetune.training.averaging import WeightAverage
@@ -266,15 +267,13 @@ def measure_loss(
 
     No more than `at_once` images pass through it together; 0: all of a batch.
     """
-    was_training = classifier.training
-    classifier.eval()
     parts, wanted = [], []
-    for images, labels, _ in batches:
-        with compute.autocast():
-            for some in images.split(at_once or len(images)):
-                parts.append(exact(classifier(some.to(compute.device))).cpu())
-        wanted.append(labels)
-    classifier.train(was_training)
+    with evaluating(classifier):
+        for images, labels, _ in batches:
+            with compute.autocast():
+                for some in images.split(at_once or len(images)):
+                    parts.append(exact(classifier(some.to(compute.device))).cpu())
+            wanted.append(labels)
     logits, labels = torch.cat(parts), torch.cat(wanted)
     counts = labels.bincount(minlength=logits.shape[1]).double()
     weights = 1 / counts[labels]  # every class that val holds counts alike

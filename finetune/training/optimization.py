@@ -16,6 +16,7 @@ from finetune.compute import exact
 from finetune.errors import RecipeError, nearest
 from finetune.models.classifier import Classifier
 from finetune.models.layers import BatchNorm
+from finetune.models.modes import modes_kept
 from finetune.recipe.plan import Stage
 from finetune.recipe.schema import OptimizerSpec
 
@@ -186,10 +187,9 @@ def _lbfgs(classifier: Classifier, stage: Stage) -> torch.optim.Optimizer:
 
 def random_layers(classifier: nn.Module) -> list[str]:
     """Layers that in training answer the same image differently: dropout of any kind, and batch norm on batches."""
-    was_training = classifier.training
-    classifier.train()
-    modules = [(name, module, type(module).__name__) for name, module in classifier.named_modules() if module.training]
-    classifier.train(was_training)
+    with modes_kept(classifier):
+        classifier.train()
+        modules = [(name, m, type(m).__name__) for name, m in classifier.named_modules() if m.training]
     return [
         f"{name} ({kind})"
         for name, module, kind in modules
