@@ -13,7 +13,7 @@ from pathlib import Path
 
 from finetune.errors import RecipeError
 from finetune.features.survey import Survey
-from finetune.recipe.facts import Facts, PilotFacts, Proportion
+from finetune.recipe.facts import Facts, PilotFacts
 from finetune.recipe.forecasts import EPOCH_SECONDS
 from finetune.recipe.matrix import ORDER
 from finetune.recipe.planning import make_plan
@@ -93,7 +93,7 @@ def _try(recipe: Recipe, seen: Survey, strategy: str, seconds: float, number: in
         epochs=epochs,
         images=len(train.indices),
         seconds=time.perf_counter() - began,
-        val=Proportion.model_validate(share.as_dict()),
+        val=share,
     )
 
 

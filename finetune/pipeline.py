@@ -51,6 +51,7 @@ from finetune.recipe.resumption import (
 )
 from finetune.recipe.runs import Clock, RunFolder, append, faults_told, find_run, runs_folder, sweep, write_whole
 from finetune.recipe.schema import Recipe
+from finetune.recipe.scores import Scores
 from finetune.recipe.shelf import name_backbone, short_name
 from finetune.reporting.report import write_report
 from finetune.reporting.terminal import facts_text, plan_text, scores_text
@@ -199,7 +200,7 @@ def evaluate(
     views: str | None = None,
     dataset: Handed | None = None,
     say: Say = say_on_stderr,
-) -> dict[str, Any]:
+) -> Scores:
     """Judge a finished run again, perhaps in other views; the scores, which the run folder then holds.
 
     Args:
@@ -226,7 +227,7 @@ def evaluate(
 def report(path: str | PathLike[str], *, say: Say = say_on_stderr) -> Path:
     """Write a run's page again, and send to MLflow what could not be sent before; the page."""
     run = RunFolder.open(path)
-    run.read_json("scores.json")
+    run.existing("scores.json")
     with run.lock():
         page = write_report(run.path, read_image=stored_images(run))
         _tell_unsent(send_remaining(run.path, say), run, say)
@@ -288,7 +289,7 @@ def _steps(run: RunFolder, begins: Recipe | Plan, say: Say, ranking: Ranking | N
             evaluate_run(run, seen.dataset, seen.facts, probe_answers(seen, plan))
         del classifier
         clock.lap("evaluation")
-        say(scores_text(run.read_json("scores.json")))
+        say(scores_text(run.scores))
         clock.write()
         page = write_report(run.path, read_image=seen_images(seen.dataset))
         say(f"report: {page}")

@@ -3,12 +3,10 @@
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from finetune.evaluation.loading import load_final
-from finetune.recipe.facts import Facts
 from finetune.recipe.runs import RunFolder
 
 
@@ -32,25 +30,6 @@ class Run(RunFolder):
     def classes(self) -> tuple[str, ...]:
         """Names in the order of the logits."""
         return self.plan.classes
-
-    @property
-    def scores(self) -> dict[str, Any]:
-        """What `scores.json` holds.
-
-        Raises:
-            RunError: if the run is not judged yet.
-        """
-        found: dict[str, Any] = self.read_json("scores.json")
-        return found
-
-    @property
-    def facts(self) -> Facts:
-        """What was measured before anything was decided.
-
-        Raises:
-            RunError: if nothing was yet.
-        """
-        return Facts.model_validate(self.read_json("facts.json"))
 
     @property
     def report(self) -> Path:

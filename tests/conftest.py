@@ -1,5 +1,6 @@
 """One thread, no network, and a cache of its own for every test session."""
 
+import json
 import os
 from pathlib import Path
 
@@ -18,6 +19,24 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _scores_are_read_back():
+    """Whatever run a test makes, its scores.json says what the value that is read from it says, byte for byte."""
+    from finetune.recipe.runs import RunFolder
+
+    write = RunFolder.write_text
+
+    def checked(run, name, text):
+        write(run, name, text)
+        if name == "scores.json":
+            again = json.dumps(run.scores.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+            assert again == text, f"{run} loses something on the way"
+
+    RunFolder.write_text = checked
+    yield
+    RunFolder.write_text = write
 
 
 @pytest.fixture(scope="session", autouse=True)

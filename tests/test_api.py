@@ -39,13 +39,13 @@ def test_a_run_gives_its_model_scores_classes_and_page(pair, shapes):
     run = pair[0]
     assert isinstance(run, ft.Run) and isinstance(run.model, torch.nn.Module) and not run.model.training
     assert run.classes == ("disc", "square", "stripes") and run.report.is_file()
-    assert run.scores == run.read_json("scores.json") and run.facts.classes == run.classes
+    assert run.scores.model_dump(mode="json") == run.read_json("scores.json") and run.facts.classes == run.classes
     dataset = ft.open_dataset(run.file("recipe.yaml"))
     dataset.see(run.plan.view)
     rows = dataset.indices("test")
     said = predict_probabilities(run.model, dataset.store, rows, run.plan, "center")
     right = (said.argmax(1) == dataset.labels("test")).double().mean()
-    assert float(right) == pytest.approx(run.scores["test"]["top1"]["value"])
+    assert float(right) == pytest.approx(run.scores.test.top1.value)
 
 
 @pytest.mark.parametrize("what", ["path", "text", "name", "the run", "latest"])
@@ -57,7 +57,7 @@ def test_every_function_takes_a_run_by_any_of_its_names(pair, runs, monkeypatch,
     assert ft.load_run(named).path.resolve() == run.path.resolve()
     image = next(shapes.rglob("*.png"))
     assert ft.predict(named, image)[0].label in run.classes
-    assert ft.evaluate(named, say=quiet)["test"] == run.scores["test"]
+    assert ft.evaluate(named, say=quiet).test == run.scores.test
     assert ft.report(named, say=quiet).resolve() == run.report.resolve()
     assert ft.resume(named, say=quiet).path.resolve() == run.path.resolve()
 
@@ -79,7 +79,7 @@ def test_the_beginning_of_a_name_is_enough_where_it_is_that_of_one_run(pair, run
 
 def test_runs_are_compared_and_joined_from_python(pair, runs, tmp_path):
     found = ft.compare([pair[0], str(pair[1].path)])
-    assert len(found["runs"]) == 2
+    assert len(found.runs) == 2
     with pytest.raises(RunError, match="named twice"):
         ft.compare([pair[0], pair[0].path])
     with pytest.raises(RunError, match="test image"):  # of another seed, and so of another split

@@ -82,7 +82,7 @@ def test_no_temperature_where_the_images_name_none(logits):
     fitted = fit_temperature(logits, torch.arange(4))
     assert fitted.value is None
     assert (fitted.log_loss_after, fitted.ece_after) == (fitted.log_loss_before, fitted.ece_before)
-    assert fitted.as_dict()["value"] is None
+    assert fitted.value is None
 
 
 def test_one_mistake_is_enough_to_name_a_temperature():

@@ -54,33 +54,33 @@ def judged(finished, tmp_path):
 def test_a_pair_is_compared_on_test_as_the_theory_says(judged):
     good, poor = judged("good", range(50)), judged("poor", [*range(8, 50), 58])
     found = compare([poor, good])
-    assert [row["run"] for row in found["runs"]] == ["good", "poor"]  # by test, whatever the order given
-    (pair,) = found["pairs"]
-    assert (pair["only_first_right"], pair["only_second_right"], pair["n"]) == (8, 1, 60)
-    assert pair["difference"] == paired_difference(8, 1, 60).as_dict()
-    assert pair["p"] == pair["p_adjusted"] == mcnemar(8, 1) < 0.05
-    assert pair["sentence"] == "the first is better by 11.7 points on 60 images" and pair["is_told_apart"]
+    assert [row.run for row in found.runs] == ["good", "poor"]  # by test, whatever the order given
+    (pair,) = found.pairs
+    assert (pair.only_first_right, pair.only_second_right, pair.n) == (8, 1, 60)
+    assert pair.difference == paired_difference(8, 1, 60)
+    assert pair.p == pair.p_adjusted == mcnemar(8, 1) < 0.05
+    assert pair.sentence == "the first is better by 11.7 points on 60 images" and pair.is_told_apart
     loss = (np.log(0.8) - np.log(0.1)) * (8 - 1) / 60
-    assert pair["log_loss_difference"]["value"] == pytest.approx(-loss, abs=1e-6)
-    assert found["runs"][0]["top1"]["value"] == pytest.approx(50 / 60)
+    assert pair.log_loss_difference.value == pytest.approx(-loss, abs=1e-6)
+    assert found.runs[0].top1.value == pytest.approx(50 / 60)
 
 
 def test_runs_that_images_cannot_tell_apart_are_not_told_apart(judged):
     found = compare([judged("a", range(50)), judged("b", range(2, 50))])
-    (pair,) = found["pairs"]
-    assert not pair["is_told_apart"] and pair["images_needed"] == images_needed(2, 0, 60)
-    assert pair["sentence"] == "cannot be told apart on 60 images; about 2,600 would be needed to see 1 point"
-    assert pair["difference"]["low"] < 0 < pair["difference"]["high"]
+    (pair,) = found.pairs
+    assert not pair.is_told_apart and pair.images_needed == images_needed(2, 0, 60)
+    assert pair.sentence == "cannot be told apart on 60 images; about 2,600 would be needed to see 1 point"
+    assert pair.difference.low < 0 < pair.difference.high
 
 
 def test_a_run_against_a_copy_of_itself_differs_in_nothing(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "again")
     found = compare([finished, RunFolder(tmp_path / "again")])
-    (pair,) = found["pairs"]
-    assert pair["difference"]["value"] == pair["log_loss_difference"]["value"] == 0 and pair["p"] == 1
-    scores = finished.read_json("scores.json")["test"]
-    assert found["runs"][0]["top1"] == scores["top1"] and found["runs"][0]["log_loss"] == scores["log_loss"]
-    assert found["seed_groups"] == []  # one seed, twice
+    (pair,) = found.pairs
+    assert pair.difference.value == pair.log_loss_difference.value == 0 and pair.p == 1
+    scores = finished.scores.test
+    assert found.runs[0].top1 == scores.top1 and found.runs[0].log_loss == scores.log_loss
+    assert found.seed_groups == ()  # one seed, twice
 
 
 @pytest.mark.technique("T163")
@@ -98,24 +98,24 @@ def test_images_and_classes_are_matched_by_name_and_not_by_place(judged):
     names = [f"{number:03}.png" for number in range(60)]
     turned = judged("turned", range(60), names=names[::-1], classes=("stripes", "disc", "square"))
     found = compare([judged("straight", range(60)), turned])
-    (pair,) = found["pairs"]
-    assert pair["only_first_right"] == pair["only_second_right"] == 0
-    assert found["runs"][1]["top1"]["value"] == 1.0
+    (pair,) = found.pairs
+    assert pair.only_first_right == pair.only_second_right == 0
+    assert found.runs[1].top1.value == 1.0
 
 
 def test_images_that_only_one_run_was_tested_on_are_left_out_and_counted(judged):
     fewer = judged("fewer", range(30), names=[f"{number:03}.png" for number in range(20, 60)])
     found = compare([judged("more", range(60)), fewer])
-    (pair,) = found["pairs"]
-    assert (pair["n"], pair["only_in_first"], pair["only_in_second"]) == (40, 20, 0)
-    assert pair["only_first_right"] == 10
-    assert "20 test images of more are no test images of fewer: left out" in found["notes"]
+    (pair,) = found.pairs
+    assert (pair.n, pair.only_in_first, pair.only_in_second) == (40, 20, 0)
+    assert pair.only_first_right == 10
+    assert "20 test images of more are no test images of fewer: left out" in found.notes
 
 
 def test_an_image_that_is_listed_twice_counts_once(judged):
     names = [f"{number:03}.png" for number in [*range(60), 0, 1]]
     found = compare([judged("twice", range(62), names=names), judged("once", range(60))])
-    assert [row["n"] for row in found["runs"]] == [60, 60] and found["pairs"][0]["n"] == 60
+    assert [row.n for row in found.runs] == [60, 60] and found.pairs[0].n == 60
 
 
 def test_runs_without_a_shared_test_image_are_refused(judged):
@@ -158,45 +158,45 @@ def test_runs_that_differ_in_the_seed_alone_become_a_mean_and_a_spread(judged):
     right = {0: 50, 1: 53, 2: 47}
     runs = [judged(f"s{seed}", range(count), seed=seed) for seed, count in right.items()]
     found = compare([*runs, judged("other", range(40), seed=3, backbone="another")])
-    (group,) = found["seed_groups"]
+    (group,) = found.seed_groups
     expected = aggregate_seeds([count / 60 for count in right.values()])
-    assert group["runs"] == ["s0", "s1", "s2"] and group["seeds"] == [0, 1, 2] and group["same_images"]
-    assert group["top1"]["mean"] == pytest.approx(expected.mean)
-    assert group["top1"]["spread"] == pytest.approx(expected.spread) == pytest.approx(0.05)
-    assert group["top1"]["high"] == pytest.approx(min(1, expected.high))
-    assert found["group_pairs"] == []
+    assert group.runs == ("s0", "s1", "s2") and group.seeds == (0, 1, 2) and group.same_images
+    assert group.top1.mean == pytest.approx(expected.mean)
+    assert group.top1.spread == pytest.approx(expected.spread) == pytest.approx(0.05)
+    assert group.top1.high == pytest.approx(min(1, expected.high))
+    assert found.group_pairs == ()
 
 
 def test_seeds_that_cut_other_test_images_are_no_pair_but_still_a_group(judged):
     names = [f"{number:03}.png" for number in range(60, 120)]
     runs = [judged("s0", range(50), seed=0), judged("s1", range(40), names=names, seed=1, split_digest="other")]
     found = compare(runs)
-    assert found["pairs"] == [] and found["apart"] == [{"first": "s0", "second": "s1"}]
-    assert not found["seed_groups"][0]["same_images"] and found["seed_groups"][0]["seeds"] == [0, 1]
+    assert found.pairs == () and [(one.first, one.second) for one in found.apart] == [("s0", "s1")]
+    assert not found.seed_groups[0].same_images and found.seed_groups[0].seeds == (0, 1)
 
 
 def test_two_recipes_are_compared_seed_by_seed(judged):
     first = [judged(f"a{seed}", range(50 + seed), seed=seed) for seed in range(3)]
     second = [judged(f"b{seed}", range(40 + 2 * seed), seed=seed, backbone="another") for seed in range(3)]
     found = compare([*second, *first])
-    (pair,) = found["group_pairs"]
-    assert pair["seeds"] == [0, 1, 2]
+    (pair,) = found.group_pairs
+    assert pair.seeds == (0, 1, 2)
     expected = aggregate_seeds([10 / 60, 9 / 60, 8 / 60])
-    assert pair["difference"]["mean"] == pytest.approx(expected.mean)
+    assert pair.difference.mean == pytest.approx(expected.mean)
     each = np.repeat([1, 2 / 3, 1 / 3, 0], [6, 3, 3, 48])  # by image, the mean over seeds
     half = np.hypot(expected.high - expected.mean, 1.96 * each.std() / np.sqrt(60))
-    assert pair["difference"]["high"] - expected.mean == pytest.approx(half, rel=1e-4)
-    assert pair["sentence"] == "the first is better by 15.0 points on average"
-    fewer = compare([*second[:2], *first[:2]])["group_pairs"][0]
-    assert fewer["sentence"] == "2 seeds are too few to tell which is better"
+    assert pair.difference.high - expected.mean == pytest.approx(half, rel=1e-4)
+    assert pair.sentence == "the first is better by 15.0 points on average"
+    fewer = compare([*second[:2], *first[:2]]).group_pairs[0]
+    assert fewer.sentence == "2 seeds are too few to tell which is better"
 
 
 def test_many_pairs_are_judged_together(judged):
     runs = [judged("a", range(50)), judged("b", range(6, 50)), judged("c", [*range(6, 50), 50])]
     found = compare(runs)
-    pair = next(pair for pair in found["pairs"] if {pair["first"], pair["second"]} == {"a", "b"})
-    assert pair["p"] == 0.03125 and pair["p_adjusted"] > 0.05 and not pair["is_told_apart"]
-    assert any("Holm" in note for note in found["notes"]) and any("luckiest" in note for note in found["notes"])
+    pair = next(pair for pair in found.pairs if {pair.first, pair.second} == {"a", "b"})
+    assert pair.p == 0.03125 and pair.p_adjusted > 0.05 and not pair.is_told_apart
+    assert any("Holm" in note for note in found.notes) and any("luckiest" in note for note in found.notes)
 
 
 def test_the_text_fits_a_plain_terminal(judged):

@@ -86,8 +86,8 @@ def test_too_few_images_give_all_classes_and_say_so(coverage, least):
     threshold = fit_threshold(probabilities[1:], labels[1:], coverage)
     assert threshold == EVERYTHING
     found = describe(probabilities, labels, threshold, coverage=coverage, num_calibration=least - 1)
-    assert found["mean_size"]["value"] == 5 and found["coverage"]["value"] == 1 and found["empty"] == 0
-    assert f"takes {least}" in found["note"] and "all classes" in found["note"]
+    assert found.mean_size.value == 5 and found.coverage.value == 1 and found.empty == 0
+    assert f"takes {least}" in found.note and "all classes" in found.note
 
 
 def test_a_description_counts_what_the_sets_hold():
@@ -95,11 +95,11 @@ def test_a_description_counts_what_the_sets_hold():
     labels = torch.tensor([0, 0, 1, 2])
     found = describe(probabilities, labels, 0.655, coverage=0.8, num_calibration=50)
     assert prediction_set(probabilities, 0.655).sum(dim=1).tolist() == [1, 1, 2, 0]
-    assert (found["single"], found["single_right"], found["empty"], found["largest"]) == (2, 1, 1, 2)
-    assert found["coverage"]["value"] == 0.5 and found["coverage"]["n"] == 4
-    assert found["coverage"]["low"] < 0.5 < found["coverage"]["high"]
-    assert found["mean_size"]["value"] == 1.0
-    assert found["note"].startswith("1 sets are empty")
+    assert (found.single, found.single_right, found.empty, found.largest) == (2, 1, 1, 2)
+    assert found.coverage.value == 0.5 and found.coverage.n == 4
+    assert found.coverage.low < 0.5 < found.coverage.high
+    assert found.mean_size.value == 1.0
+    assert found.note.startswith("1 sets are empty")
 
 
 def test_a_coverage_that_is_none_is_refused():

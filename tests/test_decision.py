@@ -1,48 +1,65 @@
-import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 
 import pytest
-import yaml
+from made_scores import make_scores, split_scores
 
 from finetune.recipe.advice import UNMEASURED
-from finetune.recipe.facts import ChiralityFacts, Facts, ProfileFacts
+from finetune.recipe.facts import (
+    ChiralityFacts,
+    DepthFacts,
+    Facts,
+    Measure,
+    ProbeFacts,
+    ProfileFacts,
+    Proportion,
+    ShiftFacts,
+    SimilarityFacts,
+)
 from finetune.recipe.matrix import ORDER, Place, choose_at
-from finetune.recipe.plan import Advice, Plan
+from finetune.recipe.plan import Advice, Plan, Reason
+from finetune.recipe.planning import make_plan as plan_of
+from finetune.recipe.reading import load_recipe
+from finetune.recipe.runs import RunFolder
 from finetune.recipe.schema import TrainSpec
-from finetune.reporting.decision import decision_context, depth_figure, forecast_rows, shift_figure
+from finetune.reporting.decision import ForecastRow, decide, depth_figure, forecast_rows, shift_figure
 from finetune.reporting.matrix_figure import COLUMNS, ROWS, grid_figure
 from finetune.reporting.report import render_report
-from finetune.reporting.sentences import chirality_sentence, depth_sentence, duration, measure_rows, memory
+from finetune.reporting.sentences import (
+    chirality_sentence,
+    depth_sentence,
+    duration,
+    measure_rows,
+    memory,
+    similarity_rows,
+)
 from finetune.reporting.terminal import facts_text, forecasts_text, grid_text, plan_text, profile_text
 
 NASTY = '<b>&"'
 
 
 def share(value, half=0.03, n=400):
-    return {"value": value, "low": max(0.0, value - half), "high": min(1.0, value + half), "n": n}
+    return Proportion(value=value, low=max(0.0, value - half), high=min(1.0, value + half), n=n)
 
 
 def make_profile(values=(0.42, 0.61, 0.83, 0.91, 0.88), *, stages=None, lead=0.03, lead_error=0.01):
     names = stages or ["stem", *(f"blocks.{i}" for i in range(1, len(values)))]
-    depths = [
-        {"stage": name, "width": 64, "probe": share(v), "ridge": share(max(0.0, v - 0.05))}
-        | {"neighbours": share(max(0.0, v - 0.12))}
+    depths = tuple(
+        DepthFacts(stage=name, width=64, probe=share(v), ridge=share(max(0.0, v - 0.05)),
+                   neighbours=share(max(0.0, v - 0.12)))
         for name, v in zip(names, values, strict=True)
-    ]
+    )  # fmt: skip
     best = max(range(len(values)), key=lambda i: values[i])
-    return {"depths": depths, "num_images": 1900, "judged": "cross-validation", "best": best} | {
-        "lead": lead,
-        "lead_error": lead_error,
-    }
+    judged = {"num_images": 1900, "judged": "cross-validation"}
+    return ProfileFacts(depths=depths, best=best, lead=lead, lead_error=lead_error, **judged)
 
 
-def make_advice(images=38.0, similarity=0.62, *, half=0.09, small_below=100.0, similar_from=0.75):
+def make_advice(images=38.0, similarity=0.62, *, half=0.09, small_below=100.0, similar_from=0.75, **changes):
     low, high = max(0.0, similarity - half), min(1.0, similarity + half)
     forecast = {"memory_mb": 310.0, "is_gain_known": True}
-    return {
+    known = {
         "cell": "small, different",
         "images_per_class": images,
         "similarity": similarity,
@@ -63,61 +80,65 @@ def make_advice(images=38.0, similarity=0.62, *, half=0.09, small_below=100.0, s
             | {"memory_mb": 2400.0, "is_gain_known": False},
         ],
     }
+    return Advice.model_validate({**known, **changes})
 
 
 def make_shift(values=(0.9, 0.31, 0.22, 0.44, 1.2), *, stages=None):
     names = stages or ["stem", *(f"blocks.{i}" for i in range(1, len(values)))]
-    spread = {"value": 0.4, "low": 0.3, "high": 0.5, "n": 300}
-    return [
-        {"stage": name, "spread": spread, "mean": {"value": v, "low": 0.8 * v, "high": 1.25 * v, "n": 300}}
+    spread = Measure(value=0.4, low=0.3, high=0.5, n=300)
+    return tuple(
+        ShiftFacts(stage=name, spread=spread, mean=Measure(value=v, low=0.8 * v, high=1.25 * v, n=300))
         for name, v in zip(names, values, strict=True)
-    ]
+    )
 
 
-def make_facts():
+def make_facts(**changes):
+    """Facts as the survey writes them, with a whole decision in them."""
     response = {"num_classes": 1000, "named": [["daisy", 0.31], ["bee", 0.12], ["pot", 0.08]]}
     response["effective"] = {"value": 38.2, "low": 31.0, "high": 45.0, "n": 300}
     response["confidence"] = {"value": 0.41, "low": 0.38, "high": 0.44, "n": 300}
     response["energy"] = {"value": -9.1, "low": -9.4, "high": -8.8, "n": 300}
     similarity = {"value": 0.62, "low": 0.53, "high": 0.71, "control": share(0.38), "shift": make_shift()}
     similarity |= {"response": response, "frechet": 4.21, "emd": 0.61}
-    chirality = {"share": share(0.51, 0.05, n=350), "is_safe": True, "sided": []}
-    return {
-        "classes": ["daisy", "rose"],
+    known = {
         "chance": 0.2,
-        "probe": {"val": share(0.88)},
+        "probe": ProbeFacts(val=share(0.88), train=share(0.9), log_loss=0.3, l2=1e-3, l2_at_edge=False),
         "profile": make_profile(),
         "similarity": similarity,
-        "chirality": chirality,
+        "chirality": ChiralityFacts(share=share(0.51, 0.05, n=350), is_safe=True),
     }
+    return make_bare_facts(**{**known, **changes})
 
 
-def make_plan(**changes):
-    return {"name": "flowers", "pretrained": True, "train": {"strategy": "partial"}, "advice": make_advice()} | changes
+def make_plan(facts=None, *wishes, **changes):
+    """A plan that was made of the facts, with this advice or its own."""
+    recipe = load_recipe(None, ["train.strategy=partial", "data.split.refit=false", *wishes])
+    plan = plan_of(recipe, facts or make_facts())
+    return plan.model_copy(update={"advice": make_advice(), "reasons": (), **changes})
 
 
-def make_real_facts(**changes):
+def make_bare_facts(**changes):
     """Facts as the survey writes them, with a decision in them or without."""
     machine = {"device": "cpu", "cores": 2, "has_bf16": False, "has_fp16": False}
     backbone = {"name": "tiny", "params_m": 0.4, "num_features": 64, "stages": ["stem", "top"], "input_size": 64}
     backbone |= {"pretrained_on": "x", "licence": "mit", "has_batch_norm": True, "weights_digest": "a"}
-    view = {"size_pixels": 64, "shorter_pixels": 64, "interpolation": "bicubic", "mean": [0.5], "std": [0.5]}
+    view = {"size_pixels": 64, "shorter_pixels": 64, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+    counts = {"train": [30, 30], "val": [10, 10], "calibration": [5, 5], "test": [10, 10]}
     return Facts.model_validate(
-        {"root": "flowers", "kind": "folders", "classes": ["daisy", "rose"], "counts": {"train": [30, 30]}}
-        | {"num_images": 60, "split_digest": "b", "median_width": 64, "median_height": 64, "backbone": backbone}
+        {"root": "flowers", "kind": "folders", "classes": ["daisy", "rose"], "counts": counts}
+        | {"num_images": 110, "split_digest": "b", "median_width": 64, "median_height": 64, "backbone": backbone}
         | {"images_per_class": {"min": 30, "median": 30, "max": 30}, "view": view, "crop_pct": 1.0}
         | {"normalize": "weights", "chance": 0.5, "majority": 0.5, "machine": machine}
         | changes
     )
 
 
-def write_run(folder, facts, plan):
-    folder.mkdir()
-    scores = {"test": {"n": 50, "top1": share(0.9, n=50), "per_class": []}}
-    for name, content in (("facts.json", facts), ("scores.json", scores)):
-        (folder / name).write_text(json.dumps(content))
-    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
-    return folder
+def page_of(folder, facts, plan):
+    run = RunFolder(folder)
+    run.write_json("facts.json", facts.model_dump(mode="json"))
+    run.write_json("scores.json", make_scores(split_scores(0.9, 50)).model_dump(mode="json"))
+    run.write_text("plan.yaml", plan.to_yaml())
+    return render_report(folder)
 
 
 def elements(drawing, tag):
@@ -184,7 +205,7 @@ def test_the_bar_ends_where_the_interval_ends():
 
 
 def at_place(images, similarity, *, probe_error=0.12, prefer="balanced"):
-    return {**make_advice(images, similarity), "probe_error": probe_error, "prefer": prefer}
+    return make_advice(images, similarity, probe_error=probe_error, prefer=prefer)
 
 
 @pytest.mark.parametrize("prefer", ["accuracy", "balanced", "speed"])
@@ -203,7 +224,7 @@ def test_the_picture_never_says_another_strategy_than_the_advice(images, similar
     assert (
         left - 1 <= x <= left + float(field.get("width")) + 1 and top - 1 <= y <= top + float(field.get("height")) + 1
     )
-    advice = Advice.model_validate(at_place(images, similarity, probe_error=probe_error, prefer=prefer))
+    advice = at_place(images, similarity, probe_error=probe_error, prefer=prefer)
     assert grid_text(advice).endswith(f"o these data: {chosen}")
 
 
@@ -233,8 +254,7 @@ def test_the_borders_stand_where_the_advice_has_them(small_below, similar_from):
 
 @pytest.mark.parametrize("key", ["images_per_class", "similarity", "small_below", "similar_from", "probe_error"])
 def test_an_unknown_place_draws_no_grid(key):
-    assert grid_figure({**make_advice(), key: float("nan")}) == ""
-    assert grid_figure({k: v for k, v in make_advice().items() if k != key}) == ""
+    assert grid_figure(make_advice().model_copy(update={key: float("nan")})) == ""
 
 
 def curve(drawing, number):
@@ -304,16 +324,6 @@ def test_turned_names_keep_apart_and_keep_their_ends():
     assert min(b - a for a, b in pairwise(across)) * 0.64 > 12  # sine of the angle
 
 
-def test_a_share_that_was_not_measured_leaves_a_gap_only():
-    profile = make_profile()
-    profile["depths"][1]["probe"] = {"value": None, "low": None, "high": None, "n": 0}
-    profile["depths"][2]["neighbours"] = None
-    drawing = depth_figure(profile)
-    assert_inside(drawing)
-    assert [len(curve(drawing, number)) for number in range(3)] == [4, 5, 4]
-    assert depth_figure({"depths": [{"stage": "stem"}]}) == depth_figure({}) == ""
-
-
 def test_bars_grow_with_the_shift_and_whiskers_hold_their_ends():
     drawing = shift_figure(make_shift((0.4, 0.8, 0.0)))
     wide = [float(rect.get("width")) for rect in elements(drawing, "rect") if rect.get("class") == "bar"]
@@ -333,40 +343,31 @@ def test_any_shift_stays_inside_its_frame(values):
 
 
 def test_without_batch_norm_there_are_no_bars():
-    assert shift_figure([]) == shift_figure([{"stage": "stem", "mean": {"value": None}}]) == ""
+    assert shift_figure(()) == ""
 
 
 def test_forecasts_read_like_prose():
-    rows = {row["strategy"]: row for row in forecast_rows(make_advice())}
-    assert rows["probe"] == {"strategy": "probe", "gain": "0", "interval": "", "seconds": "0.4 s"} | {
-        "memory": "310 MB",
-        "mark": "",
-    }
-    assert (rows["partial"]["gain"], rows["partial"]["interval"]) == ("+2.1", "−0.4 to +4.6")
-    assert [row["seconds"] for row in rows.values()] == ["0.4 s", "41 s", "3.2 min", "2.0 h"]
-    assert [row["mark"] for row in rows.values()] == ["", "chosen", "runner-up", "gain not measured"]
-    assert rows["adapter"]["memory"] == "2.4 GB"
+    rows = {row.strategy: row for row in forecast_rows(make_advice())}
+    nothing = {"gain": "0", "interval": "", "seconds": "0.4 s", "memory": "310 MB", "mark": ""}
+    assert rows["probe"] == ForecastRow(strategy="probe", **nothing)
+    assert (rows["partial"].gain, rows["partial"].interval) == ("+2.1", "−0.4 to +4.6")
+    assert [row.seconds for row in rows.values()] == ["0.4 s", "41 s", "3.2 min", "2.0 h"]
+    assert [row.mark for row in rows.values()] == ["", "chosen", "runner-up", "gain not measured"]
+    assert (rows["adapter"].gain, rows["adapter"].interval, rows["adapter"].memory) == ("–", "", "2.4 GB")
 
 
 def test_a_strategy_that_the_recipe_chose_is_not_called_advised():
-    assert [row["mark"] for row in forecast_rows(make_advice(), chosen="probe")] == [
+    assert [row.mark for row in forecast_rows(make_advice(), chosen="probe")] == [
         "chosen",
         "advised",
         "runner-up",
         "gain not measured",
     ]
-    why = decision_context(make_facts(), make_plan(train={"strategy": "probe"}))["why"]
+    why = decide(make_facts(), make_plan(None, "train.strategy=probe")).why
     assert why.endswith("different from the source. The advice is partial; the recipe says probe.")
-    named = [{"key": "train.strategy", "value": "partial", "why": "the recipe says so"}]
-    why = decision_context(make_facts(), make_plan(train={"strategy": "partial"}, reasons=named))["why"]
+    named = (Reason(key="train.strategy", value="partial", why="the recipe says so"),)
+    why = decide(make_facts(), make_plan(reasons=named)).why
     assert why.endswith("The advice is partial, and the recipe says so.")
-
-
-def test_a_forecast_without_numbers_shows_dashes():
-    nothing = {"strategy": "full", "gain": float("nan"), "gain_low": None, "seconds": float("inf")}
-    (row,) = forecast_rows({"forecasts": [nothing]})
-    assert [row[key] for key in ("gain", "interval", "seconds", "memory", "mark")] == ["–", "", "–", "–", ""]
-    assert forecast_rows({}) == []
 
 
 @pytest.mark.parametrize(
@@ -404,7 +405,7 @@ def test_memory_is_told_in_megabytes_or_gigabytes():
 @pytest.mark.parametrize("values", [(0.4, 0.9, 0.8), (0.4, 0.8, 0.9), (0.9,)])
 def test_an_earlier_depth_leads_where_the_facts_say_so(values, lead, error):
     profile = make_profile(values, lead=lead, lead_error=error)
-    is_earlier = ProfileFacts.model_validate(profile).earlier is not None
+    is_earlier = profile.earlier is not None
     assert ("told better by earlier features" in depth_sentence(profile)) == is_earlier
 
 
@@ -412,7 +413,6 @@ def test_a_lead_within_its_error_is_not_claimed():
     said = depth_sentence(make_profile(lead=0.01, lead_error=0.02))
     assert "1.0 points (standard error 2.0), too little to tell from chance: the top serves as well." in said
     assert said.endswith("Measured on 1,900 training images, the logistic probe judged by cross-validation.")
-    assert depth_sentence({}) == ""
 
 
 def test_every_measure_of_similarity_is_told():
@@ -433,8 +433,9 @@ def test_every_measure_of_similarity_is_told():
 
 
 def test_measures_that_are_not_there_give_no_row():
-    assert [name for name, _ in measure_rows({"similarity": {"value": 0.5, "low": 0.4, "high": 0.6}})] == ["Similarity"]
-    assert measure_rows({"similarity": None}) == measure_rows({}) == []
+    found = SimilarityFacts(value=0.5, low=0.4, high=0.6)
+    assert [name for name, _ in similarity_rows(found)] == ["Similarity"]
+    assert measure_rows(make_facts(similarity=None)) == similarity_rows(None) == []
 
 
 @pytest.mark.parametrize(
@@ -447,15 +448,15 @@ def test_measures_that_are_not_there_give_no_row():
     ],
 )
 def test_mirroring_is_judged_in_a_sentence(is_safe, value, words):
-    sided = [["left", "right"]] if value == 0.5 else []
-    said = chirality_sentence({"share": share(value), "is_safe": is_safe, "sided": sided})
+    sided = (("left", "right"),) if value == 0.5 else ()
+    said = chirality_sentence(ChiralityFacts(share=share(value), is_safe=is_safe, sided=sided))
     assert said.startswith(words)
     assert ("By their names, left and right are each other's mirror image." in said) == bool(sided)
-    assert chirality_sentence({}) == ""
+    assert chirality_sentence(ChiralityFacts(share=None, is_safe=None)) == ""
 
 
 def test_the_page_tells_the_whole_decision(tmp_path):
-    page = render_report(write_run(tmp_path / "run", make_facts(), make_plan()))
+    page = page_of(tmp_path, make_facts(), make_plan())
     section = page.split('<section id="depth">')[1].split("</section>")[0]
     assert re.findall(r"<h[23]>(.*?)</h", section) == [
         "Why this depth",
@@ -477,53 +478,42 @@ def test_the_page_tells_the_whole_decision(tmp_path):
     ],
 )
 def test_a_missing_part_leaves_no_heading(tmp_path, missing, heading):
-    page = render_report(write_run(tmp_path / "run", make_facts() | {missing: None}, make_plan()))
+    page = page_of(tmp_path, make_facts(**{missing: None}), make_plan())
     section = page.split('<section id="depth">')[1].split("</section>")[0]
     assert "Why this depth" in section and heading not in section
     assert not re.search(r"<(div|dl|p|figure|tbody)\b[^>]*>\s*</\1>", section)
 
 
 def test_advice_without_forecasts_has_no_table(tmp_path):
-    advice = make_advice() | {"forecasts": []}
-    page = render_report(write_run(tmp_path / "run", make_facts(), make_plan(advice=advice)))
+    page = page_of(tmp_path, make_facts(), make_plan(advice=make_advice(forecasts=())))
     assert "What each strategy would give" not in page and 'class="quadrants"' in page
 
 
 def test_random_weights_have_no_place_on_the_grid(tmp_path):
-    facts = {"classes": ["a"], "similarity": None, "profile": None, "chirality": None}
-    advice = make_advice() | {"why": "the weights are random, so there is nothing to keep", "forecasts": []}
-    page = render_report(write_run(tmp_path / "run", facts, make_plan(pretrained=False, advice=advice)))
+    advice = make_advice(why="the weights are random, so there is nothing to keep", forecasts=())
+    page = page_of(tmp_path, make_bare_facts(), make_plan(pretrained=False, advice=advice))
     assert "The weights are random, so there is nothing to keep." in page and 'class="quadrants"' not in page
 
 
-@pytest.mark.parametrize("facts", [{}, {"similarity": 0.78, "chance": 0.2}], ids=["bare", "older"])
-def test_a_run_without_advice_has_no_section(tmp_path, facts):
-    page = render_report(write_run(tmp_path / "run", facts, {"name": "old", "train": {"strategy": "full"}}))
-    assert "Why this depth" not in page and 'href="#depth"' not in page
-
-
 def test_names_are_text_and_never_markup(tmp_path):
-    facts, plan = make_facts(), make_plan()
-    facts["profile"] = make_profile((0.4, 0.6), stages=[NASTY, f"{NASTY}2"])
-    facts["similarity"]["shift"] = make_shift((0.4, 0.6), stages=[NASTY, f"{NASTY}2"])
-    facts["similarity"]["response"]["named"] = [[NASTY, 0.5]]
-    facts["chirality"]["sided"] = [[NASTY, NASTY]]
-    plan["advice"]["forecasts"][0]["strategy"] = plan["advice"]["why"] = NASTY
-    for drawing in (depth_figure(facts["profile"]), shift_figure(facts["similarity"]["shift"])):
+    profile, shift = make_profile((0.4, 0.6), stages=[NASTY, f"{NASTY}2"]), make_shift((0.4, 0.6), stages=[NASTY, "b"])
+    facts = make_facts(
+        profile=profile, chirality=ChiralityFacts(share=share(0.5), is_safe=True, sided=[(NASTY, NASTY)])
+    )
+    response = facts.similarity.response.model_copy(update={"named": ((NASTY, 0.5),)})
+    similarity = facts.similarity.model_copy(update={"shift": shift, "response": response})
+    advice = make_advice(why=NASTY)
+    forecast = advice.forecasts[0].model_copy(update={"strategy": NASTY})
+    plan = make_plan(advice=advice.model_copy(update={"forecasts": (forecast,)}))
+    for drawing in (depth_figure(profile), shift_figure(shift)):
         assert NASTY in [text.text for text in elements(drawing, "text")]
-    section = render_report(write_run(tmp_path / "run", facts, plan)).split('<section id="depth">')[1]
+    page = page_of(tmp_path, facts.model_copy(update={"similarity": similarity}), plan)
+    section = page.split('<section id="depth">')[1]
     assert "<b>&" not in section and "&lt;b&gt;&amp;" in section
 
 
-def test_the_context_is_a_function_of_its_arguments():
-    facts, plan = make_facts(), make_plan()
-    before = json.dumps([facts, plan])
-    assert decision_context(facts, plan) == decision_context(facts, plan)
-    assert json.dumps([facts, plan]) == before
-
-
 def grid_lines(**place):
-    text = grid_text(Advice.model_validate(make_advice(**place)))
+    text = grid_text(make_advice(**place))
     lines = text.splitlines()
     assert max(map(len, lines)) <= 72 and len(lines) <= 14 and text.isascii()
     return lines[2:-3]
@@ -548,19 +538,19 @@ def test_the_terminal_draws_the_interval_as_a_bar():
 
 
 def test_the_terminal_names_every_sign_that_it_draws():
-    text = grid_text(Advice.model_validate(make_advice(images=30, similarity=0.6)))
+    text = grid_text(make_advice(images=30, similarity=0.6))
     key = text.splitlines()[-1]
     drawn = set("".join(grid_lines(images=30, similarity=0.6)[:-1])) & set(".+#")
     assert drawn and all(f"{sign} {name}" in key for sign, name in zip(".+#", ORDER, strict=True))
 
 
 def test_the_terminal_leaves_out_what_is_not_known():
-    unknown = Advice.model_validate(make_advice() | {"similarity": float("nan"), "forecasts": []})
+    unknown = make_advice(forecasts=()).model_copy(update={"similarity": float("nan")})
     assert grid_text(unknown) == forecasts_text(unknown) == ""
 
 
 def test_forecasts_stand_in_columns():
-    lines = forecasts_text(Advice.model_validate(make_advice())).splitlines()
+    lines = forecasts_text(make_advice()).splitlines()
     assert len(lines) == 5 and "\n".join(lines).isascii() and max(map(len, lines)) <= 100
     assert re.split(r"\s{2,}", lines[2].strip()) == ["partial", "+2.1 [-0.4 to +4.6]", "41 s", "310 MB", "chosen"]
     ends = [line.index(time) + len(time) for line, time in zip(lines, ["time", "0.4 s", "41 s"], strict=False)]
@@ -569,7 +559,7 @@ def test_forecasts_stand_in_columns():
 
 @pytest.mark.parametrize("values", [(0.42, 0.61, 0.83, 0.91, 0.88), (0.5,), (0.0, 1.0)])
 def test_a_line_per_depth_has_a_bar_of_its_accuracy(values):
-    lines = profile_text(ProfileFacts.model_validate(make_profile(values))).splitlines()
+    lines = profile_text(make_profile(values)).splitlines()
     bars = [line.count("#") for line in lines if re.search(r"\]; [\d.]+; [\d.]+$", line)]
     assert bars == [round(30 * value) for value in values]
     (best,) = [line for line in lines if line.startswith("  *")]
@@ -578,9 +568,7 @@ def test_a_line_per_depth_has_a_bar_of_its_accuracy(values):
 
 
 def test_the_terminal_tells_all_facts_of_a_decision():
-    facts = make_facts()
-    known = {key: facts[key] for key in ("similarity", "profile", "chirality")}
-    found = make_real_facts(**known, features={"hits": 1200, "misses": 3, "bytes": 12_300_000})
+    found = make_facts(features={"hits": 1200, "misses": 3, "bytes": 12_300_000})
     text = facts_text(found)
     assert "similarity    0.62 [0.53, 0.71] (1: as the images" in text
     assert "control       On features of the same network, untrained, a probe gets 38.0 %" in text
@@ -590,7 +578,7 @@ def test_the_terminal_tells_all_facts_of_a_decision():
 
 
 def test_the_terminal_tells_nothing_of_facts_that_are_not_there():
-    text = facts_text(make_real_facts())
+    text = facts_text(make_bare_facts())
     assert not re.search("similarity|control|mirroring|features  |Depths|None", text)
 
 
@@ -598,19 +586,19 @@ def test_mirrored_classes_reach_the_terminal():
     chirality = ChiralityFacts.model_validate(
         {"share": share(0.5), "is_safe": False, "sided": [["left hand", "right hand"]]}
     )
-    assert "left hand and right hand are each" in facts_text(make_real_facts(chirality=chirality))
+    assert "left hand and right hand are each" in facts_text(make_bare_facts(chirality=chirality))
 
 
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_no_grid_is_drawn_where_nothing_was_measured(pretrained):
-    advice = Advice.model_validate({**make_advice(), "cell": UNMEASURED})
+    advice = make_advice(cell=UNMEASURED)
     known = {"reasons": (), "stages": (), "advice": advice, "pretrained": pretrained}
     assert "Similarity, over" not in plan_text(Plan.model_construct(**known, train=TrainSpec(strategy="full")))
 
 
 @pytest.mark.parametrize("pretrained", [True, False])
 def test_a_plan_ends_with_its_grid_and_forecasts(pretrained):
-    known = {"reasons": (), "stages": (), "advice": Advice.model_validate(make_advice()), "pretrained": pretrained}
+    known = {"reasons": (), "stages": (), "advice": make_advice(), "pretrained": pretrained}
     text = plan_text(Plan.model_construct(**known, train=TrainSpec(strategy="full")))
     assert ("Similarity, over training images per class" in text) == pretrained
     chosen, advised = (next(line for line in text.splitlines() if word in line) for word in ("chosen", "advised"))

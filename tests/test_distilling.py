@@ -248,9 +248,9 @@ def test_a_student_of_an_ensemble_is_one_network_and_is_judged_beside_it(pool, s
     assert pair["n"] == len(right)
     assert pair["difference"] == pytest.approx(ours.mean() - right.mean())
     assert pair["low"] <= pair["difference"] <= pair["high"]
-    assert "final minus teacher on test" in scores_text(scores)
-    assert ", for 1 pass in place of 2" in scores_text(scores)
-    assert "views are compared" not in scores_text(scores)
+    assert "final minus teacher on test" in scores_text(student.scores)
+    assert ", for 1 pass in place of 2" in scores_text(student.scores)
+    assert "views are compared" not in scores_text(student.scores)
     page = student.file("report.html").read_text(encoding="utf-8")
     assert "Against its teacher, image by image" in page
     assert ", for 1 pass per image in place of 2;" in page
@@ -265,17 +265,17 @@ def test_passes_are_views_times_networks_on_both_sides_and_views_that_differ_are
     evaluate(teacher.path, views="ten", say=quiet)
     run = start(shapes, tmp_path / "runs", *taught(teacher), "train.epochs=1")
     alike = "image in place of"
-    text, page = scores_text(run.read_json("scores.json")), run.file("report.html").read_text(encoding="utf-8")
+    text, page = scores_text(run.scores), run.file("report.html").read_text(encoding="utf-8")
     assert ", for 1 pass in place of 10" in text and alike in page
     assert "judged in ten views and its student in center, so the views are compared" in " ".join(text.split())
     assert "judged in ten views and its student in center" in page
     evaluate(teacher.path, views="center", say=quiet)
     shutil.rmtree(teacher.path)  # what it said, and in which views, is kept
     scores = evaluate(run.path, views="ten", say=quiet)
-    assert (scores["teacher"]["views"], scores["teacher"]["passes"], scores["teacher"]["student_passes"]) == (
+    assert (scores.teacher.views, scores.teacher.passes, scores.teacher.student_passes) == (
         "ten", 10, 10,
     )  # fmt: skip
-    assert "in place of" not in scores_text(scores) and "views_note" not in scores["teacher"]
+    assert "in place of" not in scores_text(scores) and scores.teacher.views_note is None
     assert alike not in run.file("report.html").read_text(encoding="utf-8")
     assert ", for 5 passes in place of 10" in scores_text(evaluate(run.path, views="five", say=quiet))
 
@@ -382,12 +382,12 @@ def test_a_teacher_that_has_changed_or_is_gone_stops_a_resume(shapes, pool, tmp_
     shutil.copytree(pool[2].path, teacher.path)
     ft.resume(run.path, say=quiet)
     shutil.rmtree(teacher.path)
-    before = run.read_json("scores.json")["teacher"]
-    assert evaluate(run.path, say=quiet)["teacher"] == before  # its answers are kept beside the student's
+    before = run.scores.teacher
+    assert evaluate(run.path, say=quiet).teacher == before  # its answers are kept beside the student's
     run.file("predictions.npz").unlink()
     scores = evaluate(run.path, say=quiet)
-    assert "not at hand" in scores["teacher"]["note"]
-    assert scores["teacher"]["note"] in scores_text(scores)
+    assert "not at hand" in scores.teacher.note
+    assert scores.teacher.note in scores_text(scores)
 
 
 def refusal(shapes, tmp_path, *wishes):

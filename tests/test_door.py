@@ -50,7 +50,7 @@ def test_a_run_may_be_named_by_itself_or_by_its_folder(run, photo):
     again = [ft.report(one, say=quiet) for one in (run, str(run.path))]
     assert again == [run.file("report.html")] * 2
     assert ft.resume(str(run.path), say=quiet).path == ft.resume(run, say=quiet).path == run.path
-    assert ft.evaluate(run, say=quiet)["test"] == run.read_json("scores.json")["test"]
+    assert ft.evaluate(run, say=quiet).test == run.scores.test
 
 
 def test_images_in_memory_get_the_answer_of_their_file(run, photo):
@@ -166,8 +166,8 @@ def test_the_python_of_the_readme_runs(shapes, tmp_path, monkeypatch, photo):
 def test_a_run_is_judged_on_images_of_one_class(run, shapes, tmp_path):
     shutil.copytree(shapes / "disc", tmp_path / "discs" / "disc")
     found = evaluate_elsewhere(run, tmp_path / "discs")
-    assert found["n"] == 24 and found["missing_classes"] == ["square", "stripes"]
-    assert found["scores"]["top1"]["n"] == 24
+    assert found.n == 24 and found.missing_classes == ("square", "stripes")
+    assert found.scores.top1.n == 24
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from finetune.evaluation.prediction import predict_draws
 from finetune.evaluation.viewing import Viewer
 from finetune.features.survey import look
 from finetune.models.regularization import sample_predictions
+from finetune.recipe.measures import Measure
 from finetune.recipe.planning import make_plan
+from finetune.recipe.scores import AgainstOrdinary
 from finetune.scores.metrics import log_loss
 
 WISHES = [
@@ -100,9 +102,9 @@ def test_scores_tell_the_mean_of_the_draws_beside_the_ordinary_answer(run, seen)
 
 
 def test_judged_again_the_draws_are_the_same_whatever_the_views(run):
-    before = run.read_json("scores.json")["draws"]
-    assert ft.evaluate(run.path, views="five", say=quiet)["draws"] == before  # centre against centre
-    assert ft.evaluate(run.path, views="center", say=quiet)["draws"] == before
+    before = run.scores.draws
+    assert ft.evaluate(run.path, views="five", say=quiet).draws == before  # centre against centre
+    assert ft.evaluate(run.path, views="center", say=quiet).draws == before
 
 
 def test_the_backbone_looks_once_and_the_draws_are_those_of_whole_passes_bit_for_bit(run, seen):
@@ -130,14 +132,15 @@ def test_an_average_of_networks_is_judged_without_draws_and_says_so(run, tmp_pat
     ],
 )
 def test_the_sentence_says_no_more_than_the_intervals(low, high, loss, said):
-    pair = {"difference": (low + high) / 2, "low": low, "high": high, "n": 100}
-    pair["log_loss_difference"] = {"value": sum(loss) / 2, "low": loss[0], "high": loss[1]}
+    losses = Measure(value=sum(loss) / 2, low=loss[0], high=loss[1], n=100)
+    ends = {"difference": (low + high) / 2, "low": low, "high": high}
+    pair = AgainstOrdinary(**ends, n=100, only_draws_right=3, only_ordinary_right=2, log_loss_difference=losses)
     assert re.search(said, draws_sentence(20, pair, "test"))
 
 
 def test_without_images_nothing_is_compared():
     none = torch.empty(0, dtype=torch.long)
-    assert "sentence" not in compare_draws(3, {}, {}, {}, {"val": none, "test": none})
+    assert compare_draws(3, {}, {}, {}, {"val": none, "test": none}).sentence is None
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from finetune.evaluation.elsewhere import evaluate_backbone, evaluate_elsewhere,
 from finetune.evaluation.views import view_names
 from finetune.models.backbones import load_backbone
 from finetune.recipe.cards import read_card
+from finetune.recipe.elsewhere import FittedTemperature
 from finetune.recipe.runs import RunFolder
+from finetune.recipe.scores import Temperature
 
 SIZE = 48
 NAMES = ("disc, circle", "square", "stripes, bars", "ring", "5", "crane, bird", "crane, machine")
@@ -72,12 +74,12 @@ def _test_part(run, shapes, folder):
 
 def test_the_runs_own_test_images_get_the_scores_they_had(finished, shapes, tmp_path):
     found = evaluate_elsewhere(finished, _test_part(finished, shapes, tmp_path / "again"))
-    known = finished.read_json("scores.json")["test"]
-    assert found["scores"]["top1"] == known["top1"] == found["own_test"]
-    assert found["scores"]["confusion"] == known["confusion"]
-    assert found["scores"]["log_loss"]["value"] == pytest.approx(known["log_loss"]["value"], abs=1e-5)
-    assert found["missing_classes"] == [] and found["bad_images"] == [] and found["role"] == "all"
-    assert found["seen"]["n"] == found["n"] == known["n"] and "flatter" in found["seen"]["note"]
+    known = finished.scores.test
+    assert found.scores.top1 == known.top1 == found.own_test
+    assert found.scores.confusion == known.confusion
+    assert found.scores.log_loss.value == pytest.approx(known.log_loss.value, abs=1e-5)
+    assert found.missing_classes == () and found.bad_images == () and found.role == "all"
+    assert found.seen.n == found.n == known.n and "flatter" in found.seen.note
 
 
 def test_nothing_in_the_run_folder_changes(finished, shapes):
@@ -91,10 +93,10 @@ def test_columns_follow_names_where_classes_are_missing(finished, shapes, tmp_pa
     for name in ("square", "stripes"):
         shutil.copytree(shapes / name, folder / name)
     found = evaluate_elsewhere(finished, folder)
-    assert found["missing_classes"] == ["disc"] and found["n"] == 48
-    assert [sum(row) for row in found["scores"]["confusion"]] == [0, 24, 24]  # rows are the truth, in the run's order
-    whole = evaluate_elsewhere(finished, shapes)["scores"]["confusion"]
-    assert found["scores"]["confusion"][1:] == whole[1:]
+    assert found.missing_classes == ("disc",) and found.n == 48
+    assert [sum(row) for row in found.scores.confusion] == [0, 24, 24]  # rows are the truth, in the run's order
+    whole = evaluate_elsewhere(finished, shapes).scores.confusion
+    assert found.scores.confusion[1:] == whole[1:]
 
 
 def test_unknown_classes_are_all_named_with_the_nearest(finished, shapes, tmp_path):
@@ -108,11 +110,11 @@ def test_unknown_classes_are_all_named_with_the_nearest(finished, shapes, tmp_pa
 
 
 def test_what_a_run_was_fitted_on_is_told(finished, shapes):
-    told = evaluate_elsewhere(finished, shapes)["fitted_on"]
-    assert told["weights"] == "train" and told["root"] == str(shapes)
-    assert told["split_digest"] == finished.plan.split_digest
-    assert told["chosen_by_val"] and not any("test" in flag for flag in told["chosen_by_val"])
-    assert told["temperature"] is None  # seven calibration images are too few for one
+    told = evaluate_elsewhere(finished, shapes).fitted_on
+    assert told.weights == "train" and told.root == str(shapes)
+    assert told.split_digest == finished.plan.split_digest
+    assert told.chosen_by_val and not any("test" in flag for flag in told.chosen_by_val)
+    assert told.temperature is None  # seven calibration images are too few for one
 
 
 def test_the_temperature_of_the_run_is_used_and_its_images_are_counted(finished, shapes, tmp_path):
@@ -121,11 +123,12 @@ def test_the_temperature_of_the_run_is_used_and_its_images_are_counted(finished,
     plan = finished.plan
     hot = plan.evaluate.model_copy(update={"calibrate": True})
     run.write_text("plan.yaml", plan.model_copy(update={"evaluate": hot}).to_yaml())
-    run.write_json("scores.json", {**run.read_json("scores.json"), "temperature": {"value": 1e4, "n": 120}})
+    hot = Temperature(value=1e4, n=120, log_loss_before=1, log_loss_after=1, ece_before=0, ece_after=0)
+    run.write_json("scores.json", run.scores.model_copy(update={"temperature": hot}).model_dump(mode="json"))
     found = evaluate_elsewhere(run, shapes)
-    assert found["fitted_on"]["temperature"] == {"role": "calibration", "value": 1e4, "n": 120}
-    assert found["scores"]["log_loss"]["value"] == pytest.approx(torch.tensor(3.0).log().item(), abs=1e-2)
-    assert found["scores"]["top1"] == evaluate_elsewhere(finished, shapes)["scores"]["top1"]
+    assert found.fitted_on.temperature == FittedTemperature(role="calibration", value=1e4, n=120)
+    assert found.scores.log_loss.value == pytest.approx(torch.tensor(3.0).log().item(), abs=1e-2)
+    assert found.scores.top1 == evaluate_elsewhere(finished, shapes).scores.top1
 
 
 def test_images_of_another_make_are_not_taken_for_seen_ones(finished, shapes, tmp_path):
@@ -134,7 +137,7 @@ def test_images_of_another_make_are_not_taken_for_seen_ones(finished, shapes, tm
         Image.new("RGB", (40, 40), "red" if name == "disc" else "blue").save(tmp_path / "new" / name / "a.png")
     shutil.copy(shapes / "disc" / "00.png", tmp_path / "new" / "disc" / "renamed.png")
     found = evaluate_elsewhere(finished, tmp_path / "new")
-    assert found["seen"]["n"] == 1 and found["n"] == 3
+    assert found.seen.n == 1 and found.n == 3
 
 
 def test_only_the_test_part_is_judged_where_there_is_one_and_broken_images_are_named(finished, shapes, tmp_path):
@@ -145,13 +148,13 @@ def test_only_the_test_part_is_judged_where_there_is_one_and_broken_images_are_n
                 shutil.copy(shapes / name / f"{number:02}.png", tmp_path / "parts" / role / name)
     (tmp_path / "parts" / "test" / "disc" / "00.png").write_bytes(b"nothing")
     found = evaluate_elsewhere(finished, tmp_path / "parts")
-    assert found["role"] == "test" and found["n"] == 17
-    assert [bad["name"] for bad in found["bad_images"]] == ["test/disc/00.png"]
+    assert found.role == "test" and found.n == 17
+    assert [bad.name for bad in found.bad_images] == ["test/disc/00.png"]
 
 
 def test_mirrored_views_are_used_only_where_the_run_allows_them(finished, shapes):
     found = evaluate_elsewhere(finished, shapes, views="ten")
-    assert found["views"] == "five" and "hflip" in found["views_note"]
+    assert found.views == "five" and "hflip" in found.views_note
 
 
 def test_a_run_that_is_not_finished_is_refused(finished, shapes, tmp_path):
@@ -214,8 +217,8 @@ def test_a_shared_backbone_knows_ants_and_bees_by_its_own_names(shared, monkeypa
         folder.mkdir(exist_ok=True)
         (folder / new).symlink_to(shared / "data" / "ants_bees" / "test" / old)
     found = evaluate_backbone("mobilenetv2_100.imagenet_keras", folder)
-    assert found["classes"]["ant"].startswith("ant, ") and found["num_source_classes"] == 1000
-    assert found["scores"]["top1"]["low"] > 0.5  # among a thousand
+    assert found.classes["ant"].startswith("ant, ") and found.num_source_classes == 1000
+    assert found.scores.top1.low > 0.5  # among a thousand
 
 
 @pytest.mark.technique("T154")
@@ -227,9 +230,9 @@ def test_the_average_over_views_is_that_of_probabilities(zoo, shapes, tmp_path):
     expected = _plain_crops(card, [item.file for item in open_source(folder).items]).softmax(2).mean(0)
     labels = torch.arange(3).repeat_interleave(24)
     found = evaluate_backbone("tiny", folder, views="ten")
-    assert found["scores"]["top1"]["value"] == pytest.approx(float((expected.argmax(1) == labels).double().mean()))
+    assert found.scores.top1.value == pytest.approx(float((expected.argmax(1) == labels).double().mean()))
     loss = float(-expected.gather(1, labels[:, None]).log().mean())
-    assert found["scores"]["log_loss"]["value"] == pytest.approx(loss, abs=1e-5)
+    assert found.scores.log_loss.value == pytest.approx(loss, abs=1e-5)
 
 
 def test_folders_find_their_output_by_name_by_one_of_its_names_or_by_number(zoo, shapes, tmp_path):
@@ -240,12 +243,12 @@ def test_folders_find_their_output_by_name_by_one_of_its_names_or_by_number(zoo,
     shutil.copy(shapes / "disc" / "00.png", folder / "5")
     found = evaluate_backbone("tiny", folder)
     expected = {"disc, circle": "disc, circle", "bars": "stripes, bars", "6": "crane, machine", "5": "5"}
-    assert found["classes"] == expected  # "5" is the name of output 4
-    assert {row["name"]: row["n"] for row in found["scores"]["per_class"]} == {
+    assert found.classes == expected  # "5" is the name of output 4
+    assert {row.name: row.n for row in found.scores.per_class} == {
         "disc, circle": 24, "stripes, bars": 24, "5": 1, "crane, machine": 24,
     }  # fmt: skip
-    assert found["missing_classes"] == ["square", "ring", "crane, bird"]
-    assert found["fitted_on"]["chosen_by_val"] == [] and "confusion" not in found["scores"]
+    assert found.missing_classes == ("square", "ring", "crane, bird")
+    assert found.fitted_on.chosen_by_val == () and found.scores.confusion is None
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def test_images_that_have_moved_are_named_and_found_by_their_content(shapes, fir
     assert run.read_json("scores.json") == first.read_json("scores.json")
     assert run.plan.data.root == str(there)
     assert yaml.safe_load(run.file("recipe.yaml").read_text())["data"]["root"] == str(there)
-    assert ft.evaluate(run.path, views="five", say=quiet)["views"] == "five"
+    assert ft.evaluate(run.path, views="five", say=quiet).views == "five"
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import torch
 from scipy import optimize, stats
 
 from finetune.scores.intervals import (
-    Interval,
     bootstrap_mean,
     mean_of_differences,
     mean_of_f1,
@@ -45,7 +44,7 @@ def test_a_share_of_nothing_is_refused(hits, n):
 
 
 def test_an_interval_becomes_the_json_of_a_share():
-    assert Interval(0.5, 0.25, 0.75, 4).as_dict() == {"value": 0.5, "low": 0.25, "high": 0.75, "n": 4}
+    assert list(wilson(2, 4).model_dump()) == ["value", "low", "high", "n"]
 
 
 def test_paired_difference_equals_published_numbers():

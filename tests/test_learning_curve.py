@@ -11,6 +11,7 @@ from finetune.features import learning_curve
 from finetune.features.depths import cross_validate
 from finetune.features.learning_curve import measure_curve, nested_parts, weigh_laws
 from finetune.features.probing import fit_probe, probe_path
+from finetune.recipe.measures import LearningCurveFacts
 from finetune.reporting.curve import curve_figure, curve_sentence
 
 PENALTY = 0.1
@@ -110,13 +111,13 @@ def test_too_few_images_are_said_to_tell_nothing():
     features, labels = draw(3, torch.Generator().manual_seed(0))
     curve = measured(features, labels)
     assert (curve.twice, curve.exponent, curve.is_told) == (None, None, False)
-    assert "cannot be told from 12 images" in curve_sentence(curve.model_dump())
-    assert curve_figure(curve.model_dump()) == ""
+    assert "cannot be told from 12 images" in curve_sentence(curve)
+    assert curve_figure(curve) == ""
     features, labels = draw(6, torch.Generator().manual_seed(0))
     few = measured(features, labels)
     assert few.twice is not None
     assert not few.is_told
-    assert "cannot be told from 24 images" in curve_sentence(few.model_dump())
+    assert "cannot be told from 24 images" in curve_sentence(few)
 
 
 def test_val_judges_where_it_is_given():
@@ -142,7 +143,7 @@ def test_uneven_classes_count_alike():
     recalls = [float(right[labels == label].double().mean()) for label in range(4)]
     assert curve.is_balanced
     assert curve.points[-1].accuracy.value == pytest.approx(sum(recalls) / 4)
-    assert "balanced accuracy" in curve_sentence({**curve.model_dump(), "is_told": True})
+    assert "balanced accuracy" in curve_sentence(curve.model_copy(update={"is_told": True}))
 
 
 def test_many_images_and_classes_get_fewer_and_smaller_parts(monkeypatch):
@@ -168,7 +169,7 @@ def test_the_penalty_is_that_of_all_images(monkeypatch):
     assert [num * l2 for num, l2 in asked] == pytest.approx([128 * PENALTY] * 14)
 
 
-CURVE = {
+CURVE = LearningCurveFacts.model_validate({
     "points": [
         {"images": n, "probes": 1, "accuracy": {"value": v, "low": v - 0.03, "high": v + 0.03, "n": 500}}
         for n, v in ((125, 0.7), (250, 0.76), (500, 0.8), (1000, 0.842))
@@ -177,12 +178,12 @@ CURVE = {
     "exponent": {"value": 0.3, "low": 0.2, "high": 0.4, "n": 500},
     "now": {"value": 0.841, "low": 0.82, "high": 0.86, "n": 500},
     "twice": {"value": 0.87, "low": 0.85, "high": 0.89, "n": 500},
-}  # fmt: skip
+})  # fmt: skip
 
 
 def test_one_line_tells_it():
     assert curve_sentence(CURVE) == "twice the labels: probe 84.1 -> about 87 % [85, 89]"
-    assert curve_sentence({}) == ""
+    assert curve_sentence(None) == ""
 
 
 def test_the_figure_shows_every_point_with_its_interval_and_the_foretold_one_hollow():
@@ -207,7 +208,7 @@ def test_plan_and_report_hold_it(shapes, tmp_path, capsys):
     assert '"learning_curve"' in planned.stdout
     told = []
     run = ft.train(wishes[0], wishes[1:], runs=tmp_path, say=told.append)
-    curve = run.read_json("facts.json")["learning_curve"]
+    curve = run.facts.learning_curve
     said = curve_sentence(curve)
     assert said.startswith("twice the labels: probe ")
     assert said in "\n".join(told)

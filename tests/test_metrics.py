@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.recipe.scores import SplitScores
 from finetune.scores import metrics
 from finetune.scores.intervals import wilson
 from finetune.scores.metrics import (
@@ -176,24 +177,25 @@ def test_score_predictions_is_the_test_object_of_scores_json():
     scores = score_predictions(probabilities, labels, list("abcdefg"))
     share = {"value", "low", "high", "n"}
     shares = ["balanced_accuracy", "macro_f1", "top1", "top5", "log_loss", "ece"]
-    assert list(scores) == ["n", "majority", *shares, "per_class", "confusion"]
-    assert scores["majority"] == int(labels.bincount().max()) / 60
+    stored = scores.model_dump(mode="json")
+    assert list(stored) == ["n", "majority", *shares, "per_class", "confusion"]
+    assert scores.majority == int(labels.bincount().max()) / 60
     for key in shares:
-        assert set(scores[key]) == share and scores[key]["n"] == scores["n"] == 60
-        assert scores[key]["low"] <= scores[key]["value"] <= scores[key]["high"]
-    assert [set(each) for each in scores["per_class"]] == [{"name", "n", "precision", "recall", "f1"}] * 7
-    assert set(scores["per_class"][0]["recall"]) == share
-    assert sum(map(sum, scores["confusion"])) == 60
-    assert json.loads(json.dumps(scores, allow_nan=False)) == scores
+        assert set(stored[key]) == share and stored[key]["n"] == scores.n == 60
+        assert stored[key]["low"] <= stored[key]["value"] <= stored[key]["high"]
+    assert [set(each) for each in stored["per_class"]] == [{"name", "n", "precision", "recall", "f1"}] * 7
+    assert set(stored["per_class"][0]["recall"]) == share
+    assert sum(map(sum, scores.confusion)) == 60
+    assert SplitScores.model_validate(json.loads(json.dumps(stored, allow_nan=False))) == scores
     assert scores == score_predictions(probabilities, labels, list("abcdefg"))
     other = score_predictions(probabilities, labels, list("abcdefg"), seed=1)
-    assert other["log_loss"]["low"] != scores["log_loss"]["low"] and other["top1"] == scores["top1"]
+    assert other.log_loss.low != scores.log_loss.low and other.top1 == scores.top1
 
 
 @pytest.mark.parametrize(("num_classes", "is_scored"), [(2, False), (5, False), (6, True)])
 def test_top5_is_scored_only_where_it_could_fail(num_classes, is_scored):
     scores = score_predictions(torch.eye(num_classes), torch.arange(num_classes), [str(k) for k in range(num_classes)])
-    assert (scores["top5"] is not None) is is_scored
+    assert (scores.top5 is not None) is is_scored
 
 
 def test_what_is_no_prediction_is_refused():

@@ -166,7 +166,7 @@ def test_val_chooses_among_members_each_in_its_own_view(pool, seen, tmp_path):
     chosen = predict_probabilities(load_ensemble(made), seen.dataset.store, rows, made.plan, "center")
     loss = float(nn.functional.nll_loss(log_probabilities(chosen), seen.dataset.labels("val")))
     assert loss == pytest.approx(found["val_log_losses"][-1], rel=1e-5)
-    assert len(score_members(made, look(ft.load_recipe(made.file("recipe.yaml"))).dataset)["test"]) >= len(
+    assert len(score_members(made, look(ft.load_recipe(made.file("recipe.yaml"))).dataset).test) >= len(
         found["members"]
     )
 
@@ -180,10 +180,10 @@ def test_it_predicts_is_compared_reported_and_judged_again_like_any_run(pool, jo
     np.testing.assert_allclose(found, rows, atol=1e-5)
     one = next(predict_stream(joined, [photographs / "test"], coverage=0.9)) if _has_sets(joined) else answers[0]
     assert one.label in joined.plan.classes
-    assert compare([joined, pool[0]])["pairs"][0]["n"] == len(names)
-    assert evaluate_elsewhere(joined, photographs)["scores"]["top1"] == joined.read_json("scores.json")["test"]["top1"]
+    assert compare([joined, pool[0]]).pairs[0].n == len(names)
+    assert evaluate_elsewhere(joined, photographs).scores.top1 == joined.scores.test.top1
     scores = ft.evaluate(joined.path, views="ten", say=quiet)
-    assert len(scores["views_table"]) == 11 and scores["views_table"][0]["name"] == "top-left"
+    assert len(scores.views_table) == 11 and scores.views_table[0].name == "top-left"
     assert "ensemble of 3" in ft.report(joined.path, say=quiet).read_text()
     ft.evaluate(joined.path, views="center", say=quiet)
 

@@ -67,8 +67,8 @@ def test_an_image_folder_gives_what_the_folder_gives(from_folder, handed_in):
     ours, theirs = handed_in.facts, from_folder.facts
     assert ours.counts == theirs.counts and ours.classes == theirs.classes and ours.num_images == theirs.num_images
     assert ours.image_kinds == theirs.image_kinds and ours.median_width == theirs.median_width
-    right, other = handed_in.scores["test"]["top1"], from_folder.scores["test"]["top1"]
-    assert right["low"] <= other["value"] <= right["high"]
+    right, other = handed_in.scores.test.top1, from_folder.scores.test.top1
+    assert right.low <= other.value <= right.high
     assert handed_in.path.name.startswith("ImageFolder-")
 
 
@@ -93,7 +93,7 @@ def test_the_plan_names_what_was_handed_in_and_holds_no_place(handed_in, shapes)
 
 def test_a_run_needs_its_images_again(handed_in, shapes):
     again = ImageFolder(shapes)
-    assert ft.evaluate(handed_in, dataset=again, say=quiet)["test"] == handed_in.scores["test"]
+    assert ft.evaluate(handed_in, dataset=again, say=quiet).test == handed_in.scores.test
     assert ft.resume(handed_in, dataset=again, say=quiet).path == handed_in.path
     named = r"begun with torchvision.datasets.folder.ImageFolder \([0-9a-f]{12}\) for dataset"
     for verb in (ft.resume, ft.evaluate):
@@ -256,7 +256,7 @@ def test_images_with_no_folder_can_be_trained_on_and_resumed(runs, monkeypatch):
     fake = FakeData(48, (3, 32, 32), 3, random_offset=1)
     wish = [*SMALL, "train.strategy=partial", "train.epochs=1", "data.split.refit=false", "name=fake"]
     whole = ft.train(None, wish, dataset=fake, runs=runs, say=quiet)
-    assert whole.scores["test"]["top1"]["n"] and whole.report.stat().st_size
+    assert whole.scores.test.top1.n and whole.report.stat().st_size
     for name in ("scores.json", "card.yaml", "model.safetensors"):
         whole.file(name).unlink()
     before = whole.final_weights().read_bytes()

@@ -25,6 +25,7 @@ from finetune.models.heads import PROBE_SOFTENING
 from finetune.pipeline import summarize
 from finetune.preparing import extract, plan
 from finetune.recipe.runs import FILES, RunFolder
+from finetune.reporting.figures import percent
 from finetune.scores.calibration import fit_temperature, log_probabilities
 
 TINY = ["data.image_size=32", "train.batch_size=16"]
@@ -356,16 +357,20 @@ def test_a_page_is_written_again_without_its_images(shapes, tmp_path):
 def test_a_mirror_is_not_used_in_judging_unless_it_is_declared(full, tmp_path):
     run = RunFolder(shutil.copytree(full.path, tmp_path / "run"))
     scores = ft.evaluate(run.path, views="ten", say=quiet)
-    assert scores["views"] == "five"
-    assert "hflip" in scores["views_note"]
+    assert scores.views == "five"
+    assert "hflip" in scores.views_note
 
 
 def test_ten_crops_are_reported_beside_the_centre(shapes, tmp_path):
     run = start(shapes, tmp_path, "train.strategy=full", "data.invariances=[hflip]")
     scores = ft.evaluate(run.path, views="ten", say=quiet)
-    assert scores["views"] == "ten"
-    assert scores["center"]["test"]["top1"]["n"] == scores["test"]["top1"]["n"]
-    assert scores["test"]["log_loss"] != scores["center"]["test"]["log_loss"]
+    assert scores.views == "ten"
+    assert scores.center.test.top1.n == scores.test.top1.n
+    assert scores.test.log_loss != scores.center.test.log_loss
+    page = run.file("report.html").read_text()
+    assert f"the centre alone has {percent(scores.center.test.top1.value)}".replace(" %", "\u00a0%") in page
+    gain = run.read_json("scores.json")["views_gain"]["test"]
+    assert {"only_final_right", "only_center_right"} < gain.keys()
 
 
 def test_predictions_of_new_images_equal_those_of_the_evaluation(full, shapes):

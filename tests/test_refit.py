@@ -197,9 +197,9 @@ def test_who_answered_is_said_in_scores_terminal_and_page(full, probe):
         assert scores["probe"]["val"]["held_out"] == "held out: by the probe before refit"
         assert "held_out" not in scores["test"]
         assert f"answered by the {what} trained again on all" in scores["refit"]["note"]
-        assert scores["refit"]["note"].split(" (")[0] in " ".join(scores_text(scores).split())
+        assert scores["refit"]["note"].split(" (")[0] in " ".join(scores_text(run.scores).split())
         assert scores["refit"]["note"] in page
-    assert "out-of-fold: each labelled image" in scores_text(probe.read_json("scores.json"))
+    assert "out-of-fold: each labelled image" in scores_text(probe.scores)
     num = scores["temperature"]["n"]
     assert f"fitted on {num} images (out-of-fold: each labelled image" in page
     assert "stage 2, refit: stage 1 again, on all labelled images" in plan_text(full.plan)
@@ -448,13 +448,13 @@ def test_a_run_killed_in_the_refit_goes_on_to_the_same_weights(shapes, tmp_path,
 @pytest.mark.slow
 def test_a_refit_run_is_judged_again_and_predicts_by_the_refit(full, shapes, tmp_path):
     run = RunFolder(shutil.copytree(full.path, tmp_path / "run"))
-    before, said = run.read_json("scores.json"), stored(run)
+    before, said = run.scores, stored(run)
     assert ft.evaluate(run, say=quiet) == before
     name = str(said["test_names"][0])
     (answer,) = ft.predict(run, [shapes / name])
     np.testing.assert_allclose(list(answer.probabilities.values()), said["test_probabilities"][0], atol=1e-5)
     five = ft.evaluate(run, views="five", say=quiet)
-    assert five["val"]["held_out"] == five["center"]["val"]["held_out"] == "held out: by the model before refit"
+    assert five.val.held_out == five.center.val.held_out == "held out: by the model before refit"
     run.held_out_weights().unlink()
     with pytest.raises(RunError, match=r"is gone, the weights before the refit, and only these can judge val"):
         ft.evaluate(run, say=quiet)
@@ -463,11 +463,11 @@ def test_a_refit_run_is_judged_again_and_predicts_by_the_refit(full, shapes, tmp
 def test_in_other_views_a_refit_probe_is_judged_on_val_by_the_one_before(probe, tmp_path):
     run = RunFolder(shutil.copytree(probe.path, tmp_path / "run"))
     scores = ft.evaluate(run, views="five", say=quiet)
-    assert scores["temperature"] is None  # of 15 calibration images, for folds looked at the centre alone
+    assert scores.temperature is None  # of 15 calibration images, for folds looked at the centre alone
     seen = seen_by(run)
     for classifier, wanted in ((load_held_out(run), seen.probe), (load_final(run), seen.refit.probe)):
         torch.testing.assert_close(classifier.head.linear.weight, wanted.weight.float())
-    assert scores["center"]["test"]["top1"] == probe.read_json("scores.json")["test"]["top1"]
+    assert scores.center.test.top1 == probe.scores.test.top1
 
 
 @pytest.mark.slow

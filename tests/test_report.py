@@ -6,14 +6,22 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import jinja2
 import numpy as np
 import pytest
-import yaml
+import torch
+from made_scores import against_probe, make_scores, split_scores
 from PIL import Image
+from test_planning import make_facts
 
+import finetune as ft
 from finetune.errors import RunError
+from finetune.recipe.facts import BadFile
+from finetune.recipe.planning import make_plan
+from finetune.recipe.scores import AgainstProbe, ByRole, ClassScore, SplitScores
 from finetune.reporting import figures
 from finetune.reporting.report import (
+    _template,
     confused_pairs,
     draw_curves,
     find_mistakes,
@@ -22,6 +30,9 @@ from finetune.reporting.report import (
     write_report,
 )
 from finetune.reporting.verdict import judge
+from finetune.scores.calibration import fit_temperature, log_probabilities
+from finetune.scores.comparison import answered_right
+from finetune.scores.metrics import score_predictions
 from finetune.scores.shares import wilson
 
 FLOWERS = ("daisy", "dandelion", "rose", "sunflower", "tulip")
@@ -30,31 +41,7 @@ VOID = {"meta", "br", "img"}
 
 
 def share(right, n):
-    right, n = int(right), int(n)
-    return wilson(right, n).as_dict()
-
-
-def score(probabilities, labels, classes):
-    n, answer = len(labels), probabilities.argmax(1)
-    confusion = np.zeros((len(classes), len(classes)), int)
-    np.add.at(confusion, (labels, answer), 1)
-    found, given = confusion.sum(1), np.maximum(1, confusion.sum(0))
-    per_class = [
-        {"name": name, "n": int(found[i]), "f1": float(2 * confusion[i, i] / (found[i] + given[i]))}
-        | {"recall": share(confusion[i, i], found[i]), "precision": share(confusion[i, i], given[i])}
-        for i, name in enumerate(classes)
-    ]
-    loss = float(-np.log(probabilities[np.arange(n), labels]).mean())
-    return {
-        "n": n,
-        "top1": share(int((answer == labels).sum()), n),
-        "top5": None,
-        "balanced_accuracy": {"value": 0.931, "low": 0.909, "high": 0.95, "n": n},
-        "log_loss": {"value": loss, "low": loss * 0.8, "high": loss * 1.2, "n": n},
-        "ece": {"value": 0.023, "low": 0.014, "high": 0.04, "n": n},
-        "per_class": per_class,
-        "confusion": confusion.tolist(),
-    }
+    return wilson(int(right), int(n))
 
 
 def answers(labels, num_classes, *, strength, seed):
@@ -89,70 +76,41 @@ def write_curves(path):
 def make_run(folder, *, classes=FLOWERS, n=700, stages=2):
     """A run folder such as training leaves behind, numbers drawn from one seed."""
     folder.mkdir(parents=True)
-    count, classes = len(classes), list(classes)
+    count, classes = len(classes), tuple(classes)
     labels = np.sort(np.random.default_rng(0).permutation(n) % count)
     names = np.array([f"{classes[label]}/image_{i:05d}.jpg" for i, label in enumerate(labels)])
     final = answers(labels, count, strength=2.9, seed=1)
     probe = answers(labels, count, strength=2.8, seed=2) if stages else final
-    scores = {"views": "center", "classes": classes, "test": score(final, labels, classes), "val": None}
-    scores["probe"] = {"test": score(probe, labels, classes), "val": None}
-    is_right, was_right = final.argmax(1) == labels, probe.argmax(1) == labels
-    gained, fell = int((is_right & ~was_right).sum()), int((was_right & ~is_right).sum())
-    change = (gained - fell) / n
-    scores["paired"] = {"test": {"difference": change, "low": change - 0.02, "high": change + 0.02, "n": n}}
-    scores["paired"]["test"] |= {"only_final_right": gained, "only_probe_right": fell}
-    scores["temperature"] = {"value": 1.31, "n": 412, "log_loss_before": 0.231, "log_loss_after": 0.204}
-    scores["temperature"] |= {"ece_before": 0.041, "ece_after": 0.023}
-    counts = {"train": [380] * count, "val": [82] * count, "calibration": [0] * count, "test": [n // count] * count}
-    facts = {
+    labels_, final_, probe_ = (torch.from_numpy(part) for part in (labels, final, probe))
+    changes = {"temperature": fit_temperature(log_probabilities(final_), labels_), "classes": classes}
+    if stages:
+        changes["paired"] = answered_right(AgainstProbe, final_, probe_, labels_)
+    test, beside = (score_predictions(said, labels_, classes) for said in (final_, probe_))
+    scores = make_scores(test, probe=beside, **changes)
+    counts = {"train": (380,) * count, "val": (82,) * count, "calibration": (0,) * count, "test": (n // count,) * count}
+    facts = make_facts().model_copy(update={
         "root": "data/flowers",
-        "kind": "folders",
-        "classes": classes,
+        "classes": tuple(classes),
         "counts": counts,
         "num_images": 3670,
-        "bad_images": [
-            {"name": "rose/broken_0001.jpg", "reason": "truncated after 61 %"},
-            {"name": "tulip/empty.png", "reason": "empty file"},
-        ],
-        "leaks": 0,
+        "bad_images": (
+            BadFile(name="rose/broken_0001.jpg", reason="truncated after 61 %"),
+            BadFile(name="tulip/empty.png", reason="empty file"),
+        ),
         "split_digest": "9f2c41d07be85a13",
-        "warnings": ["3 pictures stand in two classes; all copies were set aside."],
+        "warnings": ("3 pictures stand in two classes; all copies were set aside.",),
         "image_kinds": {"rgb": 3651, "grey": 12, "cmyk": 7},
         "rotated": 41,
-        "median_width": 500,
-        "median_height": 375,
-        "backbone": {"name": "mobilenetv3_large_100.ra_in1k", "params_m": 5.48, "pretrained_on": "ImageNet-1k"}
-        | {"input_size": [3, 224, 224], "licence": "apache-2.0", "sha256": "4b1d" * 16},
-        "view": {"size_pixels": 224, "shorter_pixels": 256, "interpolation": "bicubic"},
         "chance": 1 / count,
         "majority": 0.245,
-        "probe": {"val": share(370, 412), "l2": 0.01},
-        "knn": {"val": share(340, 412), "k": 10},
-        "images_per_class": {"min": 340, "median": 380, "max": 402},
-        "similarity": 0.78,
-    }
-    stage = {"epochs": 10, "weight_decay": 0.05, "optimizer": "adamw", "schedule": "cosine", "warmup_fraction": 0.1}
-    stage |= {"patience": None, "batch_size": 64, "batch_norm": "frozen"}
-    two = [
-        {"name": "probe", "kind": "probe", "trainable_stages": 0, "lr_head": 1e-2, "lr_backbone": None, **stage},
-        {"name": "full", "kind": "full", "trainable_stages": 7, "lr_head": 1e-3, "lr_backbone": 1e-4, **stage},
-    ]
-    plan = {"name": "flowers", "backbone": "mobilenetv3_large_100.ra_in1k", "classes": classes, "stages": two[:stages]}
-    plan["train"] = {"strategy": "full" if stages else "probe"}
-    plan["reasons"] = [
-        {
-            "key": "train.strategy",
-            "value": plan["train"]["strategy"],
-            "why": "380 images per class (more than 100) and similar to the source (0.78): the head first, then all.",
-        },
-        {"key": "augment.preset", "value": "light", "why": "Enough data that crops and flips suffice."},
-        {"key": "train.lr", "value": 1e-4, "why": "A tenth of the head's rate keeps what pretraining learned."},
-        {"key": "data.invariances", "value": ["hflip"], "why": "The recipe says so."},
-    ]
+    })  # fmt: skip
+    wish = ["name=flowers", f"train.strategy={'full' if stages else 'probe'}", "data.split.refit=false"]
+    plan = make_plan(ft.load_recipe(None, wish), facts)
     environment = {"python": "3.11.9", "torch": "2.9.0", "device": "cpu", "threads": 2, "precision": "32-true"}
-    for name, content in {"scores": scores, "facts": facts, "environment": environment}.items():
+    for name, content in {"scores": scores.model_dump(), "facts": facts.model_dump(mode="json")}.items():
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    (folder / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
+    (folder / "plan.yaml").write_text(plan.to_yaml(), encoding="utf-8")
     np.savez(folder / "predictions.npz", test_probabilities=final, test_labels=labels, test_names=names)
     if stages:
         write_curves(folder / "curves.csv")
@@ -201,13 +159,11 @@ def page(run):
     return write_report(run, read_image=drawn_image).read_text(encoding="utf-8")
 
 
-def numbers(value, n=153, *, difference=None, half=0.02, per_class=()):
-    top1 = {"value": value, "low": value - 0.04, "high": value + 0.02, "n": n}
-    scores = {"test": {"n": n, "top1": top1, "per_class": list(per_class)}}
-    if difference is not None:
-        scores["probe"] = {"test": {"top1": {"value": value - difference}}}
-        scores["paired"] = {"test": {"difference": difference, "low": difference - half, "high": difference + half}}
-    return scores
+def numbers(value, n=153, *, difference=None, half=0.02, **counts):
+    if difference is None:
+        return make_scores(split_scores(value, n))
+    paired = against_probe(difference, n, half=half, **counts)
+    return make_scores(split_scores(value, n), probe=split_scores(value - difference, n), paired=paired)
 
 
 def test_a_clear_gain_is_called_one():
@@ -241,8 +197,7 @@ def test_an_interval_that_touches_zero_decides_nothing(edge):
 
 
 def test_same_answers_on_every_image_are_said_to_be_the_same():
-    scores = numbers(0.9, difference=0.0)
-    scores["paired"]["test"] |= {"only_final_right": 0, "only_probe_right": 0}
+    scores = numbers(0.9, difference=0.0, gained=0, fell=0)
     assert "exactly the same images" in judge(scores, is_probe_only=False).comparison
 
 
@@ -259,7 +214,7 @@ def test_without_a_probe_no_gain_is_claimed():
 
 
 def test_without_scores_the_verdict_says_so():
-    assert judge({"test": {"n": 0}}, is_probe_only=False).tone == "none"
+    assert judge(make_scores(None), is_probe_only=False).tone == "none"
 
 
 @pytest.mark.parametrize(("n", "is_cautious"), [(99, True), (100, False)])
@@ -269,22 +224,21 @@ def test_few_test_images_bring_a_caution(n, is_cautious):
 
 
 def test_validation_scores_are_called_optimistic():
-    scores = numbers(0.9)
-    scores["val"] = scores.pop("test")
-    verdict = judge(scores, is_probe_only=True)
+    verdict = judge(make_scores(None, val=split_scores(0.9)), is_probe_only=True)
     assert "153 validation images" in verdict.headline
     assert any("optimistic" in note for note in verdict.notes)
 
 
 def test_the_class_with_the_lowest_recall_is_named():
-    rows = [{"name": "ant", "n": 20, "recall": share(19, 20)}, {"name": "bee", "n": 30, "recall": share(24, 30)}]
-    rows.append({"name": "absent", "n": 0, "recall": {"value": None}})
-    assert any(
-        "“bee”: 80.0 % of its 30 images" in n for n in judge(numbers(0.9, per_class=rows), is_probe_only=True).notes
-    )
-    everything = [row | {"recall": share(9, 9)} for row in rows[:2]]
-    notes = judge(numbers(1.0, per_class=everything), is_probe_only=True).notes
-    assert "Every image of every class was recognised." in notes
+    rows = [ClassScore(name="ant", n=20, recall=share(19, 20)), ClassScore(name="bee", n=30, recall=share(24, 30))]
+    rows.append(ClassScore(name="absent", n=0))
+
+    def notes(*per_class):
+        return judge(make_scores(split_scores(0.9, per_class=per_class)), is_probe_only=True).notes
+
+    assert any("“bee”: 80.0 % of its 30 images" in note for note in notes(*rows))
+    everything = [row.model_copy(update={"recall": share(9, 9)}) for row in rows[:2]]
+    assert "Every image of every class was recognised." in notes(*everything)
 
 
 def test_per_cent_never_rounds_up_to_perfect():
@@ -311,19 +265,31 @@ def test_the_page_needs_nothing_but_itself(page):
 
 def test_every_section_of_a_full_run_is_there(page):
     anchors = [attrs["href"][1:] for tag, attrs in Nesting(page).seen if tag == "a"]
-    assert anchors == ["scores", "plan", "curves", "confusion", "reliability", "mistakes", "data", "again"]
+    assert anchors == ["scores", "plan", "depth", "curves", "confusion", "reliability", "mistakes", "data", "again"]
     assert all(f'<section id="{anchor}">' in page for anchor in anchors)
     for text in (
         "truncated after 61 %",
         "9f2c41d07be85a13",
         "3 pictures stand in two classes",
         "finetune evaluate",
-        "0.05",
+        "trainable stages",
     ):
         assert text in page
     assert all(
         title in page for title in ("Loss", "Top-1 accuracy", "Learning rate", "Gradient norm", "Images per second")
     )
+
+
+def test_the_page_names_the_weights_by_their_digest(page):
+    assert make_facts().backbone.weights_digest in page
+
+
+@pytest.mark.parametrize("use", ["{{ %s }}", "{%% if %s %%}{%% endif %%}", "{{ %s | plain }}"])
+@pytest.mark.parametrize("name", ["facts.backbone.sha256", "scores.average", "scores.center.tets", "nothing"])
+def test_a_name_that_nothing_bears_is_an_error_of_the_page(use, name):
+    scores = make_scores(split_scores(), center=ByRole[SplitScores]())
+    with pytest.raises(jinja2.UndefinedError, match=name.rpartition(".")[2]):
+        _template().environment.from_string(use % name).render(facts=make_facts(), scores=scores)
 
 
 def test_every_figure_has_a_name_for_those_who_cannot_see_it(page):
@@ -339,11 +305,11 @@ def test_the_page_depends_on_the_folder_alone(run, page):
 def test_thumbnails_are_the_surest_mistakes_first(run, page):
     stored = np.load(run / "predictions.npz")
     found = find_mistakes(stored["test_probabilities"], stored["test_labels"], stored["test_names"], FLOWERS)
-    sure = [m["probability"] for m in found]
+    sure = [m.probability for m in found]
     assert len(found) == 12 and sure == sorted(sure, reverse=True)
-    assert all(m["truth"] != m["answer"] for m in found)
+    assert all(m.truth != m.answer for m in found)
     assert page.count("data:image/jpeg;base64,") == 12
-    assert page.index(found[0]["name"]) < page.index(found[11]["name"])
+    assert page.index(found[0].name) < page.index(found[11].name)
 
 
 def unreadable(name):
@@ -419,19 +385,27 @@ def test_many_classes_show_confused_pairs_and_keep_the_page_small(tmp_path):
 
 def test_pairs_are_counted_from_the_fullest_down():
     pairs = confused_pairs([[5, 1, 0], [7, 2, 0], [0, 3, 4]], ["a", "b", "c"])
-    assert [(p["truth"], p["answer"], p["count"], p["n"]) for p in pairs] == [
+    assert [(p.truth, p.answer, p.count, p.n) for p in pairs] == [
         ("b", "a", 7, 9),
         ("c", "b", 3, 7),
         ("a", "b", 1, 6),
     ]
 
 
-def test_a_bare_run_folder_still_gives_a_page(tmp_path):
-    (tmp_path / "plan.yaml").write_text("name: bare\n")
-    (tmp_path / "facts.json").write_text("{}")
-    (tmp_path / "scores.json").write_text(json.dumps(numbers(0.9)))
-    page = render_report(tmp_path)
-    assert "90.0\u00a0% of 153 test images" in page
+@pytest.mark.parametrize("missing", ["curves.csv", "predictions.npz", "environment.json"])
+def test_what_a_run_need_not_have_leaves_no_hole(tmp_path, missing):
+    run = make_run(tmp_path / "run", n=50)
+    (run / missing).unlink()
+    page = render_report(run)
+    assert "Undefined" not in page and "None" not in page.split("</style>")[1]
+
+
+@pytest.mark.parametrize("test", [None, split_scores(0.9, 50)], ids=["no image was judged", "no probe, no sets"])
+def test_a_run_with_few_scores_still_gives_a_page(tmp_path, test):
+    run = make_run(tmp_path / "run", n=50)
+    (run / "scores.json").write_text(json.dumps(make_scores(test, classes=FLOWERS).model_dump()))
+    page = render_report(run)
+    assert ("not scored on any image" if test is None else "90.0\u00a0% of 50 test images") in page
     assert "Undefined" not in page and "None" not in page.split("</style>")[1]
 
 
@@ -444,7 +418,7 @@ def test_a_missing_file_is_named(tmp_path, name):
     assert not (run / "report.html").exists()
 
 
-@pytest.mark.parametrize("name", ["scores.json", "plan.yaml", "predictions.npz"])
+@pytest.mark.parametrize("name", ["scores.json", "facts.json", "plan.yaml", "predictions.npz"])
 def test_a_damaged_file_is_named(tmp_path, name):
     run = make_run(tmp_path / "run", n=50)
     (run / name).write_bytes(b"{[")
@@ -510,10 +484,6 @@ def test_curves_survive_values_that_diverged_and_thin_long_runs(tmp_path):
     (panel,) = draw_curves(tmp_path / "curves.csv")
     assert "nan" not in panel and "inf" not in panel
     assert len(panel) < 10_000
-
-
-def test_an_older_run_without_advice_says_nothing_of_its_depth(page):
-    assert "Why this depth" not in page and "#depth" not in page
 
 
 def test_values_of_a_plan_read_like_prose():

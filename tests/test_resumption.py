@@ -115,7 +115,7 @@ def test_a_backbone_that_was_chosen_is_not_chosen_again(shapes, tmp_path, two_ca
     lines = []
     ft.resume(run.path, say=lines.append)
     assert not [line for line in lines if line.startswith("backbone:")]
-    assert ft.evaluate(run.path, say=quiet)["test"]["top1"]["n"] > 0
+    assert ft.evaluate(run.path, say=quiet).test.top1.n > 0
 
 
 @pytest.mark.slow

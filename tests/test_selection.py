@@ -171,7 +171,7 @@ def test_the_table_shows_members_their_mean_and_what_each_size_of_ensemble_gains
     assert members[0].disagreement == pytest.approx(
         (disagreement(probabilities[:2]) + disagreement(probabilities[[0, 2]])) / 2
     )
-    assert whole.as_dict()["interval"]["n"] == 400
+    assert whole.model_dump()["interval"]["n"] == 400
 
 
 def test_the_table_of_one_member_shows_an_ensemble_that_is_that_member():

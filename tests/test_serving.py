@@ -34,6 +34,7 @@ from finetune.evaluation.serving import (
 )
 from finetune.evaluation.viewing import BATCH
 from finetune.evaluation.views import average_views
+from finetune.recipe.scores import Conformal, Temperature
 from finetune.scores.conformal import prediction_set
 
 WISHES = ["data.image_size=32", "train.batch_size=16", "train.epochs=1", "train.strategy=probe"]
@@ -54,8 +55,18 @@ def remember(run, tmp_path, **scores):
     """A copy of the run whose scores.json says `scores` too."""
     shutil.copytree(run.path, tmp_path / "run")
     copied = ft.Run.open(tmp_path / "run")
-    copied.write_json("scores.json", {**run.read_json("scores.json"), **scores})
+    copied.write_json("scores.json", run.scores.model_copy(update=scores).model_dump(mode="json"))
     return copied
+
+
+def fitted(value):
+    """A temperature."""
+    return Temperature(value=value, n=9, log_loss_before=1, log_loss_after=1, ece_before=0, ece_after=0)
+
+
+def sets_within(threshold):
+    """Prediction sets promised to hold the true class of 80 %."""
+    return Conformal(coverage=0.8, threshold=threshold, num_calibration=9)
 
 
 def test_the_stream_says_what_the_list_says_across_batches(run, shapes):
@@ -140,7 +151,7 @@ def test_the_likeliest_classes_come_first_and_are_calibrated(run, shapes):
 
 
 def test_probabilities_follow_the_stored_temperature(run, photo, tmp_path):
-    warm = remember(run, tmp_path, temperature={"value": 3.0})
+    warm = remember(run, tmp_path, temperature=fitted(3.0))
     cool = remember(run, tmp_path / "other", temperature=None)
     (one,), (other,) = (list(predict_stream(which, [photo])) for which in (warm, cool))
     logits = torch.tensor(list(other.probabilities.values())).log()
@@ -149,7 +160,9 @@ def test_probabilities_follow_the_stored_temperature(run, photo, tmp_path):
 
 @pytest.mark.parametrize("how", ["probability", "logit"])
 def test_the_average_and_the_views_are_those_of_the_scores(run, shapes, tmp_path, how):
-    copied = remember(run, tmp_path, views="five@44", average=how, temperature=None)
+    copied = remember(run, tmp_path, views="five@44", temperature=None)
+    plan = run.plan.model_copy(update={"evaluate": run.plan.evaluate.model_copy(update={"average": how})})
+    copied.write_text("plan.yaml", plan.to_yaml())
     store = ImageStore(
         [Item(name="", label=0, role=None, file=file) for file in find_images([shapes])], run.plan.view, 0
     )
@@ -162,8 +175,7 @@ def test_the_average_and_the_views_are_those_of_the_scores(run, shapes, tmp_path
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.9, 1.0])
 def test_a_prediction_set_holds_the_classes_within_the_threshold_the_likeliest_first(run, shapes, tmp_path, threshold):
-    told = {"coverage": 0.8, "threshold": threshold}
-    copied = remember(run, tmp_path, conformal=told, temperature=None)
+    copied = remember(run, tmp_path, conformal=sets_within(threshold), temperature=None)
     for answer in predict_stream(copied, [shapes / "disc"], coverage=0.8):
         rows = torch.tensor([list(answer.probabilities.values())])
         chosen = prediction_set(rows, threshold)[0].tolist()
@@ -173,10 +185,9 @@ def test_a_prediction_set_holds_the_classes_within_the_threshold_the_likeliest_f
 
 
 def test_sets_are_made_before_the_temperature_as_their_threshold_was(run, shapes, tmp_path):
-    told = {"coverage": 0.8, "threshold": 0.6}
     sets = []
     for value in (1.0, 50.0):
-        copied = remember(run, tmp_path / str(value), conformal=told, temperature={"value": value})
+        copied = remember(run, tmp_path / str(value), conformal=sets_within(0.6), temperature=fitted(value))
         sets.append([answer.labels for answer in predict_stream(copied, [shapes], coverage=0.8)])
     assert sets[0] == sets[1] and any(sets[0])
 
@@ -184,7 +195,7 @@ def test_sets_are_made_before_the_temperature_as_their_threshold_was(run, shapes
 def test_a_coverage_that_is_not_there_is_refused_with_the_way_out(run, photo, tmp_path):
     with pytest.raises(RunError, match=r"no conformal threshold.*`finetune evaluate .*calibration images"):
         predict_stream(remember(run, tmp_path, conformal=None), [photo], coverage=0.9)
-    copied = remember(run, tmp_path / "other", conformal={"coverage": 0.8, "threshold": 0.5})
+    copied = remember(run, tmp_path / "other", conformal=sets_within(0.5))
     with pytest.raises(RunError, match=r"cover 0\.8 of images, and 0\.9 is asked for\. Ask for 0\.8"):
         predict_stream(copied, [photo], coverage=0.9)
     assert [answer.labels for answer in predict_stream(copied, [photo])] == [None]

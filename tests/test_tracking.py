@@ -17,18 +17,28 @@ import warnings
 from contextlib import closing, suppress
 
 import pytest
+from made_scores import make_scores, split_scores
 
 from finetune.compute import QUIET
+from finetune.recipe.measures import Measure, Proportion
 from finetune.training import ledger, mlflow_store, tracking
 from finetune.training.tracking import Tracker, default_uri, send_remaining, ui_command
 
 HEADER = "stage,epoch,step,name,value\n"
-P = {"value": 0.8, "low": 0.7, "high": 0.9, "n": 153}
-SCORES = {
-    "test": {"n": 153, "top1": P, "top5": None, "log_loss": P | {"value": 0.5}, "ece": P | {"value": 0.05}},
-    "val": {"n": 150, "top1": P | {"value": 0.85}},
-    "probe": {"test": {"n": 153, "top1": P | {"value": 0.6}}, "val": None},
-}
+
+
+def judged(top1):
+    """Scores that are few, for each of them is looked for."""
+    ends = {"low": 0.7, "high": 0.9, "n": 153}
+    measures = {"balanced_accuracy": 0.8, "log_loss": 0.5, "ece": 0.05}
+    known = {name: Measure(value=value, **ends) for name, value in measures.items()} | {
+        "macro_f1": None,
+        "majority": None,
+    }
+    return split_scores().model_copy(update={**known, "top1": Proportion(value=top1, **ends)})
+
+
+SCORES = make_scores(judged(0.8), probe=judged(0.6), val=judged(0.85)).model_dump(mode="json")
 
 
 @pytest.fixture(autouse=True)
@@ -136,11 +146,13 @@ def test_a_run_arrives_whole_and_quietly_in_a_new_embedded_store(run, capfd):
     assert stored.data.params["many.k119"] == "119"
     assert len(stored.data.params["long"]) == 6000
     finals = {name: value for name, value in stored.data.metrics.items() if name not in ("train/loss", "val/loss")}
+    tops, others = {"test": 0.8, "final/val": 0.85, "probe/test": 0.6}, {"balanced_accuracy": 0.8, "log_loss": 0.5}
+    others["ece"] = 0.05
     assert finals == pytest.approx(
-        {"test/top1": 0.8, "test/top1_low": 0.7, "test/top1_high": 0.9, "test/log_loss": 0.5, "test/log_loss_low": 0.7}
-        | {"test/log_loss_high": 0.9, "test/ece": 0.05, "test/ece_low": 0.7, "test/ece_high": 0.9}
-        | {"final/val/top1": 0.85, "final/val/top1_low": 0.7, "final/val/top1_high": 0.9, "probe/test/top1": 0.6}
-        | {"probe/test/top1_low": 0.7, "probe/test/top1_high": 0.9, "val/top1": 0.4}
+        {f"{part}/{name}": value for part, top1 in tops.items() for name, value in {"top1": top1, **others}.items()}
+        | {f"{part}/{name}_low": 0.7 for part in tops for name in ("top1", *others)}
+        | {f"{part}/{name}_high": 0.9 for part in tops for name in ("top1", *others)}
+        | {"val/top1": 0.4}
         | {"best/val_loss": 1100 / 7, "best/val_top1": 0.75, "best/epoch": 11.0}
     )
     names = {file.path for file in client.list_artifacts(state["mlflow_run_id"])}

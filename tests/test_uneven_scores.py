@@ -4,10 +4,13 @@ import re
 
 import pytest
 import torch
+from made_scores import make_scores
 from test_decision import make_profile
 from test_planning import make_facts
 
+from finetune.recipe.elsewhere import RunElsewhere, RunFittedOn, Seen
 from finetune.recipe.facts import Measure
+from finetune.recipe.scores import AgainstProbe
 from finetune.reporting.decision import depth_figure
 from finetune.reporting.sentences import baseline, lost_classes, measure_rows
 from finetune.reporting.terminal import elsewhere_text, facts_text, scores_text
@@ -29,13 +32,11 @@ def answer(labels, wrong):
 
 
 def scored(counts, wrong, probe_wrong=(0, 0)):
-    """scores.json of a final model and a probe on test images."""
+    """Scores of a final model and a probe on test images."""
     labels = torch.repeat_interleave(torch.arange(2), torch.tensor(counts))
     final, probe = answer(labels, wrong), answer(labels, probe_wrong)
-    scores = {"views": "center", "test": score_predictions(final, labels, CLASSES)}
-    scores["probe"] = {"test": score_predictions(probe, labels, CLASSES)}
-    scores["paired"] = {"test": answered_right(final, probe, labels, ("final", "probe"))}
-    return scores
+    test, beside = (score_predictions(said, labels, CLASSES) for said in (final, probe))
+    return make_scores(test, probe=beside, paired=answered_right(AgainstProbe, final, probe, labels), classes=CLASSES)
 
 
 def one_line(text):
@@ -75,7 +76,7 @@ def test_where_classes_are_even_the_terminal_says_what_it_said():
 )
 def test_classes_found_by_chance_alone_are_named(wrong, lost):
     scores = scored(UNEVEN, wrong)
-    said = lost_classes(scores["test"])
+    said = lost_classes(scores.test)
     assert all(part in said for part in lost) and bool(said) == bool(lost)
     assert (said in one_line(scores_text(scores))) and bool(lost) == ("no better than by chance" in scores_text(scores))
 
@@ -101,8 +102,12 @@ def test_trackers_get_all_of_it():
 
 
 def test_a_run_on_other_images_is_judged_alike():
-    found = {"run": "r", "role": "test", "data": "d", "views": "center", "missing_classes": [], "warnings": []}
-    found |= {"bad_images": [], "scores": scored(UNEVEN, wrong=(2, 1))["test"]}
+    own = {"weights": "train", "chosen_by_val": (), "split_digest": "d", "constants": "weights"}
+    found = RunElsewhere(
+        run="r", role="test", data="d", n=33, views="center", classes={}, missing_classes=(), warnings=(),
+        bad_images=(),
+        scores=scored(UNEVEN, wrong=(2, 1)).test, fitted_on=RunFittedOn(**own), seen=Seen(n=0),
+    )  # fmt: skip
     assert "balanced accuracy 71.8 % [" in elsewhere_text(found)
 
 
@@ -123,9 +128,9 @@ def test_the_facts_of_uneven_classes_name_the_majority_and_no_chance():
 def test_the_section_on_the_decision_draws_the_majority_and_names_no_chance():
     facts = make_facts()
     even, uneven = (
-        str(measure_rows(found.model_dump(mode="json"))) + str(depth_figure(make_profile((0.5, 0.8)), reference=level))
+        str(measure_rows(found)) + str(depth_figure(make_profile((0.5, 0.8)), reference=level))
         for found in (facts, uneven_facts(facts))
-        for level in (baseline(found.model_dump(mode="json")),)
+        for level in (baseline(found),)
     )
     assert ">chance<" in even and "chance is 33.3 %" in even
     assert (

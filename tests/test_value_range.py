@@ -235,7 +235,7 @@ def test_other_images_are_judged_with_the_range_of_the_run(tmp_path):
     folder = grey_set(tmp_path / "set", lambda grey, path: sixteen(grey + 1000, path))
     run = ft.train(recipe_of(folder, "train.strategy=probe"), runs=tmp_path / "runs", say=quiet)
     found = evaluate_elsewhere(run, folder)
-    assert found["scores"]["top1"]["value"] == 1 and found["scores"]["log_loss"]["value"] < 0.5
+    assert found.scores.top1.value == 1 and found.scores.log_loss.value < 0.5
     source = open_source(folder, is_learned=False)
     dataset, role = _read_images(source, run.plan.view, run.plan.data)
     again = open_again(run)

@@ -108,8 +108,8 @@ def test_more_than_the_bound_is_left_out_with_a_note_and_the_table_stays(run, tm
     copy = copied(run, tmp_path)
     monkeypatch.setattr(view_scores, "MOST_BYTES", 100)
     scores = ft.evaluate(copy.path, say=quiet)
-    assert "are not in predictions.npz: val" in scores["views_table_note"]
-    assert scores["views_table"] == run.read_json("scores.json")["views_table"]
+    assert "are not in predictions.npz: val" in scores.views_table_note
+    assert scores.views_table == run.scores.views_table
     stored = arrays(copy)
     assert "test_view_probabilities" not in stored and len(stored["test_view_names"]) == 10
     assert "views_table_note" not in run.read_json("scores.json")
@@ -118,8 +118,8 @@ def test_more_than_the_bound_is_left_out_with_a_note_and_the_table_stays(run, tm
 def test_one_view_has_no_table_and_files_without_views_are_still_compared_and_shown(run, tmp_path):
     copy = copied(run, tmp_path)
     scores = ft.evaluate(copy.path, views="center", say=quiet)
-    assert "views_table" not in scores and not any("_view_" in name for name in arrays(copy))
-    assert compare([run, copy])["pairs"][0]["n"] == scores["test"]["n"]
+    assert scores.views_table is None and not any("_view_" in name for name in arrays(copy))
+    assert compare([run, copy]).pairs[0].n == scores.test.n
     assert "views says alone" not in ft.report(copy.path, say=quiet).read_text()
     assert "What each of the 10 views says alone" in (page := run.file("report.html").read_text())
     assert all(f'<th scope="row">{name}</th>' in page for name in (*view_names("ten"), "average"))

@@ -19,4 +19,6 @@ for answer in ft.predict(run, ["photo.jpg"]):
     label: str | None = answer.label
 again: ft.Run = ft.resume(ft.load_run("latest"))
 joined: ft.Run = ft.ensemble([run, again])
-accuracy = ft.evaluate(joined)["test"]["top1"]["value"]
+judged = ft.evaluate(joined)
+accuracy: float | None = judged.test.top1.value if judged.test else None
+better: list[str] = [pair.sentence for pair in ft.compare([run, joined]).pairs]

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from finetune.scores.intervals import Interval, bootstrap_mean, wilson
+from finetune.recipe.measures import Measure
+from finetune.scores.intervals import bootstrap_mean, wilson
 from finetune.scores.metrics import log_losses
 
 
@@ -18,8 +19,8 @@ class AnswersError(ValueError):
 class Judged:
     """Accuracy and log loss with 95 % intervals of the test images, and which images were right."""
 
-    top1: Interval
-    log_loss: Interval
+    top1: Measure
+    log_loss: Measure
     hits: np.ndarray
     """(N,), bool, in the order of the sorted names."""
 

@@ -19,7 +19,8 @@ from run import HERE, PEERS, RESULTS
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rows import read_rows
 
-from finetune.scores.intervals import Interval, paired_difference, wilson
+from finetune.recipe.measures import Measure
+from finetune.scores.intervals import paired_difference, wilson
 
 PAGE = HERE.parents[1] / "docs" / "peers.md"
 OURS = "ours"
@@ -36,13 +37,13 @@ def hits_of(row: Row) -> list[bool]:
     return from_hex(row["hits"], int(row["num_test"])).tolist()
 
 
-def accuracy(rows: list[Row]) -> Interval:
+def accuracy(rows: list[Row]) -> Measure:
     """The mean over seeds, with Wilson's interval for the number of test images."""
     n = int(rows[0]["num_test"])
     return wilson(round(sum(float(row["top1"]) for row in rows) / len(rows) * n), n)
 
 
-def against_ours(rows: list[Row], ours: list[Row]) -> Interval | None:
+def against_ours(rows: list[Row], ours: list[Row]) -> Measure | None:
     """Peer minus ours on the seeds that both have: the mean of the paired differences and of their intervals' ends."""
     beside = {row["seed"]: hits_of(row) for row in ours}
     pairs = [(hits_of(row), beside[row["seed"]]) for row in rows if row["seed"] in beside]
@@ -55,7 +56,7 @@ def against_ours(rows: list[Row], ours: list[Row]) -> Interval | None:
         for pair in pairs
     ]
     value, low, high = (sum(getattr(one, end) for one in found) / len(found) for end in ("value", "low", "high"))
-    return Interval(value, low, high, found[0].n)
+    return Measure(value=value, low=low, high=high, n=found[0].n)
 
 
 def mean_of(rows: list[Row], field: str) -> float | None:

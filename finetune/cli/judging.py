@@ -37,20 +37,21 @@ def evaluate(
         raise RunError(f"--views is {views!r}; it may be center, flip, five, ten, multiscale or a list of views.")
     if data is not None:
         from finetune.evaluation.elsewhere import evaluate_backbone, evaluate_elsewhere
+        from finetune.recipe.elsewhere import BackboneElsewhere, RunElsewhere
         from finetune.recipe.runs import RunFolder
         from finetune.reporting.terminal import elsewhere_text
 
         tune_process()
         if backbone is not None:
-            found = evaluate_backbone(backbone, data, views=views or "center")
+            found: BackboneElsewhere | RunElsewhere = evaluate_backbone(backbone, data, views=views or "center")
         else:
             found = evaluate_elsewhere(RunFolder.open(str(run)), data, views=views)
-        finish(found, as_json, elsewhere_text(found))
+        finish(found.model_dump(mode="json"), as_json, elsewhere_text(found))
         return
     from finetune.pipeline import evaluate as judge
 
     scores = judge(str(run), views=views)
-    finish(scores, as_json, scores_text(scores))
+    finish(scores.model_dump(mode="json"), as_json, scores_text(scores))
 
 
 def compare(
@@ -62,7 +63,7 @@ def compare(
     from finetune.reporting.comparison_text import comparison_text
 
     found = weigh(runs)
-    finish(found, as_json, comparison_text(found))
+    finish(found.model_dump(mode="json"), as_json, comparison_text(found))
 
 
 def ensemble(
@@ -78,8 +79,9 @@ def ensemble(
     from finetune.reporting.terminal import scores_text
 
     made = join(runs_to_join, how=how, members=members, average=average, runs=runs)
-    scores = made.read_json("scores.json")
-    finish({"run": str(made.path), "scores": scores}, as_json, f"{scores_text(scores)}\n{made.path}")
+    scores = made.scores
+    told = {"run": str(made.path), "scores": scores.model_dump(mode="json")}
+    finish(told, as_json, f"{scores_text(scores)}\n{made.path}")
 
 
 def predict(

@@ -7,19 +7,20 @@ most looks best. Runs are compared image by image, matched by name; what cannot 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from os import PathLike
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import torch
 
 from finetune.errors import RunError
+from finetune.recipe.comparison import Apart, ComparedRun, Comparison, GroupPair, RunPair, SeedGroup, Seeds
+from finetune.recipe.measures import Measure
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder
-from finetune.scores.comparison import LEVEL, Seeds, adjust, aggregate_seeds, images_needed, mcnemar, mean_difference
+from finetune.scores.comparison import LEVEL, adjust, aggregate_seeds, images_needed, mcnemar, mean_difference
 from finetune.scores.intervals import bootstrap_mean, paired_difference
 from finetune.scores.metrics import decide, log_losses, top_k_accuracy
 
@@ -52,14 +53,8 @@ class _Judged:
         return self.is_right[where], log_losses(self.probabilities[where], self.labels[where])
 
 
-def compare(runs: Sequence[str | PathLike[str]]) -> dict[str, Any]:
-    """How finished runs differ on the test images that they share, ready for JSON.
-
-    `runs` is a table, the highest test accuracy first; `pairs` holds each two runs that share test images, first
-    minus second in the order of the table, with 95 % intervals, McNemar's exact p, Holm's p over all pairs, and a
-    sentence that follows the latter; `apart` holds pairs that share none. `seed_groups` puts together runs whose plans
-    differ in the seed alone, and `group_pairs` compares those groups, seed by seed. `notes` says what a reader must
-    know. Nothing is chosen here.
+def compare(runs: Sequence[str | PathLike[str]]) -> Comparison:
+    """How finished runs differ on the test images that they share, with 95 % intervals. Nothing is chosen here.
 
     Args:
         runs: two or more, or their folders or names; judged, and none twice.
@@ -76,29 +71,29 @@ def compare(runs: Sequence[str | PathLike[str]]) -> dict[str, Any]:
     judged = [_read(run, label, folders[0]) for run, label in zip(folders, _labels(folders), strict=True)]
     rows = sorted(((_row(one), one) for one in judged), key=lambda pair: _place(pair[0]))
     judged = [one for _, one in rows]
-    pairs: list[dict[str, Any]] = []
-    apart: list[dict[str, Any]] = []
+    found, apart = [], []
     for first, second in combinations(judged, 2):
-        found = _pair(first, second)
-        (pairs if found else apart).append(found or {"first": first.label, "second": second.label})
+        if (beside := _beside(first, second)) is None:
+            apart.append(Apart(first=first.label, second=second.label))
+        else:
+            found.append(beside)
     groups = _seed_groups(judged)
-    if not pairs and not groups:
+    if not found and not groups:
         raise RunError(
             f"{judged[0].label} and {judged[1].label} share no test image, so nothing can be compared. "
             "Give runs on the same images with the same seed, or images with a test folder of their own."
         )
-    for pair, p in zip(pairs, adjust([pair["p"] for pair in pairs]), strict=True):
-        pair |= {"p_adjusted": p, "is_told_apart": p < LEVEL}
-        pair["sentence"] = _sentence(pair)
-    return {
-        "classes": list(judged[0].plan.classes),
-        "runs": [row for row, _ in rows],
-        "pairs": pairs,
-        "apart": apart,
-        "seed_groups": [_summary(group) for group in groups],
-        "group_pairs": _group_pairs(groups),
-        "notes": _notes(judged, pairs, apart, groups),
-    }
+    adjusted = adjust([beside.p for beside in found])
+    pairs = tuple(_pair(beside, p_adjusted) for beside, p_adjusted in zip(found, adjusted, strict=True))
+    return Comparison(
+        classes=judged[0].plan.classes,
+        runs=tuple(row for row, _ in rows),
+        pairs=pairs,
+        apart=tuple(apart),
+        seed_groups=tuple(_summary(group) for group in groups),
+        group_pairs=tuple(_group_pairs(groups)),
+        notes=tuple(_notes(judged, pairs, apart, groups)),
+    )
 
 
 def selection_flags(plan: Plan, *, probe_chosen_by: str = "val") -> list[str]:
@@ -146,7 +141,7 @@ def _labels(runs: Sequence[RunFolder]) -> list[str]:
 
 
 def _read(run: RunFolder, label: str, reference: RunFolder) -> _Judged:
-    plan, scores, classes = run.plan, run.read_json("scores.json"), reference.plan.classes
+    plan, scores, classes = run.plan, run.scores, reference.plan.classes
     if set(plan.classes) != set(classes):
         extra = ", ".join(sorted(set(plan.classes) - set(classes))[:5]) or "none"
         lacking = ", ".join(sorted(set(classes) - set(plan.classes))[:5]) or "none"
@@ -167,35 +162,35 @@ def _read(run: RunFolder, label: str, reference: RunFolder) -> _Judged:
         raise RunError(f"{run.path} has no test images to compare on; start a run with data.split.test above 0.")
     names, rows = np.unique(names, return_index=True)  # an image that a table lists twice counts once
     order = [plan.classes.index(name) for name in classes]  # by column of the reference, the column here
-    probe = run.read_json("facts.json").get("probe") or {}
+    probe = run.facts.probe
     return _Judged(
         label=label,
         plan=plan,
-        views=str(scores.get("views")),
-        probe_chosen_by=str(probe.get("chosen_by", "val")),
+        views=scores.views,
+        probe_chosen_by=probe.chosen_by if probe else "val",
         names=names,
         probabilities=torch.from_numpy(probabilities[rows][:, order]),
         labels=torch.tensor([classes.index(plan.classes[label]) for label in labels[rows]]),
     )
 
 
-def _row(one: _Judged) -> dict[str, Any]:
+def _row(one: _Judged) -> ComparedRun:
     plan = one.plan
-    return {
-        "run": one.label,
-        "backbone": plan.backbone,
-        "strategy": plan.train.strategy,
-        "seed": plan.seed,
-        "views": one.views,
-        "n": len(one.names),
-        "top1": top_k_accuracy(one.probabilities, one.labels).as_dict(),
-        "log_loss": bootstrap_mean(log_losses(one.probabilities, one.labels), seed=0).as_dict(),
-        "chosen_by_val": selection_flags(plan, probe_chosen_by=one.probe_chosen_by),
-    }
+    return ComparedRun(
+        run=one.label,
+        backbone=plan.backbone,
+        strategy=str(plan.train.strategy),
+        seed=plan.seed,
+        views=one.views,
+        n=len(one.names),
+        top1=top_k_accuracy(one.probabilities, one.labels),
+        log_loss=bootstrap_mean(log_losses(one.probabilities, one.labels), seed=0),
+        chosen_by_val=tuple(selection_flags(plan, probe_chosen_by=one.probe_chosen_by)),
+    )
 
 
-def _place(row: dict[str, Any]) -> tuple[float, float, str]:
-    return -row["top1"]["value"], row["log_loss"]["value"], row["run"]
+def _place(row: ComparedRun) -> tuple[float, float, str]:
+    return -row.top1.value, row.log_loss.value, row.run
 
 
 def _shared(first: _Judged, second: _Judged) -> tuple[np.ndarray, np.ndarray]:
@@ -210,31 +205,59 @@ def _shared(first: _Judged, second: _Judged) -> tuple[np.ndarray, np.ndarray]:
     return here, there
 
 
-def _pair(first: _Judged, second: _Judged) -> dict[str, Any] | None:
-    """First minus second on the test images they share; None where there are none."""
+@dataclass(frozen=True, kw_only=True)
+class _Beside:
+    """Two runs on the n test images that both have."""
+
+    first: _Judged
+    second: _Judged
+    right: tuple[torch.Tensor, torch.Tensor]  # (n,) each
+    losses: tuple[torch.Tensor, torch.Tensor]  # (n,) each
+
+    @property
+    def only_right(self) -> tuple[int, int]:
+        first, second = self.right
+        return int((first & ~second).sum()), int((~first & second).sum())
+
+    @property
+    def p(self) -> float:
+        return mcnemar(*self.only_right)
+
+
+def _beside(first: _Judged, second: _Judged) -> _Beside | None:
+    """None where they share no image."""
     here, there = _shared(first, second)
     if not len(here):
         return None
     (right, losses), (other_right, other_losses) = first.part(here), second.part(there)
-    only_first, only_second = int((right & ~other_right).sum()), int((~right & other_right).sum())
-    return {
-        "first": first.label,
-        "second": second.label,
-        "n": len(here),
-        "only_in_first": len(first.names) - len(here),
-        "only_in_second": len(second.names) - len(there),
-        "only_first_right": only_first,
-        "only_second_right": only_second,
-        "difference": paired_difference(only_first, only_second, len(here)).as_dict(),
-        "log_loss_difference": mean_difference(losses, other_losses).as_dict(),
-        "p": mcnemar(only_first, only_second),
-        "images_needed": images_needed(only_first, only_second, len(here), POINT),
-    }
+    return _Beside(first=first, second=second, right=(right, other_right), losses=(losses, other_losses))
 
 
-def _sentence(pair: dict[str, Any]) -> str:
-    value, n, needed = 100 * pair["difference"]["value"], pair["n"], pair["images_needed"]
-    if pair["is_told_apart"]:
+def _pair(beside: _Beside, p_adjusted: float) -> RunPair:
+    """First minus second, and what may be said of it among all the other pairs."""
+    n, (only_first, only_second) = len(beside.right[0]), beside.only_right
+    difference, needed = paired_difference(only_first, only_second, n), images_needed(only_first, only_second, n, POINT)
+    return RunPair(
+        first=beside.first.label,
+        second=beside.second.label,
+        n=n,
+        only_in_first=len(beside.first.names) - n,
+        only_in_second=len(beside.second.names) - n,
+        only_first_right=only_first,
+        only_second_right=only_second,
+        difference=difference,
+        log_loss_difference=mean_difference(*beside.losses),
+        p=beside.p,
+        images_needed=needed,
+        p_adjusted=p_adjusted,
+        is_told_apart=p_adjusted < LEVEL,
+        sentence=_sentence(difference, needed, is_told_apart=p_adjusted < LEVEL),
+    )
+
+
+def _sentence(difference: Measure, needed: int, *, is_told_apart: bool) -> str:
+    value, n = 100 * difference.value, difference.n
+    if is_told_apart:
         return f"the {'first' if value > 0 else 'second'} is better by {abs(value):.1f} points on {n:,} images"
     if needed <= n:
         return f"cannot be told apart on {n:,} images, which are enough to see 1 point"
@@ -267,26 +290,25 @@ def _apart_from_seed(one: _Judged) -> str:
     return json.dumps([plan, one.views, one.plan.hardware.devices, one.plan.hardware.precision], sort_keys=True)
 
 
-def _summary(group: Sequence[_Judged]) -> dict[str, Any]:
+def _summary(group: Sequence[_Judged]) -> SeedGroup:
     losses = [float(log_losses(one.probabilities, one.labels).mean()) for one in group]
-    return {
-        "runs": [one.label for one in group],
-        "seeds": [one.plan.seed for one in group],
-        "top1": _within(aggregate_seeds([float(one.is_right.double().mean()) for one in group]), 0.0),
-        "log_loss": aggregate_seeds(losses).as_dict(),
-        "same_images": all(np.array_equal(group[0].names, one.names) for one in group),
-    }
+    return SeedGroup(
+        runs=tuple(one.label for one in group),
+        seeds=tuple(one.plan.seed for one in group),
+        top1=_within(aggregate_seeds([float(one.is_right.double().mean()) for one in group]), 0.0),
+        log_loss=aggregate_seeds(losses),
+        same_images=all(np.array_equal(group[0].names, one.names) for one in group),
+    )
 
 
-def _within(seeds: Seeds, least: float) -> dict[str, Any]:
+def _within(seeds: Seeds, least: float) -> Seeds:
     """A share, or a difference of two, has bounds that Student's t does not know."""
-    found = seeds.as_dict()
-    if seeds.low is not None and seeds.high is not None:
-        found |= {"low": max(least, seeds.low), "high": min(1.0, seeds.high)}
-    return found
+    if seeds.low is None or seeds.high is None:
+        return seeds
+    return seeds.model_copy(update={"low": max(least, seeds.low), "high": min(1.0, seeds.high)})
 
 
-def _group_pairs(groups: Sequence[Sequence[_Judged]]) -> list[dict[str, Any]]:
+def _group_pairs(groups: Sequence[Sequence[_Judged]]) -> list[GroupPair]:
     """Each two groups by the seeds they share: differences of runs with the same seed on the same images."""
     found = []
     for (one, first), (two, second) in combinations(enumerate(groups, 1), 2):
@@ -299,8 +321,9 @@ def _group_pairs(groups: Sequence[Sequence[_Judged]]) -> list[dict[str, Any]]:
                 gaps[run.plan.seed] = (run.part(here)[0].double() - other.part(there)[0].double()).numpy()
         if len(gaps) > 1:
             mean = _mean_gap(np.concatenate(names), list(gaps.values()))
-            pair = {"first": one, "second": two, "seeds": list(gaps), "difference": _within(mean, -1.0)}
-            found.append({**pair, "sentence": _seeds_sentence(mean)})
+            said = _seeds_sentence(mean)
+            gap = _within(mean, -1.0)
+            found.append(GroupPair(first=one, second=two, seeds=tuple(gaps), difference=gap, sentence=said))
     return found
 
 
@@ -315,7 +338,7 @@ def _mean_gap(names: np.ndarray, gaps: Sequence[np.ndarray]) -> Seeds:
     by_image = np.bincount(place, weights=np.concatenate(gaps)) / counts  # (n,), the mean over seeds
     error = NormalDist().inv_cdf(1 - LEVEL / 2) * by_image.std() / math.sqrt(len(by_image))
     half = math.hypot(over_seeds.high - over_seeds.mean, error)
-    return replace(over_seeds, low=over_seeds.mean - half, high=over_seeds.mean + half)
+    return over_seeds.model_copy(update={"low": over_seeds.mean - half, "high": over_seeds.mean + half})
 
 
 def _seeds_sentence(gap: Seeds) -> str:
@@ -329,16 +352,19 @@ def _seeds_sentence(gap: Seeds) -> str:
 
 def _notes(
     judged: Sequence[_Judged],
-    pairs: Sequence[dict[str, Any]],
-    apart: Sequence[dict[str, Any]],
+    pairs: Sequence[RunPair],
+    apart: Sequence[Apart],
     groups: Sequence[Sequence[_Judged]],
 ) -> list[str]:
     notes = []
     for pair in pairs:
-        for side, other in (("first", "second"), ("second", "first")):
-            if missing := pair[f"only_in_{side}"]:
-                notes.append(f"{missing:,} test images of {pair[side]} are no test images of {pair[other]}: left out")
-    notes += [f"{pair['first']} and {pair['second']} share no test image, so they are no pair" for pair in apart]
+        for missing, own, other in (
+            (pair.only_in_first, pair.first, pair.second),
+            (pair.only_in_second, pair.second, pair.first),
+        ):
+            if missing:
+                notes.append(f"{missing:,} test images of {own} are no test images of {other}: left out")
+    notes += [f"{pair.first} and {pair.second} share no test image, so they are no pair" for pair in apart]
     if len({one.plan.data.root for one in judged}) > 1 and len({one.plan.split_digest for one in judged}) > 1:
         notes.append("the runs name different folders of images; images are taken to be the same where names are")
     if len({one.views for one in judged}) > 1:

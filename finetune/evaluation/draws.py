@@ -8,14 +8,15 @@ https://arxiv.org/abs/1112.5745), the rest is doubt that every draw has. Only th
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from finetune.data.loading import ImageStore
 from finetune.evaluation.prediction import draw_in_batches
 from finetune.models.classifier import Classifier
+from finetune.recipe.measures import Measure
 from finetune.recipe.plan import Plan
+from finetune.recipe.scores import AgainstOrdinary, ByRole, Draws
 from finetune.scores.comparison import answered_right, mean_difference
 from finetune.scores.intervals import bootstrap_mean
 from finetune.scores.metrics import log_losses
@@ -58,8 +59,8 @@ def compare_draws(
     tempered: Mapping[str, torch.Tensor],
     ordinary: Mapping[str, torch.Tensor],
     labels: Mapping[str, torch.Tensor],
-) -> dict[str, Any]:
-    """The mean of draws minus the ordinary answer, image by image, and the doubts; ready for JSON.
+) -> Draws:
+    """The mean of draws minus the ordinary answer, image by image, and the doubts, each with its 95 % interval.
 
     Args:
         num_draws: S.
@@ -67,39 +68,33 @@ def compare_draws(
         tempered: by role (N, K), the mean of draws at its own temperature.
         ordinary: by role (N, K), the ordinary answer in the same view, at its own temperature.
         labels: by role, (N,); only val and test are compared.
-
-    Returns:
-        `paired`, `entropy` and `mutual_information` by role, each number with its 95 % interval, and a `sentence`.
     """
     roles = [role for role in ("val", "test") if len(labels[role])]
-    found: dict[str, Any] = {
-        "paired": {role: _pair(tempered[role], ordinary[role], labels[role]) for role in roles},
-        "entropy": {role: bootstrap_mean(drawn[role].entropy, seed=0).as_dict() for role in roles},
-        "mutual_information": {
-            role: bootstrap_mean(drawn[role].mutual_information, seed=0).as_dict() for role in roles
-        },
-    }
-    if roles:
-        found["sentence"] = draws_sentence(num_draws, found["paired"][roles[-1]], roles[-1])
-    return found
+    paired = {role: _pair(tempered[role], ordinary[role], labels[role]) for role in roles}
+    return Draws(
+        n=num_draws,
+        paired=ByRole[AgainstOrdinary](**paired),
+        entropy=ByRole[Measure](**{role: bootstrap_mean(drawn[role].entropy, seed=0) for role in roles}),
+        mutual_information=ByRole[Measure](
+            **{role: bootstrap_mean(drawn[role].mutual_information, seed=0) for role in roles}
+        ),
+        sentence=draws_sentence(num_draws, paired[roles[-1]], roles[-1]) if roles else None,
+    )
 
 
-def _pair(drawn: torch.Tensor, ordinary: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+def _pair(drawn: torch.Tensor, ordinary: torch.Tensor, labels: torch.Tensor) -> AgainstOrdinary:
     losses = mean_difference(log_losses(drawn, labels), log_losses(ordinary, labels))
-    return {
-        **answered_right(drawn, ordinary, labels, ("draws", "ordinary")),
-        "log_loss_difference": losses.as_dict(),
-    }
+    return answered_right(AgainstOrdinary, drawn, ordinary, labels, {"log_loss_difference": losses})
 
 
-def draws_sentence(num_draws: int, pair: Mapping[str, Any], role: str) -> str:
+def draws_sentence(num_draws: int, pair: AgainstOrdinary, role: str) -> str:
     """What the draws gained, or that these images cannot show it."""
-    value, low, high = (100 * pair[key] for key in ("difference", "low", "high"))
-    loss = pair["log_loss_difference"]
+    value, low, high = (100 * part for part in (pair.difference, pair.low, pair.high))
+    loss = pair.log_loss_difference
     told = "better" if low > 0 else "worse" if high < 0 else "no difference that these images could show"
-    sure = "lower" if loss["high"] < 0 else "higher" if loss["low"] > 0 else "not told apart"
+    sure = "lower" if loss.high < 0 else "higher" if loss.low > 0 else "not told apart"
     return (
         f"the mean of {num_draws} draws of the head minus the ordinary answer on {role}: {value:+.1f} % "
-        f"[{low:+.1f}, {high:+.1f}] of {pair['n']}: {told}; log loss {loss['value']:+.3f} "
-        f"[{loss['low']:+.3f}, {loss['high']:+.3f}]: {sure}"
+        f"[{low:+.1f}, {high:+.1f}] of {pair.n}: {told}; log loss {loss.value:+.3f} "
+        f"[{loss.low:+.3f}, {loss.high:+.3f}]: {sure}"
     )

@@ -28,22 +28,23 @@ from finetune.evaluation.viewing import BATCH
 from finetune.evaluation.views import average_views, permitted_views, view_crops
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.recipe.cards import Card, View
+from finetune.recipe.elsewhere import BackboneElsewhere, FittedOn, FittedTemperature, RunElsewhere, RunFittedOn, Seen
+from finetune.recipe.facts import BadFile
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.schema import DataSpec
+from finetune.recipe.scores import Temperature
 from finetune.recipe.shelf import read_zoo
 from finetune.scores.metrics import score_predictions
 
 SOURCE_VIEWS = ("center", "five", "ten")
 
 
-def evaluate_elsewhere(run: RunFolder, data: Path, *, views: str | None = None) -> dict[str, Any]:
-    """How a finished run does on other images, ready for JSON; the run folder stays as it is.
+def evaluate_elsewhere(run: RunFolder, data: Path, *, views: str | None = None) -> RunElsewhere:
+    """How a finished run does on other images; the run folder stays as it is.
 
     Its class folders (or labels in a table) bear names of the run's classes, to the letter. Where the images name a
-    test part, only that is judged. `scores` is an entry as in scores.json, and `own_test` the run's accuracy at home;
-    `fitted_on` tells what weights, choices and temperature come from; `seen` how many of the images are also
-    among those the run was made from, byte for byte.
+    test part, only that is judged.
 
     Args:
         run: trained and judged.
@@ -55,7 +56,7 @@ def evaluate_elsewhere(run: RunFolder, data: Path, *, views: str | None = None) 
         DataError: if there are no images, or one has a class the run does not know, or is broken and the run's recipe
             says to fail there.
     """
-    plan, known = run.plan, run.read_json("scores.json")
+    plan, known = run.plan, run.scores
     if not run.final_weights().exists():
         raise RunError(f"{run.path} is not trained to its end. `finetune resume {run.path}` goes on.")
     source = open_source(Path(data).expanduser(), is_learned=False)
@@ -64,27 +65,24 @@ def evaluate_elsewhere(run: RunFolder, data: Path, *, views: str | None = None) 
     dataset, role = _read_images(source, plan.view, plan.data)
     dataset.refuse_bad("Mend them or take them away.")
     images = dataset.indices(role)
-    views, fallback = permitted_views(views or known["views"], plan.data.allowed_changes)
-    rows = predict_probabilities(
-        load_final(run), dataset.store, images, plan, views, known.get("average") or plan.evaluate.average
-    )
-    fitted = (known.get("temperature") or {}) if plan.evaluate.calibrate else {}
-    labels = _labels(dataset, role, columns)
-    own = known.get("test")
-    return {
-        "run": str(run.path),
+    views, fallback = permitted_views(views or known.views, plan.data.allowed_changes)
+    rows = predict_probabilities(load_final(run), dataset.store, images, plan, views, plan.evaluate.average)
+    fitted = known.temperature if plan.evaluate.calibrate else None
+    tempered = temper(rows, (fitted and fitted.value) or 1.0)
+    return RunElsewhere(
+        run=str(run.path),
         **_what_was_judged(dataset, role, Path(data), plan.classes, columns),
-        "views": views,
-        "views_note": fallback,
-        "scores": score_predictions(temper(rows, fitted.get("value") or 1.0), labels, plan.classes),
-        "own_test": own["top1"] if own else None,
-        "fitted_on": _fitted_on(run, plan, fitted),
-        "seen": _count_seen(plan, dataset, images),
-    }
+        views=views,
+        views_note=fallback,
+        scores=score_predictions(tempered, _labels(dataset, role, columns), plan.classes),
+        own_test=known.test.top1 if known.test else None,
+        fitted_on=_fitted_on(run, plan, fitted),
+        seen=_count_seen(plan, dataset, images),
+    )
 
 
-def evaluate_backbone(name: str, data: Path, *, views: str = "center") -> dict[str, Any]:
-    """How a zoo backbone does with the classifier its weights came with, untrained by us, ready for JSON.
+def evaluate_backbone(name: str, data: Path, *, views: str = "center") -> BackboneElsewhere:
+    """How a zoo backbone does with the classifier its weights came with, untrained by us.
 
     Class folders bear a name among the card's classes, one of the names between its commas where only one class has
     it (`goldfish`), or the class's number. All of the source's classes compete, also those without images here.
@@ -111,17 +109,15 @@ def evaluate_backbone(name: str, data: Path, *, views: str = "center") -> dict[s
     logits = source_view_logits(backbone, dataset.store, dataset.indices(role), views=views)  # (V, N, C)
     classes = card.classes or tuple(str(number) for number in range(logits.shape[2]))
     scores = score_predictions(average_views(logits.softmax(dim=2)), _labels(dataset, role, columns), classes)
-    del scores["confusion"]  # a million counts, nearly all of them 0
-    scores["per_class"] = [row for row in scores["per_class"] if row["n"]]
-    return {
-        "backbone": card.name,
+    present = tuple(row for row in scores.per_class if row.n)
+    return BackboneElsewhere(
+        backbone=card.name,
         **_what_was_judged(dataset, role, Path(data), classes, columns),
-        "num_source_classes": len(classes),
-        "views": views,
-        "views_note": None,
-        "scores": scores,
-        "fitted_on": {"weights": card.pretrained_on, "chosen_by_val": [], "temperature": None},
-    }
+        num_source_classes=len(classes),
+        views=views,
+        scores=scores.model_copy(update={"per_class": present, "confusion": None}),  # a million counts, nearly all 0
+        fitted_on=FittedOn(weights=card.pretrained_on, chosen_by_val=()),
+    )
 
 
 @torch.inference_mode()
@@ -233,40 +229,40 @@ def _what_was_judged(
         "role": role,
         "n": len(dataset.indices(role)),
         "classes": {name: classes[column] for name, column in columns.items()},
-        "missing_classes": [name for column, name in enumerate(classes) if column not in present],
-        "bad_images": [
-            {"name": dataset.items[index].name, "reason": why} for index, why in sorted(dataset.bad.items())
-        ],
-        "warnings": list(dataset.source.warnings),
+        "missing_classes": tuple(name for column, name in enumerate(classes) if column not in present),
+        "bad_images": tuple(
+            BadFile(name=dataset.items[index].name, reason=why) for index, why in sorted(dataset.bad.items())
+        ),
+        "warnings": tuple(dataset.source.warnings),
     }
 
 
-def _fitted_on(run: RunFolder, plan: Plan, temperature: Mapping[str, Any]) -> dict[str, Any]:
-    probe = run.read_json("facts.json").get("probe") or {}
-    chosen_by = str(probe.get("chosen_by", "val"))
-    value = temperature.get("value")
-    return {
-        "root": plan.data.root,
-        "split_digest": plan.split_digest,
-        "weights": "train, val and calibration" if plan.is_refit else "train",
-        "constants": "train" if str(plan.data.normalize).startswith("channel") else str(plan.data.normalize),
-        "chosen_by_val": selection_flags(plan, probe_chosen_by=chosen_by),
-        "temperature": {"role": "calibration", "value": value, "n": temperature.get("n")} if value else None,
-    }
+def _fitted_on(run: RunFolder, plan: Plan, temperature: Temperature | None) -> RunFittedOn:
+    probe, applied = run.facts.probe, None
+    if temperature is not None and temperature.value:
+        applied = FittedTemperature(role="calibration", value=temperature.value, n=temperature.n)
+    return RunFittedOn(
+        root=plan.data.root,
+        split_digest=plan.split_digest,
+        weights="train, val and calibration" if plan.is_refit else "train",
+        constants="train" if str(plan.data.normalize).startswith("channel") else str(plan.data.normalize),
+        chosen_by_val=tuple(selection_flags(plan, probe_chosen_by=probe.chosen_by if probe else "val")),
+        temperature=applied,
+    )
 
 
-def _count_seen(plan: Plan, dataset: Dataset, images: Sequence[int]) -> dict[str, Any]:
+def _count_seen(plan: Plan, dataset: Dataset, images: Sequence[int]) -> Seen:
     """How many of the images are, byte for byte, among all those of the run; None where these are not at hand."""
     try:
         theirs = open_images(plan.data).items
     except FinetuneError as fault:
-        return {"n": None, "note": f"whether the run has seen these images cannot be told: {fault}"}
+        return Seen(note=f"whether the run has seen these images cannot be told: {fault}")
     sizes = {_size(dataset.items[index]) for index in images}
     alike = [item for item in theirs if None in sizes or _size(item) in {*sizes, None}]  # the others need not be read
     known = set(digest_images(alike))
     count = sum(dataset.files[index] in known for index in images)
     note = f"{count} of {len(images)} images are among those the run was made from, so the scores flatter it"
-    return {"n": count, "note": note if count else None}
+    return Seen(n=count, note=note if count else None)
 
 
 def _size(item: Item) -> int | None:

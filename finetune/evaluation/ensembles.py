@@ -37,6 +37,7 @@ from finetune.evaluation.whole_model import copy_model
 from finetune.recipe.plan import Plan, Stage
 from finetune.recipe.reading import load_recipe, recipe_text
 from finetune.recipe.runs import RunFolder, append, write_whole
+from finetune.recipe.scores import ByRole, MemberRow
 from finetune.scores.metrics import log_loss
 from finetune.scores.selection import AVERAGES, MOST_MEMBERS, average, ensemble_table, greedy_selection
 from finetune.training.watching import Curves
@@ -62,8 +63,8 @@ def selection_note(run: RunFolder) -> str | None:
     return found["selection_note"] if found else None
 
 
-def score_members(run: RunFolder, dataset: Dataset, views: str | None = None) -> dict[str, list[dict[str, Any]]]:
-    """The table of an average on val and test: each member, their mean, and the ensemble as it grows; ready for JSON.
+def score_members(run: RunFolder, dataset: Dataset, views: str | None = None) -> ByRole[tuple[MemberRow, ...]]:
+    """The table of an average on val and test: each member, their mean, and the ensemble as it grows.
 
     Before any temperature, which is fitted to the whole.
 
@@ -83,8 +84,8 @@ def score_members(run: RunFolder, dataset: Dataset, views: str | None = None) ->
             said = [predict(member, dataset, rows, plan, views, view) for member, view in pairs]
             labels, weights = dataset.labels(role), ensemble.weights.tolist()
             table = ensemble_table(torch.stack(said), labels, names=names, kind=ensemble.average, weights=weights)
-            tables[role] = [row.as_dict() for row in table]
-    return tables
+            tables[role] = tuple(table)
+    return ByRole[tuple[MemberRow, ...]](**tables)
 
 
 def make_ensemble(

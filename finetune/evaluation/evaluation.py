@@ -2,7 +2,6 @@
 
 import csv
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from finetune.evaluation.comparing import selection_flags
 from finetune.evaluation.draws import compare_draws, draw
 from finetune.evaluation.ensembles import read_membership, score_members, selection_note
 from finetune.evaluation.held_out import (
+    Answers,
     Fitting,
     What,
     held_out_note,
@@ -24,7 +24,7 @@ from finetune.evaluation.held_out import (
 )
 from finetune.evaluation.prediction import predict_probabilities, temper
 from finetune.evaluation.teaching import read_answers
-from finetune.evaluation.view_scores import Looked, look_by_view, view_arrays, view_scores
+from finetune.evaluation.view_scores import Looked, look_by_view, view_arrays, view_note, view_rows
 from finetune.evaluation.views import permitted_views, view_names
 from finetune.models.classifier import Classifier
 from finetune.recipe.facts import Facts
@@ -32,9 +32,23 @@ from finetune.recipe.ladder import next_experiment
 from finetune.recipe.plan import Plan
 from finetune.recipe.planning import LEAST_CALIBRATION
 from finetune.recipe.runs import RunFolder, write_whole
+from finetune.recipe.scores import (
+    AgainstCenter,
+    AgainstProbe,
+    AgainstTeacher,
+    ByRole,
+    Conformal,
+    Draws,
+    Experiment,
+    Scores,
+    SplitScores,
+    TeacherScores,
+    Temperature,
+    ViewsGain,
+)
 from finetune.scores.answers import ProbeAnswers
 from finetune.scores.calibration import fit_temperature, log_probabilities
-from finetune.scores.comparison import answered_right
+from finetune.scores.comparison import P, answered_right
 from finetune.scores.conformal import describe, fit_threshold
 from finetune.scores.metrics import score_predictions
 
@@ -43,7 +57,7 @@ JUDGED = ("val", "test")
 
 def evaluate_run(
     run: RunFolder, dataset: Dataset, facts: Facts, probed: ProbeAnswers | None, views: str | None = None
-) -> dict[str, Any]:
+) -> Scores:
     """Score the final model and the probe, and write `predictions.npz` and `scores.json`.
 
     Args:
@@ -64,49 +78,51 @@ def evaluate_run(
     what: What | None = ("model" if plan.stages else "probe") if is_refit(run) else None
     fitting = _fitting(dataset, plan, final, views, what, probed)
     labels = {role: dataset.labels(role) for role in (*JUDGED, "calibration")}
-    scores: dict[str, Any] = {"views": views, "views_note": fallback, "classes": list(plan.classes)}
-    scores |= refit_record(dataset, plan, is_refit=what is not None)
-    tempered, scores["temperature"] = _calibrate(plan, final, fitting)
-    scores |= _score(tempered, labels, plan.classes, what)
-    if len(fitting.labels):
-        scores["conformal"] = _promise(plan, final, labels, fitting)
+    tempered, temperature = _calibrate(plan, final, fitting)
     arrays = _arrays(tempered, labels, dataset) | view_arrays(looked)
-    arrays |= _fitted_arrays(fitting, scores["temperature"], dataset)
-    scores |= view_scores(looked, labels["test"])
-    center = tempered
+    arrays |= _fitted_arrays(fitting, temperature, dataset)
+    own, center, by_probe, paired, teacher = _score(tempered, labels, plan.classes, what), tempered, None, None, None
     if views != "center":
         single = _network_answers(answering, dataset, plan, "center", {})
         center, _ = _calibrate(plan, single, _fitting(dataset, plan, single, "center", what, probed))
-        scores["center"] = _score(center, labels, plan.classes, what)
-        gains = {role: _pair(tempered[role], center[role], labels[role]) for role in JUDGED if len(labels[role])}
-        scores["views_gain"] = {"crops": _num_crops(views, plan), **gains}
     if probed is not None and probe is not None:
         tempered_probe, _ = _calibrate(plan, probe, probe_fitting(dataset, plan, probed))
-        scores["probe"] = _score(tempered_probe, labels, plan.classes, "probe" if plan.probe_on == "labelled" else None)
-        if final is not probe:
-            scores["paired"] = {
-                role: _pair(tempered[role], tempered_probe[role], labels[role]) for role in JUDGED if len(labels[role])
-            }
+        by_probe = _score(tempered_probe, labels, plan.classes, "probe" if plan.probe_on == "labelled" else None)
+        paired = None if final is probe else _pair(AgainstProbe, tempered, tempered_probe, labels)
         arrays |= {f"probe_{role}_probabilities": rows.numpy() for role, rows in tempered_probe.items()}
     if plan.train.distillation.teacher is not None and read_membership(run) is None:
-        scores["teacher"], more = _beside_teacher(run, dataset, tempered, labels, views)
+        teacher, more = _beside_teacher(run, dataset, tempered, labels, views)
         arrays |= more
-    if plan.evaluate.draws:
-        scores["draws"] = _draw(answering, dataset, plan, center, labels, what)
-    scores["next"] = _propose(run, dataset, num_stages=len(facts.backbone.stages))
-    scores["chosen_by_val"] = selection_flags(plan, probe_chosen_by=facts.probe.chosen_by if facts.probe else "val")
-    if note := selection_note(run):
-        scores["chosen_by_val"].append(note)
-    if run.file("ensemble.json").exists():
-        scores["members"] = score_members(run, dataset, views)
+    flags = selection_flags(plan, probe_chosen_by=facts.probe.chosen_by if facts.probe else "val")
+    scores = Scores(
+        views=views,
+        views_note=fallback,
+        classes=plan.classes,
+        refit=refit_record(dataset, plan, is_refit=what is not None),
+        temperature=temperature,
+        val=own.val,
+        test=own.test,
+        conformal=_promise(plan, final, labels, fitting) if len(fitting.labels) else None,
+        views_table=view_rows(looked, labels["test"]),
+        views_table_note=view_note(looked),
+        center=None if center is tempered else _score(center, labels, plan.classes, what),
+        views_gain=None if center is tempered else _gain(_num_crops(views, plan), tempered, center, labels),
+        probe=by_probe,
+        paired=paired,
+        teacher=teacher,
+        draws=_draw(answering, dataset, plan, center, labels, what) if plan.evaluate.draws else None,
+        next=_propose(run, dataset, num_stages=len(facts.backbone.stages)),
+        chosen_by_val=(*flags, *([note] if (note := selection_note(run)) else [])),
+        members=score_members(run, dataset, views) if run.file("ensemble.json").exists() else None,
+    )
     write_whole(run.file("predictions.npz"), lambda path: _save(path, arrays))
-    run.write_json("scores.json", scores)
+    run.write_json("scores.json", scores.model_dump(mode="json"))
     return scores
 
 
 def _beside_teacher(
-    run: RunFolder, dataset: Dataset, final: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor], views: str
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    run: RunFolder, dataset: Dataset, final: Answers, labels: Answers, views: str
+) -> tuple[TeacherScores, dict[str, np.ndarray]]:
     """Scores of the teacher, and student minus teacher on the same images; and what the teacher answered.
 
     Args:
@@ -116,30 +132,35 @@ def _beside_teacher(
         labels: (N,) by role.
         views: in which it looked at images.
     """
-    facts = run.read_json("facts.json")["teacher"]
-    record: dict[str, Any] = {"run": facts["run"], "networks": facts["networks"]}
-    answers = read_answers(run, dataset, JUDGED)
+    teacher, answers = run.facts.teacher, read_answers(run, dataset, JUDGED)
+    assert teacher is not None
     if answers is None:
-        note = "its answers to these very images are not at hand, so the two are not compared"
-        return {**record, "note": note}, {}
-    said = answers.probabilities
-    record |= {"views": answers.views, "passes": facts["networks"] * _num_crops(answers.views, run.plan)}
-    record["student_passes"] = _num_crops(views, run.plan)
+        lacking = "its answers to these very images are not at hand, so the two are not compared"
+        return TeacherScores(run=teacher.run, networks=teacher.networks, note=lacking), {}
+    said, note = answers.probabilities, None
     if answers.views != views:
-        record["views_note"] = (
-            f"it was judged in {answers.views} views and its student in {views}, so the views are compared as well"
-        )
-    paired = {role: _pair(final[role], said[role], labels[role], "teacher") for role in JUDGED if len(labels[role])}
+        note = f"it was judged in {answers.views} views and its student in {views}, so the views are compared as well"
+    own = _score(said, labels, run.plan.classes)
+    found = TeacherScores(
+        run=teacher.run,
+        networks=teacher.networks,
+        views=answers.views,
+        passes=teacher.networks * _num_crops(answers.views, run.plan),
+        student_passes=_num_crops(views, run.plan),
+        views_note=note,
+        val=own.val,
+        test=own.test,
+        paired=_pair(AgainstTeacher, final, said, labels),
+    )
     arrays = {f"teacher_{role}_probabilities": rows.numpy() for role, rows in said.items()}
-    arrays["teacher_views"] = np.array(answers.views)
-    return {**record, **_score(said, labels, run.plan.classes), "paired": paired}, arrays
+    return found, {**arrays, "teacher_views": np.array(answers.views)}
 
 
 def _num_crops(views: str, plan: Plan) -> int:
     return len(view_names(views, plan.view.size_pixels))
 
 
-def _propose(run: RunFolder, dataset: Dataset, *, num_stages: int) -> dict[str, str] | None:
+def _propose(run: RunFolder, dataset: Dataset, *, num_stages: int) -> Experiment | None:
     """The one change to try next, from how training and val stood after the last epoch."""
     last, watched = dict[str, float](), run.stage_names("train")
     with run.file("curves.csv").open(encoding="utf-8", newline="") as file:
@@ -148,7 +169,7 @@ def _propose(run: RunFolder, dataset: Dataset, *, num_stages: int) -> dict[str, 
                 last[row["name"]] = float(row["value"])
     if "train/top1" not in last:
         return None
-    found = next_experiment(
+    return next_experiment(
         run.plan,
         train_top1=last["train/top1"],
         val_top1=last["val/top1"],
@@ -156,7 +177,6 @@ def _propose(run: RunFolder, dataset: Dataset, *, num_stages: int) -> dict[str, 
         num_val=len(dataset.indices("val")),
         num_stages=num_stages,
     )
-    return asdict(found) if found else None
 
 
 def _look_by_view(answering: Mapping[str, Classifier], dataset: Dataset, plan: Plan, views: str) -> dict[str, Looked]:
@@ -186,7 +206,7 @@ def _network_answers(
 def _fitting(
     dataset: Dataset,
     plan: Plan,
-    answers: Mapping[str, torch.Tensor],
+    answers: Answers,
     views: str,
     what: What | None,
     probed: ProbeAnswers | None,
@@ -197,44 +217,32 @@ def _fitting(
     return role_fitting(dataset, answers, what)
 
 
-def _calibrate(
-    plan: Plan, probabilities: Mapping[str, torch.Tensor], fitting: Fitting
-) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+def _calibrate(plan: Plan, probabilities: Answers, fitting: Fitting) -> tuple[Answers, Temperature | None]:
     """Everything at the temperature that suits the fitting images best, and what it changed there."""
     if not plan.evaluate.calibrate or len(fitting.labels) < LEAST_CALIBRATION:
         return dict(probabilities), None
     fitted = fit_temperature(log_probabilities(fitting.probabilities), fitting.labels)
     tempered = {role: temper(rows, fitted.value or 1.0) for role, rows in probabilities.items()}
-    return tempered, {**asdict(fitted), **_noted(fitting.note)}
+    return tempered, fitted.model_copy(update={"held_out": fitting.note})
 
 
-def _promise(
-    plan: Plan, probabilities: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor], fitting: Fitting
-) -> dict[str, Any]:
+def _promise(plan: Plan, probabilities: Answers, labels: Answers, fitting: Fitting) -> Conformal:
     """Prediction sets at the planned coverage, and what they are like on test.
 
     From probabilities before the temperature: the same images served to fit that.
     """
     coverage, count = plan.evaluate.coverage, len(fitting.labels)
-    threshold = fit_threshold(fitting.probabilities, fitting.labels, coverage)
-    found: dict[str, Any] = {"coverage": coverage, "threshold": threshold, "num_calibration": count}
-    found |= _noted(fitting.note)
+    threshold, test = fit_threshold(fitting.probabilities, fitting.labels, coverage), None
     if len(labels["test"]):
-        found["test"] = describe(
-            probabilities["test"], labels["test"], threshold, coverage=coverage, num_calibration=count
-        )
-    return found
+        test = describe(probabilities["test"], labels["test"], threshold, coverage=coverage, num_calibration=count)
+    return Conformal(coverage=coverage, threshold=threshold, num_calibration=count, held_out=fitting.note, test=test)
 
 
-def _noted(note: str | None) -> dict[str, str]:
-    return {} if note is None else {"held_out": note}
-
-
-def _fitted_arrays(fitting: Fitting, temperature: Mapping[str, Any] | None, dataset: Dataset) -> dict[str, np.ndarray]:
+def _fitted_arrays(fitting: Fitting, temperature: Temperature | None, dataset: Dataset) -> dict[str, np.ndarray]:
     """Out-of-fold answers, tempered as all others are; nothing where the calibration images were fitted to."""
     if not fitting.rows:
         return {}
-    tempered = temper(fitting.probabilities, (temperature or {}).get("value") or 1.0)
+    tempered = temper(fitting.probabilities, (temperature and temperature.value) or 1.0)
     return {
         "out_of_fold_probabilities": tempered.numpy(),
         "out_of_fold_labels": fitting.labels.numpy(),
@@ -246,43 +254,45 @@ def _draw(
     answering: Mapping[str, Classifier],
     dataset: Dataset,
     plan: Plan,
-    center: Mapping[str, torch.Tensor],
-    labels: Mapping[str, torch.Tensor],
+    center: Answers,
+    labels: Answers,
     what: What | None,
-) -> dict[str, Any]:
+) -> Draws:
     """Draws of the head's dropout in the centre view, beside the ordinary answer in that view; both tempered."""
     if not isinstance(answering["test"], Classifier):
-        return {"n": 0, "sentence": "no draws: several networks are averaged, and each is judged without dropout"}
+        return Draws(n=0, sentence="no draws: several networks are averaged, and each is judged without dropout")
     roles = (*JUDGED, "calibration")
     drawn = {role: draw(answering[role], dataset.store, dataset.indices(role), plan) for role in roles}
     means = {role: one.mean for role, one in drawn.items()}
     tempered, temperature = _calibrate(plan, means, role_fitting(dataset, means, what))
-    return {
-        "n": plan.evaluate.draws,
-        "temperature": temperature,
-        **_score(tempered, labels, plan.classes, what),
-        **compare_draws(plan.evaluate.draws, drawn, tempered, center, labels),
-    }
+    own = _score(tempered, labels, plan.classes, what)
+    compared = compare_draws(plan.evaluate.draws, drawn, tempered, center, labels)
+    return compared.model_copy(update={"temperature": temperature, "val": own.val, "test": own.test})
 
 
 def _score(
-    probabilities: Mapping[str, torch.Tensor],
-    labels: Mapping[str, torch.Tensor],
-    classes: tuple[str, ...],
-    what: What | None = None,
-) -> dict[str, Any]:
+    probabilities: Answers, labels: Answers, classes: tuple[str, ...], what: What | None = None
+) -> ByRole[SplitScores]:
     """By role; beside val stands who answered, where `what` was refit since."""
-    found = {
-        role: score_predictions(probabilities[role], labels[role], classes) for role in JUDGED if len(labels[role])
-    }
-    if what is not None and "val" in found:
-        found["val"]["held_out"] = held_out_note(what)
-    return found
+    val, test = (
+        score_predictions(probabilities[role], labels[role], classes) if len(labels[role]) else None for role in JUDGED
+    )
+    if what is not None and val is not None:
+        val = val.model_copy(update={"held_out": held_out_note(what)})
+    return ByRole[SplitScores](val=val, test=test)
 
 
-def _pair(final: torch.Tensor, other: torch.Tensor, labels: torch.Tensor, name: str = "probe") -> dict[str, Any]:
-    """Final minus the other, which is called `name`, on the same images."""
-    return answered_right(final, other, labels, ("final", name))
+def _pair(kind: type[P], final: Answers, other: Answers, labels: Answers) -> ByRole[P]:
+    """Final minus the other, which `kind` names, on the same images."""
+    val, test = (
+        answered_right(kind, final[role], other[role], labels[role]) if len(labels[role]) else None for role in JUDGED
+    )
+    return ByRole[kind](val=val, test=test)  # type: ignore[valid-type]
+
+
+def _gain(num_crops: int, final: Answers, center: Answers, labels: Answers) -> ViewsGain:
+    found = _pair(AgainstCenter, final, center, labels)
+    return ViewsGain(crops=num_crops, val=found.val, test=found.test)
 
 
 def _arrays(

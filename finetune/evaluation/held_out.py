@@ -6,7 +6,7 @@ temperature and a conformal threshold are fitted to, in words that go with the n
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -16,6 +16,7 @@ from finetune.models.classifier import Classifier
 from finetune.recipe.distillation import list_networks
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder
+from finetune.recipe.scores import Refit
 from finetune.scores.answers import ProbeAnswers
 
 ROLES = ("val", "test", "calibration")
@@ -68,8 +69,8 @@ def held_out_note(what: What) -> str:
     return f"held out: by the {what} before refit"
 
 
-def refit_record(dataset: Dataset, plan: Plan, *, is_refit: bool) -> dict[str, Any]:
-    """What `scores.json` says of a refit, and the sentence for people; nothing where there was none.
+def refit_record(dataset: Dataset, plan: Plan, *, is_refit: bool) -> Refit | None:
+    """What the scores say of a refit, and the sentence for people; None where there was none.
 
     Args:
         dataset: the images of the run.
@@ -77,7 +78,7 @@ def refit_record(dataset: Dataset, plan: Plan, *, is_refit: bool) -> dict[str, A
         is_refit: of the model or of a member of it; the probe beside it may be all that was.
     """
     if not is_refit and plan.probe_on == "train":
-        return {}
+        return None
     rows = dataset.labelled()
     roles = {role: sum(dataset.roles[row] == role for row in rows) for role in ("train", "val", "calibration")}
     what = "model" if plan.stages else "probe"
@@ -87,4 +88,4 @@ def refit_record(dataset: Dataset, plan: Plan, *, is_refit: bool) -> dict[str, A
         note = f"test is answered by the {what} trained again on {images}; val and calibration by the one before that"
     else:
         note = f"the probe beside the model ends on {images}; of val it answers as it was before that"
-    return {"refit": {"model": is_refit, "probe": plan.probe_on == "labelled", "num_images": roles, "note": note}}
+    return Refit(model=is_refit, probe=plan.probe_on == "labelled", num_images=roles, note=note)

@@ -254,8 +254,8 @@ def open_again(run: RunFolder) -> Dataset:
         DataError: if they hold nothing that could be learned from.
         RunError: if they are not where they were.
     """
-    plan, then = read_decided(run), run.read_json("facts.json")["bad_images"]
-    dataset, faults = Dataset.open(plan.data, plan.seed), {row["name"]: row["reason"] for row in then}
+    plan, then = read_decided(run), run.facts.bad_images
+    dataset, faults = Dataset.open(plan.data, plan.seed), {bad.name: bad.reason for bad in then}
     names = map(dataset.items.name, range(len(dataset.items)))
     dataset.drop({index: faults[name] for index, name in enumerate(names) if name in faults})
     dataset.divide()

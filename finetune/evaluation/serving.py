@@ -31,6 +31,7 @@ from finetune.evaluation.prediction import temper
 from finetune.evaluation.viewing import AnyViewer, open_viewer
 from finetune.evaluation.views import average_views
 from finetune.recipe.runs import RunFolder, write_whole
+from finetune.recipe.scores import Scores
 from finetune.scores.conformal import prediction_set
 
 FORMATS = ("csv", "jsonl", "parquet")
@@ -120,31 +121,31 @@ def predict_stream(
     """
     if top_k is not None and top_k < 1:
         raise RecipeError(f"top_k is {top_k}; at least one class must be told.")
-    plan, scores = run.plan, run.read_json("scores.json")
+    plan, scores = run.plan, run.scores
     wish = _Wish(
         classes=plan.classes,
-        temperature=(scores.get("temperature") or {}).get("value") or 1.0,
-        average=scores.get("average") or plan.evaluate.average,
+        temperature=scores.temperature_value,
+        average=plan.evaluate.average,
         top_k=top_k,
         threshold=None if coverage is None else _threshold(run, scores, coverage),
-        has_learned_deep=run.read_json("facts.json").get("value_range") is not None,
+        has_learned_deep=run.facts.value_range is not None,
     )
-    return _stream(open_viewer(load_final(run), plan, scores["views"]), names, wish)
+    return _stream(open_viewer(load_final(run), plan, scores.views), names, wish)
 
 
-def _threshold(run: RunFolder, scores: dict[str, Any], coverage: float) -> float:
-    known, path = scores.get("conformal") or {}, run.file("scores.json")
-    if known.get("threshold") is None:
+def _threshold(run: RunFolder, scores: Scores, coverage: float) -> float:
+    known, path = scores.conformal, run.file("scores.json")
+    if known is None:
         raise RunError(
             f"{path} has no conformal threshold, so no set can promise to cover {coverage:g}. `finetune evaluate "
             f"{run.path}` finds one if the run has calibration images; or ask for no coverage."
         )
-    if abs(known["coverage"] - coverage) > 1e-9:
+    if abs(known.coverage - coverage) > 1e-9:
         raise RunError(
-            f"{path} has the threshold of sets that cover {known['coverage']:g} of images, and {coverage:g} is asked "
-            f"for. Ask for {known['coverage']:g}; another is chosen by evaluate.coverage of the recipe."
+            f"{path} has the threshold of sets that cover {known.coverage:g} of images, and {coverage:g} is asked "
+            f"for. Ask for {known.coverage:g}; another is chosen by evaluate.coverage of the recipe."
         )
-    return float(known["threshold"])
+    return known.threshold
 
 
 def _stream(viewer: AnyViewer, names: Iterable[str | Path | Held], wish: _Wish) -> Iterator[Prediction]:

@@ -192,8 +192,8 @@ def load_start(run: RunFolder, *, is_held_out: bool = True) -> Classifier:
             f"{plan.backbone} now has weights {backbone.digest[:12]}, but {run.path} began from "
             f"{plan.weights_digest[:12]}. Put the card it was made with first in FINETUNE_ZOO."
         )
-    facts = run.read_json("facts.json")
-    counts = facts["counts"]["train"] if is_held_out or not plan.is_refit else facts["labelled"]
+    facts = run.facts
+    counts = facts.counts["train"] if is_held_out or not plan.is_refit else facts.labelled
     probe = one_probe(load_file(run.file("probe.safetensors")), is_held_out=is_held_out or not plan.is_refit)
     classifier = make_classifier(plan, backbone, probe, counts)
     merge_lora(classifier.backbone)  # still without effect; the plain layers have the names of the trained ones

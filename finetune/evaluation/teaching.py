@@ -90,7 +90,7 @@ def read_answers(run: RunFolder, dataset: Dataset, roles: tuple[str, ...]) -> An
             views = str(stored["teacher_views"]) if prefix and "teacher_views" in stored else None
             found = {role: _ordered(stored, role, prefix, dataset) for role in roles}
         if not prefix and folder.file("scores.json").exists():
-            views = folder.read_json("scores.json")["views"]
+            views = folder.scores.views
         answers = {role: rows for role, rows in found.items() if rows is not None}
         if views is not None and len(answers) == len(roles):
             return Answers(views=views, probabilities=answers)

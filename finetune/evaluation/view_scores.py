@@ -6,7 +6,6 @@ to the average over views. What mirrored views say is of the image as it is.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,9 @@ from finetune.evaluation.prediction import predict_in_batches
 from finetune.evaluation.viewing import open_viewer
 from finetune.evaluation.views import average_views
 from finetune.models.classifier import Classifier
+from finetune.recipe.measures import Proportion
 from finetune.recipe.plan import Plan
+from finetune.recipe.scores import ViewRow
 from finetune.scores.intervals import bootstrap_mean, wilson
 from finetune.scores.metrics import decide, log_losses, top_k_accuracy
 
@@ -91,31 +92,30 @@ def view_arrays(looked: Mapping[str, Looked]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def view_scores(looked: Mapping[str, Looked], labels: torch.Tensor) -> dict[str, Any]:
-    """What `scores.json` holds of the views: a table of them on test, and a note where probabilities were not kept.
+def view_rows(looked: Mapping[str, Looked], labels: torch.Tensor) -> tuple[ViewRow, ...] | None:
+    """Each view on test, in their order, then their average; None where there is one view, or no test image.
 
     Args:
         looked: by role.
         labels: (N,) of test.
-
-    Returns:
-        `views_table`: rows of name, top1 and log_loss (each with its interval), one for each view in their order, then
-        one named `average`; empty without test images. `views_table_note` where something is left out.
     """
-    found: dict[str, Any] = {}
-    if (test := looked.get("test")) is not None and len(labels):
-        found["views_table"] = [
-            _row(name, wilson(int(right.sum()), len(labels)), losses)
-            for name, right, losses in zip(test.names, test.is_right.T, test.losses.T, strict=True)
-        ]
-        average = _row("average", top_k_accuracy(test.average, labels), log_losses(test.average, labels))
-        found["views_table"].append(average)
-    if left := {role: one.num_bytes for role, one in looked.items() if one.probabilities is None}:
-        sizes = ", ".join(f"{role} {size / 2**20:,.0f} MB" for role, size in left.items())
-        most = MOST_BYTES // 2**20
-        found["views_table_note"] = f"probabilities by view are not in predictions.npz: {sizes}, and {most} are kept"
-    return found
+    if (test := looked.get("test")) is None or not len(labels):
+        return None
+    rows = [
+        _row(name, wilson(int(right.sum()), len(labels)), losses)
+        for name, right, losses in zip(test.names, test.is_right.T, test.losses.T, strict=True)
+    ]
+    return (*rows, _row("average", top_k_accuracy(test.average, labels), log_losses(test.average, labels)))
 
 
-def _row(name: str, top1: Any, losses: torch.Tensor) -> dict[str, Any]:
-    return {"name": name, "top1": top1.as_dict(), "log_loss": bootstrap_mean(losses, seed=0).as_dict()}
+def view_note(looked: Mapping[str, Looked]) -> str | None:
+    """That probabilities by view were not kept, and how large they are; None where they were."""
+    left = {role: one.num_bytes for role, one in looked.items() if one.probabilities is None}
+    if not left:
+        return None
+    sizes = ", ".join(f"{role} {size / 2**20:,.0f} MB" for role, size in left.items())
+    return f"probabilities by view are not in predictions.npz: {sizes}, and {MOST_BYTES // 2**20} are kept"
+
+
+def _row(name: str, top1: Proportion, losses: torch.Tensor) -> ViewRow:
+    return ViewRow(name=name, top1=top1, log_loss=bootstrap_mean(losses, seed=0))

@@ -141,7 +141,7 @@ def _card(run: RunFolder, plan: Plan, dataset: Dataset, backbone: Backbone) -> d
         "std": list(view.std),
         "interpolation": view.interpolation,
         "crop_pct": plan.data.crop_pct,
-        "params_m": run.read_json("facts.json")["backbone"]["params_m"],
+        "params_m": run.facts.backbone.params_m,
         "weights": {"file": MODEL},
         "images": {"file": SEEN},
     }

@@ -160,20 +160,20 @@ def _write_texts(run: RunFolder, folder: Path, name: str, options: dict[str, Any
 
 def _card(run: RunFolder, name: str, options: dict[str, Any]) -> str:
     """What a reader needs who has this folder alone."""
-    plan, facts, scores = run.plan, run.read_json("facts.json"), run.read_json("scores.json")
+    plan, facts, scores = run.plan, run.facts, run.scores
     view, (low, high) = plan.view, plan.data.value_range or (0, 65535)
     told = "not judged on test images"
-    if top1 := scores.get("test", {}).get("top1"):
-        share = " ".join(f"{100 * top1[part]:.1f}" for part in ("value", "low", "high")).split()
-        told = f"{share[0]} % [{share[1]}, {share[2]}] of {top1['n']} test images right (95 % interval)"
+    if scores.test is not None:
+        top1 = scores.test.top1
+        share = [f"{100 * part:.1f}" for part in (top1.value, top1.low, top1.high)]
+        told = f"{share[0]} % [{share[1]}, {share[2]}] of {top1.n} test images right (95 % interval)"
     more = "".join(f", {key}={value!r}" for key, value in options.items())
-    temperature = (scores.get("temperature") or {}).get("value") or 1.0
     return f"""# {plan.name}
 
 {len(plan.classes)} classes ({few(plan.classes)}; all in `classes.txt`): {told}.
 
-- network: {name}, begun from {plan.backbone}, whose licence is: {facts["backbone"]["licence"]}
-- trained: {plan.train.strategy}, on {sum(facts["labelled"] if plan.is_refit else facts["counts"]["train"]):,} images
+- network: {name}, begun from {plan.backbone}, whose licence is: {facts.backbone.licence}
+- trained: {plan.train.strategy}, on {sum(facts.labelled if plan.is_refit else facts.counts["train"]):,} images
 - images: shorter side {view.shorter_pixels} px, centre crop {view.size_pixels} px, {view.interpolation};
   of more than 8 bits, values from {low:g} to {high:g} become 0 to 255
 
@@ -191,7 +191,7 @@ view = timm.data.create_transform(
 )
 with torch.inference_mode():
     logits = model(view(Image.open("photo.jpg").convert("RGB"))[None])[0]
-share = (logits / {temperature:.6g}).softmax(0)  # the temperature of the run
+share = (logits / {scores.temperature_value:.6g}).softmax(0)  # the temperature of the run
 print(classes[int(share.argmax())], float(share.max()))
 ```
 """

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from finetune.features.probing import fit_probe
-from finetune.scores.intervals import Interval, wilson
+from finetune.recipe.measures import Proportion
+from finetune.scores.intervals import wilson
 
 FOLDS = 5
 LEAST_IMAGES = 100
@@ -35,7 +36,7 @@ _LEFTS = ("left", "links", "l")
 class Chirality:
     """How well originals are told from mirror images, and what follows for flips."""
 
-    share: Interval | None
+    share: Proportion | None
     """Of images told from their own mirror image, 0.5 by chance; None where there are too few to ask."""
     num_images: int
     is_safe: bool | None

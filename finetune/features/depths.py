@@ -211,5 +211,4 @@ def measure_profile(
 
 def proportion(right: torch.Tensor) -> Proportion:
     """The share of true values in `right` (N,) bool, with its interval."""
-    share = wilson(int(right.sum()), len(right))
-    return Proportion(value=share.value, low=share.low, high=share.high, n=share.n)
+    return wilson(int(right.sum()), len(right))

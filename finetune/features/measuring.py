@@ -43,7 +43,6 @@ from finetune.recipe.cards import View
 from finetune.recipe.facts import (
     ChiralityFacts,
     Findings,
-    Measure,
     NeighbourFacts,
     ProbeFacts,
     ProfileFacts,
@@ -221,8 +220,8 @@ def _probe(material: Material) -> tuple[Probe, Findings]:
             l2_at_edge=at_edge and probe.l2 in (min(L2_GRID), max(L2_GRID)),
             chosen_by=chosen_by,
             left_out=left_out[0],
-            balanced_accuracy=Measure.model_validate(balanced_accuracy(said, val[1]).as_dict()),
-            macro_f1=Measure.model_validate(macro_f1(said, val[1]).as_dict()),
+            balanced_accuracy=balanced_accuracy(said, val[1]),
+            macro_f1=macro_f1(said, val[1]),
         ),
         knn=NeighbourFacts(val=proportion(votes == val[1]), k=k, left_out=left_out[1]),
         learning_curve=curve,
@@ -329,8 +328,8 @@ def _chirality(material: Material, probe: Probe) -> ChiralityFacts:
         is_safe = False
     sided = sided_classes(material.classes)
     return ChiralityFacts(
-        share=None if found.share is None else Proportion.model_validate(found.share.as_dict()),
-        lost=Measure.model_validate(lost.as_dict()),
+        share=found.share,
+        lost=lost,
         is_safe=False if sided else is_safe,
         sided=sided,
     )

@@ -12,7 +12,7 @@ from statistics import fmean, pstdev
 import torch
 
 from finetune.features.depths import FOLDS
-from finetune.recipe.facts import Measure, RankRow
+from finetune.recipe.facts import RankRow
 from finetune.scores.intervals import paired_difference
 from finetune.scores.transferability import rank_agreement
 
@@ -42,7 +42,7 @@ def order_rows(seen: Sequence[Seen]) -> list[RankRow]:
         only_best, only_this = int((best.right & ~one.right).sum()), int((one.right & ~best.right).sum())
         behind = paired_difference(only_best, only_this, len(one.right))
         is_tied = behind.low <= 0
-        update = {"behind": Measure.model_validate(behind.as_dict()), "is_tied": is_tied}
+        update = {"behind": behind, "is_tied": is_tied}
         (tied if is_tied else rest).append(one.row.model_copy(update=update))
     if len(tied) > 1:
         scores = mean_z_scores([_deciding(tied, row) for row in tied])

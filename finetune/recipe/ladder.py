@@ -5,10 +5,10 @@ would tell nothing. A run that does not even know its training images wants to l
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from finetune.recipe.plan import Plan
+from finetune.recipe.scores import Experiment
 
 OVERFIT_GAP = 0.1
 """Accuracy on training images above that on val from which regularisation is worth trying."""
@@ -17,15 +17,6 @@ LEARNED = 0.95
 MIXING_UP_TO = 20_000
 """Training images up to which mixed and cut images are worth trying; larger sets rarely need them."""
 STRONGER = {"none": "light", "light": "medium", "medium": "heavy"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """One change of the recipe."""
-
-    key: str
-    value: str
-    why: str
 
 
 def next_experiment(

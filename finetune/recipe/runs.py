@@ -14,7 +14,10 @@ from safetensors import SafetensorError
 
 from finetune.compute import try_lock
 from finetune.errors import RunError, explain_os_error, names_beside, nearest, os_error_behind
+from finetune.recipe.facts import Facts
 from finetune.recipe.plan import Images, Plan, read_plan
+from finetune.recipe.scores import Scores
+from finetune.recipe.section import read_value
 from finetune.recipe.shelf import is_run
 
 FILES = (
@@ -100,6 +103,26 @@ class RunFolder:
         """The plan, read from the folder."""
         return read_plan(self.file("plan.yaml"))
 
+    @property
+    def facts(self) -> Facts:
+        """What was measured before anything was decided, read from the folder.
+
+        Raises:
+            RunError: if nothing was yet, or the file is damaged.
+        """
+        mend = "Copy the run again from where it was made."
+        return read_value(Facts, self.existing("facts.json"), mend)
+
+    @property
+    def scores(self) -> Scores:
+        """What was judged, read from the folder.
+
+        Raises:
+            RunError: if nothing was yet, or the file is damaged.
+        """
+        mend = f"`finetune evaluate {self.path}` writes it anew."
+        return read_value(Scores, self.existing("scores.json"), mend)
+
     def stage_folder(self, index: int) -> Path:
         """`stages/K-NAME`, K counted from 1."""
         return self.path / "stages" / f"{index + 1}-{self.plan.stages[index].name}"
@@ -137,9 +160,17 @@ class RunFolder:
         Raises:
             RunError: if it is not there yet.
         """
-        if not self.file(name).exists():
+        return json.loads(self.existing(name).read_text(encoding="utf-8"))
+
+    def existing(self, name: str) -> Path:
+        """The path of a file of the run that must be there by now.
+
+        Raises:
+            RunError: if it is not.
+        """
+        if not (path := self.file(name)).exists():
             raise RunError(f"{self.path} has no {name} yet. `finetune resume {self.path}` goes on with the run.")
-        return json.loads(self.file(name).read_text(encoding="utf-8"))
+        return path
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -7,14 +7,14 @@ Text enters only through `draw_text` and `draw_svg`, which escape it.
 
 import math
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from finetune.recipe.measures import Measure
 from finetune.scores.shares import wilson
 
 NUM_COLOURS = 6
@@ -148,13 +148,11 @@ def line_panel(
     return draw_svg(width, height, f"{title} by step: {ends}", "".join(body), title=title)
 
 
-def score_strip(rows: Sequence[tuple[str, Mapping[str, Any]]], *, reference: tuple[str, float] | None) -> Markup:
+def score_strip(rows: Sequence[tuple[str, Measure]], *, reference: tuple[str, float] | None) -> Markup:
     """Scores as dots with their intervals over one axis of shares, and a mark for the trivial score if it fits."""
-    rows = [(name, score) for name, score in rows if is_number(score.get("value"))]
     if not rows:
         return Markup("")
-    lows = [float(score["low"] if is_number(score.get("low")) else score["value"]) for _, score in rows]
-    low = max(0.0, math.floor((min(lows) - 0.04) * 20) / 20)
+    low = max(0.0, math.floor((min(score.low for _, score in rows) - 0.04) * 20) / 20)
     width, left, right, bottom = 480, 96, 420, 30 * len(rows) + 12
 
     def x(share: float) -> float:
@@ -170,25 +168,23 @@ def score_strip(rows: Sequence[tuple[str, Mapping[str, Any]]], *, reference: tup
     for number, (name, score) in enumerate(rows):
         y = 30 * number + 24
         body.append(draw_text(0, y + 4, name))
-        if is_number(score.get("low")) and is_number(score.get("high")):
-            body.append(draw_line(x(score["low"]), y, x(score["high"]), y, f"whisker s{number}"))
-        body.append(f'<circle cx="{x(score["value"]):.1f}" cy="{y}" r="5.5" class="f{number}"/>')
-        body.append(draw_text(right + 10, y + 4, percent(score["value"]), kind="number"))
-    spoken = "; ".join(f"{n} {percent(s['value'])} ({interval_text(s)})" for n, s in rows)
+        body.append(draw_line(x(score.low), y, x(score.high), y, f"whisker s{number}"))
+        body.append(f'<circle cx="{x(score.value):.1f}" cy="{y}" r="5.5" class="f{number}"/>')
+        body.append(draw_text(right + 10, y + 4, percent(score.value), kind="number"))
+    spoken = "; ".join(f"{n} {percent(s.value)} ({interval_text(s)})" for n, s in rows)
     return draw_svg(width, bottom + 36, f"Share right with 95 % interval: {spoken}", "".join(body), kind="strip")
 
 
-def interval_bar(score: Mapping[str, Any]) -> Markup:
+def interval_bar(score: Measure | None) -> Markup:
     """A bar from 0 to a share, with a whisker over its interval; nothing where there is no share."""
-    if not is_number(score.get("value")):
+    if score is None:
         return Markup("")
     body = '<rect y="3" width="120" height="6" rx="3" class="track"/>'
-    body += f'<rect y="3" width="{120 * score["value"]:.1f}" height="6" rx="3" class="bar"/>'
-    if is_number(score.get("low")) and is_number(score.get("high")):
-        low, high = 120 * score["low"], 120 * score["high"]
-        ends = "".join(draw_line(end, 2.5, end, 9.5, "tip") for end in (low, high))
-        body += draw_line(low, 6, high, 6, "tip") + ends
-    return draw_svg(120, 12, f"{percent(score['value'])} ({interval_text(score)})", body, kind="interval")
+    body += f'<rect y="3" width="{120 * score.value:.1f}" height="6" rx="3" class="bar"/>'
+    low, high = 120 * score.low, 120 * score.high
+    ends = "".join(draw_line(end, 2.5, end, 9.5, "tip") for end in (low, high))
+    body += draw_line(low, 6, high, 6, "tip") + ends
+    return draw_svg(120, 12, f"{percent(score.value)} ({interval_text(score)})", body, kind="interval")
 
 
 def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Markup:
@@ -335,9 +331,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [m * 10.0**power for power in powers for m in factors if low <= math.log10(m) + power <= high]
 
 
-def interval_text(score: Mapping[str, Any]) -> str:
+def interval_text(score: Measure) -> str:
     """The ends of a share's interval, such as `91.4–97.4`."""
-    return f"{percent(score.get('low'), unit=False)}–{percent(score.get('high'), unit=False)}"
+    return f"{percent(score.low, unit=False)}–{percent(score.high, unit=False)}"
 
 
 def column_widths(text: str) -> list[int]:

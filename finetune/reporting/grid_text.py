@@ -11,7 +11,7 @@ _WIDE, _TALL = 56, 9
 
 def grid_text(advice: Advice) -> str:
     """The map, `o` where the data stand, `|` over their similarity's interval; nothing where a number is not known."""
-    found = where(advice.model_dump())
+    found = where(advice)
     if found is None:
         return ""
     place, prefer = found

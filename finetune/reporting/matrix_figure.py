@@ -5,27 +5,23 @@ at the very place of the dot. So the picture says what the advice says.
 """
 
 import math
-from collections.abc import Mapping
 
 from markupsafe import Markup
 
-from finetune.recipe.matrix import ORDER, STEP, Place, Prefer, choose_at
+from finetune.recipe.matrix import ORDER, Place, Prefer, choose_at
+from finetune.recipe.plan import Advice
 from finetune.reporting.figures import draw_line, draw_svg, draw_text, is_number
-from finetune.reporting.sentences import Part
 
 COLUMNS, ROWS = 24, 12
 """Fields of the map."""
-NEEDED = ("images_per_class", "similarity", "small_below", "similar_from", "probe_error")
 
 
-def where(advice: Mapping[str, object]) -> tuple[Place, Prefer] | None:
-    """The place of these data in the matrix, and what is preferred; None where a number is not known."""
-    numbers = [advice.get(key) for key in NEEDED]
-    if not all(is_number(number) for number in numbers) or not advice["probe_error"]:
+def where(advice: Advice) -> tuple[Place, Prefer] | None:
+    """The place of these data in the matrix, and what is preferred; None where it is not known."""
+    numbers = (advice.images_per_class, advice.similarity, advice.small_below, advice.similar_from, advice.probe_error)
+    if not all(is_number(number) for number in numbers) or not advice.probe_error:
         return None
-    images, similarity, _, _, error = (float(number) for number in numbers)  # type: ignore[arg-type]
-    prefer = str(advice.get("prefer") or "balanced")
-    return Place(images, similarity, error), prefer if prefer in STEP else "balanced"  # type: ignore[return-value]
+    return Place(advice.images_per_class, advice.similarity, advice.probe_error), advice.prefer
 
 
 def fields(
@@ -57,15 +53,14 @@ def decades_for(images: float, small_below: float) -> int:
     return max(4, math.ceil(math.log10(max(images, small_below, 1)) + 0.3))
 
 
-def grid_figure(advice: Part) -> Markup:
+def grid_figure(advice: Advice) -> Markup:
     """The map as a drawing, each strategy in its colour; a dot for the data, a line for their similarity's interval."""
     found = where(advice)
     if found is None:
         return Markup("")
     place, prefer = found
-    small_below, similar_from = float(advice["small_below"]), float(advice["similar_from"])
-    ends = [advice.get(key) for key in ("similarity_low", "similarity_high")]
-    low, high = (float(end) if is_number(end) else place.similarity for end in ends)  # type: ignore[arg-type]
+    small_below, similar_from = advice.small_below, advice.similar_from
+    low, high = advice.similarity_low, advice.similarity_high
     left, right, top, bottom = 42.0, 384.0, 46.0, 290.0
     decades = decades_for(place.images, small_below)
     names, row, column = fields(place, prefer, columns=COLUMNS, rows=ROWS, decades=decades)

@@ -12,24 +12,27 @@ import json
 import math
 import shlex
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
-import yaml
 from markupsafe import Markup
 from PIL import Image, ImageOps
 
 from finetune.errors import FinetuneError, RunError
-from finetune.recipe.runs import write_whole
+from finetune.recipe.facts import Facts
+from finetune.recipe.measures import Measure
+from finetune.recipe.plan import Stage
+from finetune.recipe.runs import RunFolder, write_whole
+from finetune.recipe.scores import Difference, SplitScores
 from finetune.reporting import figures
-from finetune.reporting.curve import curve_context
-from finetune.reporting.decision import decision_context
-from finetune.reporting.figures import Series, is_number, percent
+from finetune.reporting.curve import curve_figure, curve_sentence
+from finetune.reporting.decision import decide
+from finetune.reporting.figures import Series, percent
 from finetune.reporting.sentences import is_uneven
-from finetune.reporting.verdict import judge, judged_role
+from finetune.reporting.verdict import judge, judged_role, main_score
 
 ReadImage = Callable[[str], bytes]
 """Gives the encoded bytes of an image by the name it has in predictions.npz."""
@@ -52,6 +55,30 @@ METRICS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    """A wrong answer."""
+
+    name: str
+    """Of the image."""
+    truth: str
+    answer: str
+    probability: float
+    image: str = ""
+    """A small JPEG as a data address."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confused:
+    """How often one class was taken for another."""
+
+    truth: str
+    answer: str
+    count: int
+    n: int
+    """Images of the true class."""
+
+
 def write_report(run_folder: Path, *, read_image: ReadImage | None = None) -> Path:
     """Write `report.html` into a run folder, whole or not at all, and say where.
 
@@ -72,27 +99,17 @@ def write_report(run_folder: Path, *, read_image: ReadImage | None = None) -> Pa
 
 def render_report(run_folder: Path, *, read_image: ReadImage | None = None) -> str:
     """The page as text; arguments and errors as in `write_report`."""
-    scores, facts, plan = (_read(run_folder, name) for name in ("scores.json", "facts.json", "plan.yaml"))
-    environment = _read(run_folder, "environment.json", needed=False)
-    predictions = _read_predictions(run_folder / "predictions.npz")
-    role = judged_role(scores)
-    classes = [str(name) for name in scores.get("classes") or facts.get("classes") or plan.get("classes") or ()]
-    is_probe_only = not plan.get("stages") or (plan.get("train") or {}).get("strategy") == "probe"
-    final, probe = scores.get(role) or {}, (scores.get("probe") or {}).get(role) or {}
-    probabilities, labels, names = (predictions.get(f"{role}_{part}") for part in ("probabilities", "labels", "names"))
-    bins, mistakes = [], []
-    if probabilities is not None and labels is not None and names is not None:
-        if probabilities.shape != (len(labels), len(classes)) or len(names) != len(labels):
-            raise RunError(
-                f"{run_folder}: predictions.npz holds {probabilities.shape} probabilities, {len(labels)} labels and "
-                f"{len(names)} names for {len(classes)} classes; `finetune evaluate {run_folder}` writes it anew."
-            )
-        bins = figures.reliability_bins(probabilities, labels)
-        mistakes = find_mistakes(probabilities, labels, names, classes)
-    per_class = sorted(final.get("per_class") or (), key=lambda c: _value(c.get("recall"), missing=2.0))
-    confusion = final.get("confusion") or []
-    fits_matrix = 2 <= len(confusion) <= MAX_MATRIX_CLASSES and len(confusion) == len(classes)
-    metrics = (*BALANCED, *(m for m in METRICS if m not in BALANCED)) if is_uneven(final) else METRICS
+    run = RunFolder(run_folder)
+    for name in ("scores.json", "facts.json", "plan.yaml"):
+        run.existing(name)
+    scores, facts, plan = run.scores, run.facts, run.plan
+    role, is_probe_only = judged_role(scores), not plan.stages
+    final, probe = scores.of(role), None if is_probe_only or scores.probe is None else scores.probe.of(role)
+    bins, mistakes = _read_answers(run, role, scores.classes)
+    per_class = sorted(final.per_class, key=lambda c: c.recall.value if c.recall else 2.0) if final else []
+    confusion = (final and final.confusion) or ()
+    fits_matrix = 2 <= len(confusion) <= MAX_MATRIX_CLASSES and len(confusion) == len(scores.classes)
+    said = curve_sentence(facts.learning_curve).replace("->", "→")
     return _template().render(
         figures=figures,
         run_name=run_folder.resolve().name,
@@ -100,47 +117,87 @@ def render_report(run_folder: Path, *, read_image: ReadImage | None = None) -> s
         plan=plan,
         facts=facts,
         scores=scores,
-        environment=environment,
-        classes=classes,
+        environment=run.read_json("environment.json") if run.file("environment.json").exists() else {},
+        classes=scores.classes,
         role=role,
         final=final,
-        probe={} if is_probe_only else probe,
+        has_probe=probe is not None,
         is_probe_only=is_probe_only,
         verdict=judge(scores, is_probe_only=is_probe_only),
-        strip=_draw_strip(final, None if is_probe_only else probe, facts),
-        metrics=[m for m in metrics if is_number(_value(final.get(m[0]))) or is_number(_value(probe.get(m[0])))],
+        strip=_draw_strip(final, probe, facts, is_probe_only=is_probe_only) if final else "",
+        score_rows=score_rows(final, probe) if final else [],
         per_class=per_class[:MAX_ROWS],
         num_hidden_classes=max(0, len(per_class) - MAX_ROWS),
-        stage_keys=list(dict.fromkeys(key for stage in plan.get("stages") or () for key in stage if key != "name")),
-        panels=draw_curves(run_folder / "curves.csv", is_taught=bool(facts.get("teacher"))),
-        matrix=figures.confusion_matrix(confusion, classes) if fits_matrix else Markup(""),
-        confused=confused_pairs(confusion, classes),
+        stage_rows=stage_rows(plan.stages),
+        panels=draw_curves(run_folder / "curves.csv", is_taught=facts.teacher is not None),
+        matrix=figures.confusion_matrix(confusion, scores.classes) if fits_matrix else Markup(""),
+        confused=confused_pairs(confusion, scores.classes),
         reliability=figures.reliability_diagram(bins),
-        mistakes=[{**mistake, "image": _thumbnail(mistake["name"], read_image)} for mistake in mistakes],
-        decision=decision_context(facts, plan),
-        curve=curve_context(facts.get("learning_curve") or {}),
-        counts=count_rows(facts),
+        mistakes=[replace(mistake, image=_thumbnail(mistake.name, read_image)) for mistake in mistakes],
+        decision=decide(facts, plan),
+        curve_sentence=said[:1].upper() + said[1:],
+        curve_figure=curve_figure(facts.learning_curve),
+        roles=[role for role, row in facts.counts.items() if any(row)],
         max_rows=MAX_ROWS,
     )
 
 
-def _draw_strip(final: Mapping[str, Any], probe: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> Markup:
-    """The main score of the final model and of the probe, None where they are one; and what the largest class gives."""
-    key = "balanced_accuracy" if is_uneven(final) else "top1"
-    reference = next(
-        ((n, facts[k]) for k, n in (("majority", "largest class"), ("chance", "chance")) if facts.get(k)), None
-    )
+@dataclass(frozen=True, kw_only=True)
+class ScoreRow:
+    """A line of the table of scores."""
+
+    name: str
+    final: Measure
+    probe: Measure | None
+    is_share: bool
+
+
+def score_rows(final: SplitScores, probe: SplitScores | None) -> list[ScoreRow]:
+    """The scores that were measured, what counts classes alike first where they are uneven."""
+    metrics = (*BALANCED, *(m for m in METRICS if m not in BALANCED)) if is_uneven(final) else METRICS
+    return [
+        ScoreRow(name=name, final=own, probe=getattr(probe, key, None), is_share=is_share)
+        for key, name, is_share in metrics
+        if (own := getattr(final, key)) is not None
+    ]
+
+
+def stage_rows(stages: Sequence[Stage]) -> list[tuple[str, list[str]]]:
+    """What each stage decides, a line for each key, with its value in every stage in words."""
+    dumped = [stage.model_dump(mode="json") for stage in stages]
+    keys = [key for key in Stage.model_fields if key != "name"] if stages else []
+    return [(key.replace("_", " "), [plain(stage[key]) for stage in dumped]) for key in keys]
+
+
+def _draw_strip(final: SplitScores, probe: SplitScores | None, facts: Facts, *, is_probe_only: bool) -> Markup:
+    """The main score of the final model, and of the probe where that is another; and what the largest class gives."""
+    reference = ("largest class", facts.majority) if facts.majority else ("chance", facts.chance)
     if is_uneven(final):
-        reference = ("largest class", 1 / max(1, sum(1 for row in final["per_class"] if row["n"])))
-    rows = [("probe" if probe is None else "final", final.get(key) or {})]
-    rows += [] if probe is None else [("probe alone", probe.get(key) or {})]
+        reference = ("largest class", 1 / max(1, sum(1 for row in final.per_class if row.n)))
+    rows = [("probe" if is_probe_only else "final", main_score(final))]
+    if probe is not None:
+        rows.append(("probe alone", probe.balanced_accuracy if is_uneven(final) else probe.top1))
     return figures.score_strip(rows, reference=reference)
+
+
+def _read_answers(run: RunFolder, role: str, classes: Sequence[str]) -> tuple[list[figures.Bin], list[Mistake]]:
+    """Bins of confidence and the surest mistakes, from the stored predictions; none without them."""
+    predictions = _read_predictions(run.file("predictions.npz"))
+    probabilities, labels, names = (predictions.get(f"{role}_{part}") for part in ("probabilities", "labels", "names"))
+    if probabilities is None or labels is None or names is None:
+        return [], []
+    if probabilities.shape != (len(labels), len(classes)) or len(names) != len(labels):
+        raise RunError(
+            f"{run.path}: predictions.npz holds {probabilities.shape} probabilities, {len(labels)} labels and "
+            f"{len(names)} names for {len(classes)} classes; `finetune evaluate {run.path}` writes it anew."
+        )
+    return figures.reliability_bins(probabilities, labels), find_mistakes(probabilities, labels, names, classes)
 
 
 def find_mistakes(
     probabilities: np.ndarray, labels: np.ndarray, names: np.ndarray, classes: Sequence[str]
-) -> list[dict[str, Any]]:
-    """The wrong answers given with the highest probability, the surest first: name, truth, answer, probability."""
+) -> list[Mistake]:
+    """The wrong answers given with the highest probability, the surest first."""
     if not len(labels):
         return []
     answer = probabilities.argmax(axis=1)
@@ -148,35 +205,24 @@ def find_mistakes(
     wrong = np.flatnonzero((answer != labels) & np.isfinite(confidence))
     surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:NUM_THUMBNAILS]
     return [
-        {
-            "name": str(names[i]),
-            "truth": classes[labels[i]],
-            "answer": classes[answer[i]],
-            "probability": float(confidence[i]),
-        }
+        Mistake(
+            name=str(names[i]), truth=classes[labels[i]], answer=classes[answer[i]], probability=float(confidence[i])
+        )
         for i in surest
     ]
 
 
-def confused_pairs(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Off-diagonal cells from the fullest down: truth, answer, count, and n, the images of the true class."""
+def confused_pairs(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> list[Confused]:
+    """Off-diagonal cells from the fullest down."""
     if len(confusion) != len(classes):
         return []
-    pairs: list[dict[str, Any]] = [
-        {"truth": classes[row], "answer": classes[column], "count": count, "n": sum(line)}
+    pairs = [
+        Confused(truth=classes[row], answer=classes[column], count=count, n=sum(line))
         for row, line in enumerate(confusion)
         for column, count in enumerate(line)
         if count and row != column
     ]
-    return sorted(pairs, key=lambda pair: -pair["count"])[:20]
-
-
-def count_rows(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Images per class and role, in the order of the classes: name and one count per role."""
-    counts = {role: row for role, row in (facts.get("counts") or {}).items() if row and any(row)}
-    classes = facts.get("classes") or ()
-    rows = [{role: row[i] for role, row in counts.items() if i < len(row)} for i in range(len(classes))]
-    return [{"name": name, "counts": row} for name, row in zip(classes, rows, strict=True)] if counts else []
+    return sorted(pairs, key=lambda pair: -pair.count)[:20]
 
 
 def draw_curves(path: Path, *, is_taught: bool = False) -> list[Markup]:
@@ -200,7 +246,7 @@ def draw_curves(path: Path, *, is_taught: bool = False) -> list[Markup]:
 
 def plain(value: object) -> str:
     """A value of a plan or an environment as a reader would write it; long ones are cut."""
-    if value is None or isinstance(value, jinja2.Undefined):
+    if value is None:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -212,24 +258,6 @@ def plain(value: object) -> str:
         value = value.get("name") or json.dumps(value, ensure_ascii=False)
     text = str(value)
     return figures.shorten(text, 240)
-
-
-def _read(folder: Path, name: str, *, needed: bool = True) -> dict[str, Any]:
-    path = folder / name
-    if not path.is_file():
-        if not needed:
-            return {}
-        raise RunError(
-            f"{folder} has no {name}, so there is nothing to report yet; `finetune resume {folder}` goes on."
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (ValueError, yaml.YAMLError) as fault:
-        raise RunError(f"{path} is damaged ({fault}); `finetune evaluate {folder}` writes scores anew.") from fault
-    if not isinstance(content, dict):
-        raise RunError(f"{path} should hold named values but holds {type(content).__name__}; was it edited by hand?")
-    return content
 
 
 def _read_predictions(path: Path) -> dict[str, np.ndarray]:
@@ -299,16 +327,14 @@ def _thumbnail(name: str, read_image: ReadImage | None) -> str:
 
 
 def _template() -> jinja2.Template:
-    # chainable: a key that an older run folder lacks is shown as a dash, at any depth
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
-        undefined=jinja2.ChainableUndefined,
+        undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "plain": plain, "between": _between, "unbroken": _unbroken}
-    environment.tests |= {"a_number": is_number}
     return environment.get_template("report.html.j2")
 
 
@@ -316,14 +342,7 @@ def _unbroken(text: str) -> str:
     return text.replace(" %", "\u00a0%")
 
 
-def _between(score: object, *, shares: bool = True) -> str:
-    if not (isinstance(score, Mapping) and is_number(score.get("low")) and is_number(score.get("high"))):
-        return ""
+def _between(score: Measure | Difference, *, shares: bool = True) -> str:
     if shares:
-        return f"{percent(score['low'], unit=False)}–{percent(score['high'], unit=False)}"
-    return f"{score['low']:.3f}–{score['high']:.3f}"
-
-
-def _value(score: object, *, missing: float = math.nan) -> float:
-    value = score.get("value") if isinstance(score, Mapping) else None
-    return float(value) if is_number(value) else missing  # type: ignore[arg-type]
+        return f"{percent(score.low, unit=False)}–{percent(score.high, unit=False)}"
+    return f"{score.low:.3f}–{score.high:.3f}"

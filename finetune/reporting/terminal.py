@@ -2,14 +2,25 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from finetune.recipe.advice import UNMEASURED
-from finetune.recipe.facts import Facts, Measure, ProfileFacts, RangeFacts
+from finetune.recipe.elsewhere import BackboneElsewhere, RunElsewhere
+from finetune.recipe.facts import Facts, ProfileFacts, RangeFacts
+from finetune.recipe.measures import Measure
 from finetune.recipe.plan import Advice, Plan, Stage
 from finetune.recipe.schedules import draw_curve
+from finetune.recipe.scores import (
+    ByRole,
+    Conformal,
+    Difference,
+    MemberRow,
+    Paired,
+    Scores,
+    SplitScores,
+    TeacherScores,
+)
 from finetune.reporting.curve import curve_sentence
-from finetune.reporting.decision import forecast_rows
+from finetune.reporting.decision import ForecastRow, forecast_rows
 from finetune.reporting.grid_text import grid_text
 from finetune.reporting.sentences import (
     baseline,
@@ -18,8 +29,8 @@ from finetune.reporting.sentences import (
     is_uneven,
     lost_classes,
     majority_sentence,
-    measure_rows,
     memory,
+    similarity_rows,
 )
 from finetune.scores.comparison import smallest_difference
 
@@ -34,14 +45,13 @@ _PLAIN_BARS = str.maketrans("▁▂▃▄▅▆▇█", "_.:-=+*#")
 """From low to high, for terminals that know no blocks."""
 
 
-def percent(part: Mapping[str, Any] | Measure | None, *, signed: bool = False) -> str:
+def percent(part: Measure | None, *, signed: bool = False) -> str:
     """`95.4 % [90.9, 97.8] of 153`, from a proportion with its interval."""
     if part is None:
         return "-"
-    values = part.model_dump() if isinstance(part, Measure) else part
-    value, low, high = (100 * values[key] for key in ("value", "low", "high"))
+    value, low, high = 100 * part.value, 100 * part.low, 100 * part.high
     sign = "+" if signed else ""
-    return f"{value:{sign}.1f} % [{low:{sign}.1f}, {high:{sign}.1f}] of {values['n']}"
+    return f"{value:{sign}.1f} % [{low:{sign}.1f}, {high:{sign}.1f}] of {part.n}"
 
 
 def facts_text(facts: Facts) -> str:
@@ -148,149 +158,164 @@ def profile_text(profile: ProfileFacts) -> str:
             f"  {'*' if place == profile.best else ' '} {_cut(depth.stage):<{narrow}}  {bar:<{_BAR}} {probe:5.1f} "
             f"[{low:.1f}, {high:.1f}]; {100 * depth.ridge.value:.1f}; {100 * depth.neighbours.value:.1f}"
         )
-    said = _ascii(depth_sentence(profile.model_dump()))
+    said = _ascii(depth_sentence(profile))
     return "\n".join([*lines, *textwrap.wrap(said, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")])
 
 
 def forecasts_text(advice: Advice, *, chosen: str = "") -> str:
     """What each strategy would give and cost; nothing where nothing was forecast."""
-    rows = forecast_rows(advice.model_dump(), chosen=chosen)
+    rows = forecast_rows(advice, chosen=chosen)
     if not rows:
         return ""
     cells = [("strategy", "gain in points [95 %]", "time", "memory", "")]
-    cells += [(_cut(row["strategy"]), _with_interval(row), row["seconds"], row["memory"], row["mark"]) for row in rows]
+    cells += [(_cut(row.strategy), _with_interval(row), row.seconds, row.memory, row.mark) for row in rows]
     a, b, c, d = (max(len(cell[i]) for cell in cells) for i in range(4))
     lines = (f"  {s:<{a}}  {gain:<{b}}  {time:>{c}}  {size:>{d}}  {mark}" for s, gain, time, size, mark in cells)
     return "\n".join(_ascii(line).rstrip() for line in lines)
 
 
-def scores_text(scores: Mapping[str, Any]) -> str:
+def scores_text(scores: Scores) -> str:
     """The final model beside the probe, each with its interval."""
-    is_probe = "probe" in scores and "paired" not in scores
-    teacher = scores.get("teacher") or {}
-    columns = {"probe": scores} if is_probe else {"final": scores, "probe": scores.get("probe")}
-    columns |= {"teacher": teacher} if teacher else {}
+    columns: dict[str, Scores | ByRole[SplitScores] | TeacherScores | None]
+    columns = {"probe": scores} if scores.is_probe else {"final": scores, "probe": scores.probe}
+    columns |= {"teacher": scores.teacher} if scores.teacher else {}
     narrow = max(6, *map(len, columns))
-    lines = [f"Scores ({scores['views']} view; 95 % intervals)"]
-    if scores.get("views_note"):
-        lines.append(f"  {scores['views_note']}")
+    lines = [f"Scores ({scores.views} view; 95 % intervals)"]
+    if scores.views_note:
+        lines.append(f"  {scores.views_note}")
     for role in ("val", "test"):
-        shown = {name: part[role] for name, part in columns.items() if part and role in part}
+        shown = {name: own for name, part in columns.items() if part and (own := part.of(role))}
         lines += [
-            f"  {role:<5} {name:<{narrow}} balanced accuracy {percent(own['balanced_accuracy'])}, "
-            f"macro F1 {_without_count(own.get('macro_f1'))}"
+            f"  {role:<5} {name:<{narrow}} balanced accuracy {percent(own.balanced_accuracy)}, "
+            f"macro F1 {_without_count(own.macro_f1)}"
             for name, own in shown.items()
             if is_uneven(own)
         ]
         lines += [
-            f"  {role:<5} {name:<{narrow}} top-1 {percent(own['top1']):<32} "
-            f"log loss {own['log_loss']['value']:.3f}   ECE {100 * own['ece']['value']:.1f} %"
+            f"  {role:<5} {name:<{narrow}} top-1 {percent(own.top1):<32} "
+            f"log loss {own.log_loss.value:.3f}   ECE {100 * own.ece.value:.1f} %"
             for name, own in shown.items()
         ]
-    if refit := scores.get("refit"):
-        lines += textwrap.wrap(refit["note"], WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
+    if scores.refit:
+        lines += _wrapped(scores.refit.note)
     lines += _uneven_lines(scores)
-    lines += _difference_lines(scores, teacher)
-    if sets := scores.get("conformal", {}).get("test"):
-        size = sets["mean_size"]["value"]
-        lines.append(
-            f"  sets promised to hold the true class of {100 * sets['promised']:g} %: they do for "
-            f"{percent(sets['coverage'])}, with {size:.2f} classes on average{', some with none' if size < 1 else ''}"
-        )
-        if note := scores["conformal"].get("held_out"):
-            lines.append(f"  their threshold: {note}")
-    if flags := scores.get("chosen_by_val"):
-        keys = ", ".join(dict.fromkeys(flag.partition(":")[0] for flag in flags))
-        said = f"val is no estimate, for it chose: {keys}; test chose nothing"
-        lines += textwrap.wrap(_ascii(said), WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
-    if members := (scores.get("members") or {}).get("test"):
-        lines += _member_lines(members)
-    if found := scores.get("next"):
-        said = f"next to try: {found['key']}={found['value']}, for {found['why']}"
-        lines += textwrap.wrap(said, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
+    lines += _difference_lines(scores)
+    if scores.conformal is not None:
+        lines += _set_lines(scores.conformal)
+    if scores.chosen_by_val:
+        keys = ", ".join(dict.fromkeys(flag.partition(":")[0] for flag in scores.chosen_by_val))
+        lines += _wrapped(_ascii(f"val is no estimate, for it chose: {keys}; test chose nothing"))
+    if scores.members and scores.members.test:
+        lines += _member_lines(scores.members.test)
+    if found := scores.next:
+        lines += _wrapped(f"next to try: {found.key}={found.value}, for {found.why}")
     return "\n".join(lines)
 
 
-def _without_count(part: Mapping[str, Any] | None) -> str:
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
+
+
+def _without_count(part: Measure | None) -> str:
     return percent(part).rpartition(" of ")[0] or "-"
 
 
-def _uneven_lines(scores: Mapping[str, Any]) -> list[str]:
+def _set_lines(conformal: Conformal) -> list[str]:
+    """What the prediction sets of test hold; nothing without test images."""
+    if (sets := conformal.test) is None:
+        return []
+    size = sets.mean_size.value
+    told = (
+        f"  sets promised to hold the true class of {100 * sets.promised:g} %: they do for {percent(sets.coverage)}, "
+        f"with {size:.2f} classes on average{', some with none' if size < 1 else ''}"
+    )
+    return [told, *([f"  their threshold: {conformal.held_out}"] if conformal.held_out else [])]
+
+
+def _uneven_lines(scores: Scores) -> list[str]:
     """Where classes are uneven: what naming the largest one gives, and which classes are as good as not found."""
     lines = []
     for role in ("val", "test"):
-        own = scores.get(role) or {}
-        if said := majority_sentence(own):
-            lost = "" if role == "val" and "test" in scores else lost_classes(own)
-            said = f"{role}: {said}" + (f"; {lost}" if lost else "")
-            lines += textwrap.wrap(_ascii(said), WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
+        own = scores.of(role)
+        if own is not None and (said := majority_sentence(own)):
+            lost = "" if role == "val" and scores.test else lost_classes(own)
+            lines += _wrapped(_ascii(f"{role}: {said}" + (f"; {lost}" if lost else "")))
     return lines
 
 
-def _difference_lines(scores: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[str]:
+def _difference_lines(scores: Scores) -> list[str]:
     """What training, a teacher, more views and draws changed on the same test images."""
-
-    uneven = is_uneven(scores.get("test") or {})
-
-    def line(what: str, pair: Mapping[str, Any], rest: str = "") -> str:
-        told = percent({**pair, "value": pair["difference"]}, signed=True)
-        return f"  {what} on test: {told}{_judge(pair)}{rest}"
-
-    def both(what: str, pair: Mapping[str, Any], rest: str = "") -> list[str]:
-        if not (uneven and "balanced" in pair):
-            return [line(what, pair, rest)]
-        told = (line(f"{what} in balanced accuracy", pair["balanced"]), line(f"{what} in top-1", pair, rest))
-        return [part for text in told for part in textwrap.wrap(text, WIDTH, subsequent_indent="    ")]
-
-    lines = []
-    if pair := scores.get("paired", {}).get("test"):
-        lines += both("final minus probe", pair)
-    if pair := teacher.get("paired", {}).get("test"):
-        lines += both("final minus teacher", pair, _passes(teacher))
-    for note in filter(None, (teacher.get("note"), teacher.get("views_note"))):
-        lines += textwrap.wrap(f"teacher: {note}", WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
-    if gain := (scores.get("views_gain") or {}).get("test"):
-        passes = f", for {scores['views_gain']['crops']} times the passes"
-        lines.append(line(f"{scores['views']} minus center", gain, passes))
-    if said := (scores.get("draws") or {}).get("sentence"):
-        lines += textwrap.wrap(said, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
+    uneven, lines = scores.test is not None and is_uneven(scores.test), []
+    if scores.paired and scores.paired.test:
+        lines += _both("final minus probe", scores.paired.test, uneven=uneven)
+    if teacher := scores.teacher:
+        if teacher.paired and teacher.paired.test:
+            lines += _both("final minus teacher", teacher.paired.test, _passes(teacher), uneven=uneven)
+        for note in filter(None, (teacher.note, teacher.views_note)):
+            lines += _wrapped(f"teacher: {note}")
+    if scores.views_gain and scores.views_gain.test:
+        passes = f", for {scores.views_gain.crops} times the passes"
+        lines.append(_difference(f"{scores.views} minus center", scores.views_gain.test, passes))
+    if scores.draws and scores.draws.sentence:
+        lines += _wrapped(scores.draws.sentence)
     return lines
 
 
-def _passes(teacher: Mapping[str, Any]) -> str:
+def _difference(what: str, pair: Difference, rest: str = "") -> str:
+    return f"  {what} on test: {percent(pair.measure, signed=True)}{_judge(pair)}{rest}"
+
+
+def _both(what: str, pair: Paired, rest: str = "", *, uneven: bool) -> list[str]:
+    """A difference in top-1 accuracy; where classes are uneven, that in balanced accuracy before it."""
+    if not uneven or pair.balanced is None:
+        return [_difference(what, pair, rest)]
+    told = (
+        _difference(f"{what} in balanced accuracy", pair.balanced),
+        _difference(f"{what} in top-1", pair, rest),
+    )
+    return [part for text in told for part in textwrap.wrap(text, WIDTH, subsequent_indent="    ")]
+
+
+def _passes(teacher: TeacherScores) -> str:
     """What an answer of the student costs in place of the teacher's, where that is another number of passes."""
-    ours, theirs = teacher["student_passes"], teacher["passes"]
-    return "" if ours == theirs else f", for {ours} pass{'es' if ours > 1 else ''} in place of {theirs}"
+    ours, theirs = teacher.student_passes, teacher.passes
+    if ours is None or ours == theirs:
+        return ""
+    return f", for {ours} pass{'es' if ours > 1 else ''} in place of {theirs}"
 
 
-def _member_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _member_lines(rows: Sequence[MemberRow]) -> list[str]:
     """The table of an ensemble on test."""
     lines = ["  on test, before any temperature:      accuracy   log loss   ECE %   disagree %   networks"]
     for row in rows:
         lines.append(
-            f"    {_end(_ascii(row['name'])):<32} {100 * row['accuracy']:>8.1f} {row['log_loss']:>10.3f} "
-            f"{100 * row['ece']:>7.1f} {100 * row['disagreement']:>12.1f} {row['cost']:>10}"
+            f"    {_end(_ascii(row.name)):<32} {100 * row.accuracy:>8.1f} {row.log_loss:>10.3f} "
+            f"{100 * row.ece:>7.1f} {100 * row.disagreement:>12.1f} {row.cost:>10}"
         )
     return lines
 
 
-def elsewhere_text(found: Mapping[str, Any]) -> str:
+def elsewhere_text(found: RunElsewhere | BackboneElsewhere) -> str:
     """A run, or a backbone as it came, on images of another folder."""
-    own = found["scores"]
-    balanced = f"balanced accuracy {percent(own['balanced_accuracy'])}; " if is_uneven(own) else ""
-    part = "the images of role test" if found["role"] == "test" else "all images"
+    own = found.scores
+    balanced = f"balanced accuracy {percent(own.balanced_accuracy)}; " if is_uneven(own) else ""
+    part = "the images of role test" if found.role == "test" else "all images"
+    name = found.run if isinstance(found, RunElsewhere) else found.backbone
     lines = [
-        f"{found.get('run') or found.get('backbone')} on {part} of {found['data']}",
-        f"  {found['views']} view; {balanced}top-1 {percent(own['top1'])} (95 %); "
-        f"log loss {own['log_loss']['value']:.3f}; ECE {100 * own['ece']['value']:.1f} %",
+        f"{name} on {part} of {found.data}",
+        f"  {found.views} view; {balanced}top-1 {percent(own.top1)} (95 %); "
+        f"log loss {own.log_loss.value:.3f}; ECE {100 * own.ece.value:.1f} %",
     ]
-    if found.get("own_test"):
-        lines.append(f"  at home, on its own test images: top-1 {percent(found['own_test'])}")
-    missing = found["missing_classes"]
-    if missing and "num_source_classes" not in found:
-        lines.append(f"  no images of {', '.join(missing[:_NAMED])}{' and others' if len(missing) > _NAMED else ''}")
-    notes = [found.get("views_note"), (found.get("seen") or {}).get("note"), *found["warnings"]]
-    notes += [f"{bad['name']} cannot be read ({bad['reason']}); left out" for bad in found["bad_images"][:5]]
+    notes = [found.views_note]
+    if isinstance(found, RunElsewhere):
+        if found.own_test:
+            lines.append(f"  at home, on its own test images: top-1 {percent(found.own_test)}")
+        if missing := found.missing_classes:
+            more = " and others" if len(missing) > _NAMED else ""
+            lines.append(f"  no images of {', '.join(missing[:_NAMED])}{more}")
+        notes.append(found.seen.note)
+    notes += [*found.warnings]
+    notes += [f"{bad.name} cannot be read ({bad.reason}); left out" for bad in found.bad_images[:5]]
     lines += [f"  note: {_ascii(note)}" for note in notes if note]
     return "\n".join(lines)
 
@@ -302,17 +327,17 @@ def _measures(facts: Facts) -> list[tuple[str, str]]:
     if facts.knn:
         rows.append(("neighbours", f"{percent(facts.knn.val)} val images right (k = {facts.knn.k})"))
     if facts.learning_curve:
-        rows.append(("more labels", curve_sentence(facts.learning_curve.model_dump())))
+        rows.append(("more labels", curve_sentence(facts.learning_curve)))
     if facts.similarity:
         found = facts.similarity
         value = f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
         rows.append(("similarity", f"{value} (1: as the images of pretraining, 0: unlike them)"))
-        told = dict(measure_rows({"similarity": found.model_dump()}))
+        told = dict(similarity_rows(found))
         shown = {"Random weights": "control", "Batch norm": "batch norm", "Source classes": "source"}
         shown |= {"Distance": "distance", "Earth mover": "earth mover"}
         rows += [(short, _ascii(told[name])) for name, short in shown.items() if name in told]
     if facts.chirality:
-        rows.append(("mirroring", _ascii(chirality_sentence(facts.chirality.model_dump()))))
+        rows.append(("mirroring", _ascii(chirality_sentence(facts.chirality))))
     if facts.features:
         hits, misses, size = (facts.features.get(key, 0) for key in ("hits", "misses", "bytes"))
         rows.append(("features", f"{hits:,} from the cache, {misses:,} computed; {memory(size / 1e6)}"))
@@ -323,7 +348,7 @@ def _probe_words(facts: Facts) -> str:
     """How the probe fares on val beside what needs no look at the images."""
     assert facts.probe is not None
     right = f"{percent(facts.probe.val)} val images right"
-    name, share = baseline({"counts": facts.counts, "chance": facts.chance, "majority": facts.majority}) or ("", 0.0)
+    name, share = baseline(facts)
     if name == "chance":
         return f"{right}; chance {100 * share:.1f} %"
     return (
@@ -332,8 +357,8 @@ def _probe_words(facts: Facts) -> str:
     )
 
 
-def _with_interval(row: Mapping[str, str]) -> str:
-    return f"{row['gain']} [{row['interval']}]" if row["interval"] else row["gain"]
+def _with_interval(row: ForecastRow) -> str:
+    return f"{row.gain} [{row.interval}]" if row.interval else row.gain
 
 
 def _ascii(text: str) -> str:
@@ -349,10 +374,10 @@ def _cut(text: str) -> str:
     return text if len(text) <= 20 else text[:17] + "..."
 
 
-def _judge(pair: Mapping[str, Any]) -> str:
-    if pair["low"] > 0:
+def _judge(pair: Difference) -> str:
+    if pair.low > 0:
         return ": better"
-    return ": worse" if pair["high"] < 0 else ": no difference that these images could show"
+    return ": worse" if pair.high < 0 else ": no difference that these images could show"
 
 
 def _table(rows: list[tuple[str, str]], narrow: int = 12) -> str:

@@ -6,11 +6,11 @@ authors' L-BFGS recipe (rate 0.01, 50 iterations) stops short: at 1.76 where the
 """
 
 import math
-from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 
+from finetune.recipe.scores import Temperature
 from finetune.scores.metrics import expected_calibration_error
 
 COLDEST, HOTTEST = 1e-4, 1e4
@@ -21,28 +21,6 @@ _PRECISION = 1e-10
 """Relative, of the inverse temperature."""
 _MOST_STEPS = 200
 """Ten are usual; halving the bracket alone would take 40."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Temperature:
-    """A fitted temperature, and what it did to the images it was fitted on."""
-
-    value: float | None
-    """Above 1 where the classifier was too sure. None where the images name no temperature: all are
-    right (the colder the better), confidence misleads (the hotter the better), or logits are constant.
-    Leave the probabilities as they are then."""
-    n: int
-    """Images it was fitted on; they must have served no other purpose."""
-    log_loss_before: float
-    log_loss_after: float
-    """Never above `log_loss_before`."""
-    ece_before: float
-    ece_after: float
-    """15 bins; biased upward for small n."""
-
-    def as_dict(self) -> dict[str, float | int | None]:
-        """The fields, ready for JSON."""
-        return asdict(self)
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor, *, weights: torch.Tensor | None = None) -> Temperature:

@@ -5,37 +5,24 @@ one alone is right tell them apart. So everything here is paired.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist, mean, stdev
-from typing import Any
+from types import MappingProxyType
+from typing import TypeVar
 
 import torch
 
-from finetune.scores.intervals import Interval, bootstrap_mean, mean_of_differences, paired_difference
+from finetune.recipe.comparison import Seeds
+from finetune.recipe.measures import Measure
+from finetune.recipe.scores import Paired
+from finetune.scores.intervals import bootstrap_mean, mean_of_differences, paired_difference
 from finetune.scores.metrics import decide
 
+P = TypeVar("P", bound=Paired)
 LEVEL = 0.05
 """Share of comparisons of equal classifiers that may be taken for a difference."""
 POWER = 0.8
 """Share of true differences that a comparison shall find."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seeds:
-    """One score over runs that differ in nothing but the seed."""
-
-    mean: float
-    spread: float | None
-    """Standard deviation of single runs, with n - 1; None of a single one."""
-    low: float | None
-    """Of the 95 % interval of the mean, by Student's t; None of a single run. Not bounded by [0, 1]."""
-    high: float | None
-    n: int
-
-    def as_dict(self) -> dict[str, float | int | None]:
-        """The fields, ready for JSON."""
-        return asdict(self)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -72,38 +59,38 @@ def adjust(p_values: Sequence[float]) -> list[float]:
 
 
 def answered_right(
-    first: torch.Tensor, second: torch.Tensor, labels: torch.Tensor, names: tuple[str, str]
-) -> dict[str, Any]:
-    """First minus second in accuracy on the same images, with its paired 95 % interval; ready for JSON.
-
-    So is `balanced`, the same of balanced accuracy.
+    kind: type[P],
+    first: torch.Tensor,
+    second: torch.Tensor,
+    labels: torch.Tensor,
+    beside: Mapping[str, Measure] = MappingProxyType({}),
+) -> P:
+    """First minus second in accuracy, and in balanced accuracy, on the same images, with paired 95 % intervals.
 
     Args:
+        kind: what the two are.
         first: probabilities (N, K).
         second: the same of the other.
         labels: (N,).
-        names: of both, for the counts of images that one alone answers rightly.
+        beside: what else `kind` is told, by the name of its field.
     """
     right, other_right = decide(first) == labels, decide(second) == labels
     alone, other_alone, counts = (
         rows.bincount(minlength=first.shape[1])
         for rows in (labels[right & ~other_right], labels[~right & other_right], labels)
     )
-    only_first, only_second, seen = int(alone.sum()), int(other_alone.sum()), counts > 0
-    interval = paired_difference(only_first, only_second, len(labels))
+    counted, seen = (int(alone.sum()), int(other_alone.sum())), counts > 0
     balanced = mean_of_differences(alone[seen].tolist(), other_alone[seen].tolist(), counts[seen].tolist())
-    return {
-        "difference": interval.value,
-        "low": interval.low,
-        "high": interval.high,
-        "n": interval.n,
-        "balanced": {"difference": balanced.value, "low": balanced.low, "high": balanced.high, "n": balanced.n},
-        f"only_{names[0]}_right": only_first,
-        f"only_{names[1]}_right": only_second,
-    }
+    only = {f"only_{side}_right": count for side, count in zip(kind.SIDES, counted, strict=True)}
+    told = _difference(paired_difference(*counted, len(labels)))
+    return kind.model_validate({**told, "balanced": _difference(balanced), **only, **beside})
 
 
-def mean_difference(first: torch.Tensor, second: torch.Tensor, seed: int = 0) -> Interval:
+def _difference(found: Measure) -> dict[str, float]:
+    return {"difference": found.value, "low": found.low, "high": found.high, "n": found.n}
+
+
+def mean_difference(first: torch.Tensor, second: torch.Tensor, seed: int = 0) -> Measure:
     """The mean of first minus second over the same images, with its bootstrap interval; such as of log losses.
 
     Args:

@@ -12,10 +12,10 @@ temperature, if that was fitted on the same images.
 """
 
 import math
-from typing import Any
 
 import torch
 
+from finetune.recipe.scores import SetScores
 from finetune.scores.intervals import bootstrap_mean, wilson
 from finetune.scores.metrics import decide
 
@@ -78,12 +78,8 @@ def expected_range(num_calibration: int, coverage: float, confidence: float = 0.
 
 def describe(
     probabilities: torch.Tensor, labels: torch.Tensor, threshold: float, *, coverage: float, num_calibration: int
-) -> dict[str, Any]:
-    """What the sets of some images are like, ready for JSON.
-
-    `coverage` is the share of sets that hold the true class, with Wilson's interval; `expected` is where it should
-    lie (see `expected_range`); `mean_size` has a bootstrap interval; `empty`, `single` and `single_right` count images;
-    `note` says what the reader must know, or is None.
+) -> SetScores:
+    """What the sets of some images are like: `coverage` with Wilson's interval, `mean_size` with a bootstrap one.
 
     Args:
         probabilities: (N, K) of images that the threshold was not fitted on, N at least 1.
@@ -100,19 +96,19 @@ def describe(
     held, sizes = sets.gather(1, labels[:, None])[:, 0], sets.sum(dim=1)
     is_single = sizes == 1
     right = decide(probabilities.detach().cpu()) == labels  # the one class of a single set is the most probable
-    return {
-        "promised": coverage,
-        "threshold": threshold,
-        "num_calibration": num_calibration,
-        "coverage": wilson(int(held.sum()), len(labels)).as_dict(),
-        "expected": list(expected_range(num_calibration, coverage)),
-        "mean_size": bootstrap_mean(sizes, seed=0).as_dict(),
-        "largest": int(sizes.max()),
-        "single": int(is_single.sum()),
-        "single_right": int((is_single & right).sum()),
-        "empty": int((sizes == 0).sum()),
-        "note": _note(threshold, coverage, num_calibration, int((sizes == 0).sum())),
-    }
+    return SetScores(
+        promised=coverage,
+        threshold=threshold,
+        num_calibration=num_calibration,
+        coverage=wilson(int(held.sum()), len(labels)),
+        expected=expected_range(num_calibration, coverage),
+        mean_size=bootstrap_mean(sizes, seed=0),
+        largest=int(sizes.max()),
+        single=int(is_single.sum()),
+        single_right=int((is_single & right).sum()),
+        empty=int((sizes == 0).sum()),
+        note=_note(threshold, coverage, num_calibration, int((sizes == 0).sum())),
+    )
 
 
 def _note(threshold: float, coverage: float, num_calibration: int, num_empty: int) -> str | None:

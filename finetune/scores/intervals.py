@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from finetune.scores.shares import Interval, normal_quantile, wilson
+from finetune.recipe.measures import Measure
+from finetune.scores.shares import normal_quantile, wilson
 
 RESAMPLES = 1000
 _DRAWS_AT_ONCE = 2**22
 """Indices held in memory at a time; 32 MiB. It fixes the order of the draws, so results depend on it."""
 
 
-def paired_difference(only_first: int, only_second: int, n: int, confidence: float = 0.95) -> Interval:
+def paired_difference(only_first: int, only_second: int, n: int, confidence: float = 0.95) -> Measure:
     """The difference of two shares measured on the same `n` images: first minus second, in [-1, 1].
 
     The score interval of Tango, Statistics in Medicine 1998, 17:891-908. It needs the discordant
@@ -41,10 +42,11 @@ def paired_difference(only_first: int, only_second: int, n: int, confidence: flo
         distance = only_first - only_second - n * difference
         return distance**2 <= z * z * _null_variance(only_first, only_second, n, difference)
 
-    return Interval(value, _edge(is_plausible, value, -1.0), _edge(is_plausible, value, 1.0), n)
+    low, high = (_edge(is_plausible, value, end) for end in (-1.0, 1.0))
+    return Measure(value=value, low=low, high=high, n=n)
 
 
-def mean_of_shares(hits: Sequence[int], counts: Sequence[int], confidence: float = 0.95) -> Interval:
+def mean_of_shares(hits: Sequence[int], counts: Sequence[int], confidence: float = 0.95) -> Measure:
     """The unweighted mean of independent shares (balanced accuracy), each with `counts[k]` images.
 
     Square-and-add of Wilson intervals: MOVER, Zou & Donner, Statistics in Medicine 2008,
@@ -60,12 +62,12 @@ def mean_of_shares(hits: Sequence[int], counts: Sequence[int], confidence: float
     value = sum(share.value for share in shares) / len(shares)
     below = math.sqrt(sum((share.value - share.low) ** 2 for share in shares)) / len(shares)
     above = math.sqrt(sum((share.high - share.value) ** 2 for share in shares)) / len(shares)
-    return Interval(value, max(0.0, value - below), min(1.0, value + above), sum(counts))
+    return Measure(value=value, low=max(0.0, value - below), high=min(1.0, value + above), n=sum(counts))
 
 
 def mean_of_differences(
     only_first: Sequence[int], only_second: Sequence[int], counts: Sequence[int], confidence: float = 0.95
-) -> Interval:
+) -> Measure:
     """The unweighted mean of `paired_difference` over classes: of two balanced accuracies on the same images.
 
     By square-and-add, as `mean_of_shares`, of each class's interval.
@@ -79,10 +81,10 @@ def mean_of_differences(
     value = sum(pair.value for pair in pairs) / len(pairs)
     below = math.sqrt(sum((pair.value - pair.low) ** 2 for pair in pairs)) / len(pairs)
     above = math.sqrt(sum((pair.high - pair.value) ** 2 for pair in pairs)) / len(pairs)
-    return Interval(value, max(-1.0, value - below), min(1.0, value + above), sum(counts))
+    return Measure(value=value, low=max(-1.0, value - below), high=min(1.0, value + above), n=sum(counts))
 
 
-def mean_of_f1(hits: Sequence[int], misses: Sequence[int], n: int, confidence: float = 0.95) -> Interval:
+def mean_of_f1(hits: Sequence[int], misses: Sequence[int], n: int, confidence: float = 0.95) -> Measure:
     """The unweighted mean of the classes' F1 = 2 h / (2 h + m), for a class with h hits and m misses of either kind.
 
     F1 grows with h / (h + m), a share, whose Wilson interval so becomes that of F1: the indirect method of Lam, Gopal &
@@ -106,10 +108,10 @@ def mean_of_f1(hits: Sequence[int], misses: Sequence[int], n: int, confidence: f
     value = sum(score for score, _, _ in scores) / len(scores)
     below = math.sqrt(2 * sum((score - low) ** 2 for score, low, _ in scores)) / len(scores)
     above = math.sqrt(2 * sum((high - score) ** 2 for score, _, high in scores)) / len(scores)
-    return Interval(value, max(0.0, value - below), min(1.0, value + above), n)
+    return Measure(value=value, low=max(0.0, value - below), high=min(1.0, value + above), n=n)
 
 
-def bootstrap_mean(values: torch.Tensor, seed: int, resamples: int = RESAMPLES, confidence: float = 0.95) -> Interval:
+def bootstrap_mean(values: torch.Tensor, seed: int, resamples: int = RESAMPLES, confidence: float = 0.95) -> Measure:
     """The mean of `values` (N,) with its percentile bootstrap interval (Efron, Ann. Stat. 1979).
 
     The same seed gives the same digits. With one value the interval has no width: it says nothing.
@@ -122,7 +124,7 @@ def bootstrap_mean(values: torch.Tensor, seed: int, resamples: int = RESAMPLES, 
     values = values.detach().cpu().double()
     means = bootstrap(lambda indices: values[indices].mean(dim=1), len(values), seed, resamples)
     low, high = percentiles(means, confidence)
-    return Interval(float(values.mean()), low, high, len(values))
+    return Measure(value=float(values.mean()), low=low, high=high, n=len(values))
 
 
 def bootstrap(

@@ -6,13 +6,12 @@ score alike; so the top-1 accuracy is always the trace of the confusion matrix o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from finetune.recipe.measures import Measure, Proportion
+from finetune.recipe.scores import ClassScore, SplitScores
 from finetune.scores.intervals import (
-    Interval,
     bootstrap,
     bootstrap_mean,
     mean_of_f1,
@@ -29,32 +28,12 @@ _SUM_TOLERANCE = 1e-2
 """Rows of half-precision softmax over many classes miss one by this much."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClassScore:
-    """How one class fares. What cannot be measured is None, not zero."""
-
-    name: str
-    n: int
-    """Images of this class."""
-    precision: Interval | None
-    """Share of the images called so that are so; None where none was called so."""
-    recall: Interval | None
-    """Share of the images of this class that were found; None where there are none."""
-    f1: float | None
-    """2TP / (2TP + FP + FN); None where the class occurs neither as truth nor as decision."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        precision, recall = (None if share is None else share.as_dict() for share in (self.precision, self.recall))
-        return {"name": self.name, "n": self.n, "precision": precision, "recall": recall, "f1": self.f1}
-
-
 def decide(probabilities: torch.Tensor) -> torch.Tensor:
     """The class with the largest probability, (N,); the first of them on a tie."""
     return probabilities.argmax(dim=1)
 
 
-def top_k_accuracy(probabilities: torch.Tensor, labels: torch.Tensor, k: int = 1) -> Interval:
+def top_k_accuracy(probabilities: torch.Tensor, labels: torch.Tensor, k: int = 1) -> Proportion:
     """Share of images whose label is among the `k` most probable classes; lower class first on a tie.
 
     Raises:
@@ -77,7 +56,7 @@ def confusion(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     return torch.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-def balanced_accuracy(probabilities: torch.Tensor, labels: torch.Tensor) -> Interval:
+def balanced_accuracy(probabilities: torch.Tensor, labels: torch.Tensor) -> Measure:
     """Mean recall over the classes that have images here; `n` counts images."""
     table = confusion(probabilities, labels)
     counts = table.sum(dim=1)
@@ -85,7 +64,7 @@ def balanced_accuracy(probabilities: torch.Tensor, labels: torch.Tensor) -> Inte
     return mean_of_shares(table.diagonal()[present].tolist(), counts[present].tolist())
 
 
-def macro_f1(probabilities: torch.Tensor, labels: torch.Tensor) -> Interval:
+def macro_f1(probabilities: torch.Tensor, labels: torch.Tensor) -> Measure:
     """Mean F1 over the classes that occur as truth or as decision, each counting alike; `n` counts images."""
     table = confusion(probabilities, labels)
     hits, sums = table.diagonal(), table.sum(dim=0) + table.sum(dim=1)
@@ -133,7 +112,7 @@ def expected_calibration_error(probabilities: torch.Tensor, labels: torch.Tensor
     return float(_binned_error(gaps[None], places[None], bins))
 
 
-def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, seed: int = 0) -> Interval:
+def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, seed: int = 0) -> Measure:
     """`expected_calibration_error` with a bootstrap interval for the error without its upward bias.
 
     The basic (reflected) bootstrap, because resampling adds the same bias once more; it lies mostly
@@ -152,35 +131,35 @@ def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor, seed: i
         return _binned_error(is_right.double() - drawn, places[rows], NUM_BINS)
 
     is_plain_luck = value <= percentiles(bootstrap(lucky_error, n, seed))[1]
-    return Interval(value, 0.0 if is_plain_luck else max(0.0, 2 * value - high), max(value, 2 * value - low), n)
+    least = 0.0 if is_plain_luck else max(0.0, 2 * value - high)
+    return Measure(value=value, low=least, high=max(value, 2 * value - low), n=n)
 
 
 def score_predictions(
     probabilities: torch.Tensor, labels: torch.Tensor, classes: Sequence[str], *, seed: int = 0
-) -> dict[str, Any]:
-    """One split's entry of `scores.json`, ready for JSON: every score with its 95 % interval and n.
+) -> SplitScores:
+    """Every score of one split, with its 95 % interval and n.
 
-    `majority` is the share of the largest class here: the top-1 accuracy of naming it always. `top5` is None for five
-    classes or fewer, where it could not fail. In `per_class`, what has no denominator (precision of a class never
+    `top5` is None for five classes or fewer. In `per_class`, what has no denominator (precision of a class never
     called, recall of a class without images) is None.
 
     Raises:
         ValueError: if there is no image, a label outside [0, K), a row that is no distribution, or
             `classes` has not K names.
     """
-    num_classes, top1 = probabilities.shape[-1], top_k_accuracy(probabilities, labels, 1).as_dict()
-    return {
-        "n": len(labels),
-        "majority": int(labels.bincount().max()) / len(labels),
-        "balanced_accuracy": balanced_accuracy(probabilities, labels).as_dict(),
-        "macro_f1": macro_f1(probabilities, labels).as_dict(),
-        "top1": top1,
-        "top5": top_k_accuracy(probabilities, labels, 5).as_dict() if num_classes > 5 else None,
-        "log_loss": bootstrap_mean(log_losses(probabilities, labels), seed).as_dict(),
-        "ece": calibration_error(probabilities, labels, seed).as_dict(),
-        "per_class": [score.as_dict() for score in per_class(probabilities, labels, classes)],
-        "confusion": confusion(probabilities, labels).tolist(),
-    }
+    top1 = top_k_accuracy(probabilities, labels, 1)  # first, for it checks what comes in
+    return SplitScores(
+        n=len(labels),
+        majority=int(labels.bincount().max()) / len(labels),
+        balanced_accuracy=balanced_accuracy(probabilities, labels),
+        macro_f1=macro_f1(probabilities, labels),
+        top1=top1,
+        top5=top_k_accuracy(probabilities, labels, 5) if probabilities.shape[-1] > 5 else None,
+        log_loss=bootstrap_mean(log_losses(probabilities, labels), seed),
+        ece=calibration_error(probabilities, labels, seed),
+        per_class=per_class(probabilities, labels, classes),
+        confusion=tuple(map(tuple, confusion(probabilities, labels).tolist())),
+    )
 
 
 def _calibration_gaps(

@@ -6,13 +6,11 @@ averaged first and made honest by one temperature after, for scaling does not co
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from finetune.recipe.scores import MemberRow
 from finetune.scores.calibration import log_probabilities
-from finetune.scores.intervals import Interval
 from finetune.scores.metrics import decide, expected_calibration_error, log_loss, top_k_accuracy
 
 AVERAGES = ("probability", "logit")
@@ -20,30 +18,6 @@ MOST_MEMBERS = 5
 """Different members that a greedy selection takes at most: each costs one more network at every prediction."""
 TOLERANCE = 1e-4
 """Nats of log loss that one more member must save."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table of an ensemble: a member, the mean of members, or the ensemble of the first few."""
-
-    name: str
-    num_members: int
-    """Whose predictions are in it; of the mean, all."""
-    log_loss: float
-    accuracy: float
-    interval: Interval | None
-    """Of the accuracy; None for the mean of members, which is no share of images."""
-    ece: float
-    disagreement: float
-    """Share of images on which two members decide differently: a member with the others, else mean over pairs."""
-    cost: int
-    """Networks that a prediction has to run."""
-    gain: float | None = None
-    """Accuracy above the mean accuracy of its members; None where nothing is averaged."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        return {**vars(self), "interval": self.interval.as_dict() if self.interval else None}
 
 
 def average(
@@ -134,7 +108,7 @@ def ensemble_table(
     names: Sequence[str] = (),
     kind: str = "probability",
     weights: Sequence[float] | None = None,
-) -> list[Row]:
+) -> list[MemberRow]:
     """Each member, the mean of members, and the ensemble of the first two, three, to all M, with what it gains.
 
     Args:
@@ -160,15 +134,15 @@ def ensemble_table(
         mean = average(first, kind, shares[:size])
         row = _row(f"ensemble of {size}", mean, labels, num_members=size, disagreement=disagreement(first), cost=size)
         gain = row.accuracy - sum(member.accuracy for member in rows[:size]) / size
-        table.append(Row(**{**vars(row), "gain": gain}))
+        table.append(row.model_copy(update={"gain": gain}))
     return table
 
 
 def _row(
     name: str, probabilities: torch.Tensor, labels: torch.Tensor, *, num_members: int, disagreement: float, cost: int
-) -> Row:
+) -> MemberRow:
     top1 = top_k_accuracy(probabilities, labels)
-    return Row(
+    return MemberRow(
         name=name,
         num_members=num_members,
         log_loss=log_loss(probabilities, labels),
@@ -180,8 +154,8 @@ def _row(
     )
 
 
-def _mean_row(rows: Sequence[Row], disagreement: float) -> Row:
-    return Row(
+def _mean_row(rows: Sequence[MemberRow], disagreement: float) -> MemberRow:
+    return MemberRow(
         name="mean of members",
         num_members=len(rows),
         log_loss=sum(row.log_loss for row in rows) / len(rows),

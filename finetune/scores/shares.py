@@ -1,25 +1,12 @@
 """A share with its score interval: needs no torch, so that pages and tables have it too."""
 
 import math
-from dataclasses import asdict, dataclass
 from statistics import NormalDist
 
-
-@dataclass(frozen=True)
-class Interval:
-    """A score, the ends of its confidence interval, and the number of images behind it."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def as_dict(self) -> dict[str, float | int]:
-        """`{"value", "low", "high", "n"}`, ready for JSON."""
-        return asdict(self)
+from finetune.recipe.measures import Proportion
 
 
-def wilson(hits: int, n: int, confidence: float = 0.95) -> Interval:
+def wilson(hits: int, n: int, confidence: float = 0.95) -> Proportion:
     """The share `hits / n` with its score interval; never below 0 or above 1.
 
     Wilson, JASA 1927, https://doi.org/10.1080/01621459.1927.10502953, without continuity correction.
@@ -35,7 +22,7 @@ def wilson(hits: int, n: int, confidence: float = 0.95) -> Interval:
     half = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     low = 0.0 if hits == 0 else max(0.0, center - half)  # rounding leaves 1e-18 where theory says 0
     high = 1.0 if hits == n else min(1.0, center + half)
-    return Interval(share, low, high, n)
+    return Proportion(value=share, low=low, high=high, n=n)
 
 
 def normal_quantile(confidence: float) -> float:

@@ -7,14 +7,16 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.recipe.addresses import hide_logins
+from finetune.recipe.measures import Measure
 from finetune.recipe.runs import write_whole
+from finetune.recipe.scores import Scores
 
 ARTIFACTS = ("report.html", "plan.yaml", "scores.json", "facts.json", "curves.csv")
 """Files that MLflow gets."""
@@ -120,18 +122,21 @@ def best_values(rows: list[CurveRow]) -> list[tuple[str, float, int]]:
     return list(best.values())
 
 
-def final_values(scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """The scalars of scores.json; those of val are `final/val/...`, since `val/top1` names a curve."""
-    blocks = {"test": scores.get("test"), "final/val": scores.get("val")}
-    blocks |= {f"probe/{role}": block for role, block in (scores.get("probe") or {}).items()}
+def final_values(scores: Scores) -> Iterator[tuple[str, float]]:
+    """The scalars of the scores; those of val are `final/val/...`, since `val/top1` names a curve."""
+    blocks = {"test": scores.test, "final/val": scores.val}
+    if scores.probe is not None:
+        blocks |= {f"probe/{role}": scores.probe.of(role) for role in ("val", "test")}
     for prefix, block in blocks.items():
-        if (block or {}).get("majority") is not None:
-            yield f"{prefix}/majority", float(block["majority"])  # type: ignore[index]
+        if block is None:
+            continue
+        if block.majority is not None:
+            yield f"{prefix}/majority", block.majority
         for name in ("balanced_accuracy", "macro_f1", "top1", "top5", "log_loss", "ece"):
-            measure = (block or {}).get(name) or {}
-            for part, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
-                if measure.get(part) is not None:
-                    yield f"{prefix}/{name}{suffix}", float(measure[part])
+            measure: Measure | None = getattr(block, name)
+            if measure is not None:
+                yield f"{prefix}/{name}", measure.value
+                yield from ((f"{prefix}/{name}_{end}", getattr(measure, end)) for end in ("low", "high"))
 
 
 def flatten_plan(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

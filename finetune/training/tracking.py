@@ -12,7 +12,6 @@ answer it is the same to the last bit, and MLflow's database drops it. Where tra
 and began anew), a new MLflow run gets what the folder now holds.
 """
 
-import json
 import math
 import re
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 import yaml
 
 from finetune.recipe.addresses import HOW_TO_LOG_IN, Login, hide_logins, login_from_environment, split_login
+from finetune.recipe.runs import RunFolder
 from finetune.training.ledger import (
     CurveReader,
     CurveRow,
@@ -338,9 +338,7 @@ class Tracker:
             return
         rows, time_ms = list(CurveReader(self._folder).new_rows()), path.stat().st_mtime_ns // 1_000_000
         last_step = max((row.step for row in rows), default=0)
-        finals = [
-            (name, value, last_step) for name, value in final_values(json.loads(path.read_text(encoding="utf-8")))
-        ]
+        finals = [(name, value, last_step) for name, value in final_values(RunFolder(self._folder).scores)]
         finals += best_values(rows)
         self._log(finals, [time_ms] * len(finals))
         state.sent_scores = True
