@@ -79,22 +79,21 @@ def _command() -> str:
 
 
 def draw_digits(folder: Path) -> Path:
-    """The 1,797 digits that ship inside scikit-learn as PNG files in train/ and test/ class folders, once."""
+    """The 1,797 digits that we ship (assets/LICENSES.txt) as PNG files in train/ and test/ class folders, once."""
     marker = folder / "drawn.json"
     if marker.exists():
         return folder
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    with np.load(Path(__file__).parent / "assets" / "digits.npz") as digits:
+        images, labels = digits["images"], digits["labels"]  # (1797, 8, 8) of 0 to 16, and (1797,)
     seen = dict.fromkeys(range(10), 0)
     # In the set's own order the writers change; a user's labelled images are a sample of all of them.
-    for number in np.random.default_rng(0).permutation(len(digits.target)):
-        pixels, label = digits.images[number], digits.target[number]
+    for number in np.random.default_rng(0).permutation(len(labels)):
+        pixels, label = images[number], labels[number]
         role = "train" if seen[int(label)] < LABELLED_PER_CLASS else "test"
         seen[int(label)] += 1
         path = folder / role / NAMES[int(label)] / f"{number:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(np.round(pixels * 255 / 16).astype(np.uint8))
+        image = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
         image.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC).save(path)
-    marker.write_text(json.dumps({"images": len(digits.target)}), encoding="utf-8")
+    marker.write_text(json.dumps({"images": len(labels)}), encoding="utf-8")
     return folder

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,25 @@ def test_training_and_judging_need_no_features():
 def test_a_library_is_imported_in_one_room_only(library, homes):
     rooms = {_room(path) for path in FILES if any(name.split(".")[0] == library for name in _imports(path))}
     assert rooms == homes
+
+
+def test_every_dependency_is_imported_and_every_import_is_declared():
+    """A library for a trifle is none of ours, and one that only comes with another is named beside it."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    declared = {
+        re.split(r"[<>=]", line)[0] for line in project["dependencies"] + project["optional-dependencies"]["heic"]
+    }
+    comes_with = {
+        "cv2": "albumentations",
+        "markupsafe": "jinja2",
+        "requests": "mlflow",
+        "sqlalchemy": "mlflow",
+        "alembic": "mlflow",
+    }
+    named = {"yaml": "pyyaml", "PIL": "pillow"}
+    imported = {name.partition(".")[0] for path in FILES for name in _imports(path)} - sys.stdlib_module_names
+    imported = {named.get(name, name.replace("_", "-")) for name in imported - {"finetune"}}
+    assert {comes_with.get(name, name) for name in imported} == declared
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -5,7 +5,6 @@ Numbers say little about an augmentation. One look tells whether a class can sti
 
 from collections.abc import Sequence
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
 
@@ -181,8 +180,6 @@ def _shorten(pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, 
 
 @cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu as matplotlib ships it, found without importing it: Pillow's own font knows English letters alone."""
-    package = find_spec("matplotlib")
-    assert package is not None and package.origin is not None  # we depend on it
-    folder = Path(package.origin).parent / "mpl-data" / "fonts" / "ttf"
+    """DejaVu, which we ship: Pillow's own font knows English letters alone."""
+    folder = Path(__file__).parents[1] / "assets"
     return ImageFont.truetype(folder / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"), size)
