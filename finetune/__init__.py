@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from finetune.combining import ensemble
     from finetune.evaluation.comparing import compare
     from finetune.evaluation.serving import predict
+    from finetune.models.own import Network
     from finetune.pipeline import evaluate, report, resume, train
     from finetune.preparing import open_dataset, plan, survey
     from finetune.recipe.plan import Plan
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from finetune.run import Run, load_run
 
 _HOMES = {
+    "Network": "finetune.models.own",
     "Plan": "finetune.recipe.plan",
     "Recipe": "finetune.recipe.schema",
     "Run": "finetune.run",
@@ -41,6 +43,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Network",
     "Plan",
     "Recipe",
     "Run",

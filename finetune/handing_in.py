@@ -10,7 +10,7 @@ import numpy as np
 
 from finetune.data.torch_datasets import Handed, digest_contents, open_datasets
 from finetune.errors import RecipeError
-from finetune.models.own import NOTHING, Given
+from finetune.models.own import NOTHING, Given, Model, Network, open_network
 from finetune.recipe.own import OwnThing, describe, qualified_name
 from finetune.recipe.plan import Plan
 from finetune.recipe.schema import DataSpec, Recipe
@@ -33,6 +33,7 @@ class Own:
 def hand_in(
     begins: Recipe | Plan,
     *,
+    model: Model | None = None,
     dataset: Handed | None = None,
     vary: Vary | None = None,
     say: Callable[[str], None],
@@ -41,10 +42,17 @@ def hand_in(
 
     Raises:
         RecipeError: if it names what is handed in, or says how to read a folder.
+        BackboneError: as `open_network`.
         DataError: as `open_datasets`.
     """
     things: list[OwnThing] = []
-    source = None
+    source, backbone = None, None
+    if model is not None:
+        if isinstance(begins, Recipe):
+            _refuse_named_backbone(begins)
+        backbone = open_network(model)
+        module = model.module if isinstance(model, Network) else model
+        things.append(OwnThing(argument="model", name=qualified_name(module), digest=backbone.digest))
     if dataset is not None:
         _refuse_named_images(begins.data)
         progress = every_few_seconds(say)
@@ -54,7 +62,20 @@ def hand_in(
         things.append(OwnThing(argument="dataset", name=" + ".join(names), digest=digest_contents(source)))
     if vary is not None:
         things.append(describe("vary", vary))
-    return Own(given=Given(source=source), vary=vary, things=tuple(things))
+    return Own(given=Given(source=source, backbone=backbone), vary=vary, things=tuple(things))
+
+
+def _refuse_named_backbone(recipe: Recipe) -> None:
+    """Raises RecipeError where the network is named twice, or what only a named one knows is asked of it."""
+    faults = []
+    if recipe.backbone is not None:
+        faults.append(f"backbone is {recipe.backbone}, and model= hands in another network; leave one out.")
+    if not recipe.pretrained:
+        faults.append("pretrained is false, but model= is used with the weights it has: give it random ones instead.")
+    if recipe.head.init == "model":
+        faults.append("head.init is model, but a network that was handed in does not say how it draws its head.")
+    if faults:
+        raise RecipeError("\n".join(faults))
 
 
 def _refuse_named_images(data: DataSpec) -> None:

@@ -31,6 +31,7 @@ from finetune.features.refitting import probe_tensors
 from finetune.features.survey import Survey, look
 from finetune.handing_in import Own, Vary, hand_in
 from finetune.models.classifier import Classifier
+from finetune.models.own import Model
 from finetune.preparing import Say, checked_plan, fitting_plan, say_on_stderr, with_backbone
 from finetune.recipe.addresses import Login, split_login
 from finetune.recipe.distillation import name_teacher
@@ -67,6 +68,7 @@ def train(
     overrides: Sequence[str] = (),
     *,
     runs: str | Path | None = None,
+    model: Model | None = None,
     dataset: Handed | None = None,
     vary: Vary | None = None,
     say: Say = say_on_stderr,
@@ -80,6 +82,8 @@ def train(
             the plan came from.
         overrides: `section.key=value`; none beside a plan.
         runs: where the run folder is made; None: FINETUNE_RUNS, or `runs` here.
+        model: your own network instead of a named backbone: a module of timm, or a `finetune.Network` that says where
+            the head of any other module is, and how it wants its images. It stays as it is.
         dataset: your own images instead of a folder: a map-style torch data set of (image, label), or one for each
             role, such as `{"train": ..., "val": ...}`; see `open_datasets`. Resuming needs all of yours again.
         vary: your own change of training images: an image (H, W, 3) uint8 and a numpy generator to an image of the
@@ -90,7 +94,7 @@ def train(
         RecipeError: if wishes contradict each other, or a plan does not fit the images, the backbone or itself.
     """
     if (plan := as_plan(recipe, overrides)) is not None:
-        return _train_by(plan, hand_in(plan, dataset=dataset, vary=vary, say=say), runs, say)
+        return _train_by(plan, hand_in(plan, model=model, dataset=dataset, vary=vary, say=say), runs, say)
     assert not isinstance(recipe, Plan)
     recipe = as_recipe(recipe, overrides)
     if dataset is None:
@@ -100,7 +104,7 @@ def train(
     tune_process()
     check_optimizer(recipe.train.optimizer)
     recipe = name_backbone(recipe)
-    own = hand_in(recipe, dataset=dataset, vary=vary, say=say)
+    own = hand_in(recipe, model=model, dataset=dataset, vary=vary, say=say)
     named, ranking = with_backbone(recipe, say, own.given)
     name = recipe.name or (own.given.source.root if own.given.source else Path(str(recipe.data.root))).name
     return _new_run(named, recipe_text(recipe), name, runs, say, ranking, own)
@@ -126,7 +130,8 @@ def _new_run(
     ranking: Ranking | None,
     own: Own,
 ) -> Run:
-    run = Run.create(Path(runs or runs_folder()).expanduser(), name=name, backbone=short_name(str(begins.backbone)))
+    short = own.given.backbone.card.name if own.given.backbone else short_name(str(begins.backbone))
+    run = Run.create(Path(runs or runs_folder()).expanduser(), name=name, backbone=short)
     try:
         with faults_told(run, begins.data.root):
             run.write_text("plan.yaml" if isinstance(begins, Plan) else "recipe.yaml", text)
@@ -156,6 +161,7 @@ def resume(
     path: str | PathLike[str],
     overrides: Sequence[str] = (),
     *,
+    model: Model | None = None,
     dataset: Handed | None = None,
     vary: Vary | None = None,
     say: Say = say_on_stderr,
@@ -166,7 +172,8 @@ def resume(
         path: the run folder.
         overrides: `data.root=FOLDER` alone says where the same images are now. Other keys, such as
             `train.epochs=40`, make another run beside it, by its recipe and from its weights, once it is finished.
-        dataset: what the run was begun with, if it was; so are the other arguments that `train` has, too.
+        model: what the run was begun with, if it was; so are the other arguments that `train` has, too.
+        dataset: see there.
         vary: see there.
         say: gets every line for people.
 
@@ -181,15 +188,15 @@ def resume(
     if overrides and root is None:
         recipe = another_wish(run, overrides)
         say(f"{run.path} is finished, so this is another run: it begins from those weights, and its rates start anew.")
-        return train(recipe, runs=run.path.absolute().parent, dataset=dataset, vary=vary, say=say)
+        return train(recipe, runs=run.path.absolute().parent, model=model, dataset=dataset, vary=vary, say=say)
     tune_process()
     if run.file("plan.yaml").exists():
         plan = read_decided(run, root)
-        own = hand_in(plan, dataset=dataset, vary=vary, say=say)
+        own = hand_in(plan, model=model, dataset=dataset, vary=vary, say=say)
         refuse_other_own(run, own.things)
         return _walk(run, plan, say, None, own)
     wish = read_wish(run, root)
-    own = hand_in(wish, dataset=dataset, vary=vary, say=say)
+    own = hand_in(wish, model=model, dataset=dataset, vary=vary, say=say)
     recipe, ranking = with_backbone(wish, say, own.given)
     return _walk(run, recipe, say, ranking, own)
 
@@ -198,6 +205,7 @@ def evaluate(
     path: str | PathLike[str],
     *,
     views: str | None = None,
+    model: Model | None = None,
     dataset: Handed | None = None,
     say: Say = say_on_stderr,
 ) -> Scores:
@@ -206,13 +214,15 @@ def evaluate(
     Args:
         path: the run folder.
         views: None: those of its plan.
-        dataset: what the run was begun with, if it was.
+        model: what the run was begun with, if it was.
+        dataset: see there.
         say: gets every line for people.
     """
     tune_process()
     run = RunFolder.open(path)
-    own = hand_in(plan := read_decided(run), dataset=dataset, say=say)
+    own = hand_in(plan := read_decided(run), model=model, dataset=dataset, say=say)
     refuse_other_own(run, own.things, "evaluate")
+    run.network = own.given.backbone
     with run.lock():
         seen = look(plan, every_few_seconds(say), given=own.given)
         refuse_changes(run, seen.facts)
@@ -248,6 +258,7 @@ def summarize(run: RunFolder) -> dict[str, Any]:
 
 def _walk(run: Run, begins: Recipe | Plan, say: Say, ranking: Ranking | None, own: Own) -> Run:
     """All steps that are not done yet: from the recipe where nothing is decided, else from the plan."""
+    run.network = own.given.backbone
     tune_process()
     with faults_told(run, begins.data.root), run.lock():
         sweep(run.path)

@@ -18,7 +18,7 @@ from finetune.features.ranking import choose_backbone
 from finetune.features.survey import Survey, look, survey_part
 from finetune.handing_in import hand_in
 from finetune.models.classifier import refuse_layers
-from finetune.models.own import NOTHING, Given
+from finetune.models.own import NOTHING, Given, Model
 from finetune.piloting import run_pilot
 from finetune.recipe.distillation import teacher_faults
 from finetune.recipe.facts import Facts, Ranking
@@ -44,6 +44,7 @@ def plan(
     recipe: Wish | None = None,
     overrides: Sequence[str] = (),
     *,
+    model: Model | None = None,
     dataset: Handed | None = None,
     pilot_seconds: float | None = None,
     say: Say = say_on_stderr,
@@ -53,6 +54,7 @@ def plan(
     Args:
         recipe: what to do: a recipe, its file or shipped name, or a folder of images.
         overrides: `section.key=value`.
+        model: as in `train`.
         dataset: as in `train`.
         say: gets every line for people.
         pilot_seconds: for short trainings of the closest candidates, by which the strategy is then chosen; None: none.
@@ -63,7 +65,7 @@ def plan(
         raise RecipeError("a pilot chooses train.strategy, which the recipe names already; leave one of the two out.")
     check_optimizer(recipe.train.optimizer)
     teacher = find_teacher(recipe.train.distillation.teacher)
-    own = hand_in(recipe, dataset=dataset, say=say)
+    own = hand_in(recipe, model=model, dataset=dataset, say=say)
     recipe, ranking = with_backbone(recipe, say, own.given)
     seen = look(recipe, every_few_seconds(say), roles_seen=_roles_seen(recipe), given=own.given)
     facts = seen.facts
@@ -103,6 +105,7 @@ def survey(
     recipe: Wish | None = None,
     overrides: Sequence[str] = (),
     *,
+    model: Model | None = None,
     dataset: Handed | None = None,
     say: Say = say_on_stderr,
 ) -> Facts:
@@ -114,13 +117,14 @@ def survey(
     Args:
         recipe: a recipe, its file or shipped name, or a folder of images.
         overrides: `section.key=value`.
+        model: as in `train`.
         dataset: as in `train`.
         say: gets every line for people.
     """
     tune_process()
     recipe = as_recipe(recipe, overrides)
     teacher = find_teacher(recipe.train.distillation.teacher)
-    own = hand_in(recipe, dataset=dataset, say=say)
+    own = hand_in(recipe, model=model, dataset=dataset, say=say)
     recipe, ranking = with_backbone(recipe, say, own.given)
     seen = look(recipe, every_few_seconds(say), given=own.given)
     return seen.facts.model_copy(update={"ranking": ranking, "teacher": teacher, "own": own.things})
@@ -156,7 +160,12 @@ def extract(recipe: Recipe, part: str, say: Say = say_on_stderr) -> dict[str, An
 
 
 def with_backbone(recipe: Recipe, say: Say, given: Given = NOTHING) -> tuple[Recipe, Ranking | None]:
-    """The recipe with its backbone named, and the ranking that named it where there was a choice."""
+    """The recipe with its backbone named, and the ranking that named it where there was a choice.
+
+    Of a network that was handed in, a recipe knows no name.
+    """
+    if given.backbone is not None:
+        return recipe, None
     recipe = name_backbone(recipe)
     name, ranking = choose_backbone(recipe, progress=every_few_seconds(say), given=given)
     if ranking is not None:

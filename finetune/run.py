@@ -7,6 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from finetune.evaluation.loading import load_final
+from finetune.evaluation.whole_model import hand_network
+from finetune.models.own import Model
 from finetune.recipe.runs import RunFolder
 
 
@@ -37,10 +39,17 @@ class Run(RunFolder):
         return self.file("report.html")
 
 
-def load_run(named: str | PathLike[str]) -> Run:
+def load_run(named: str | PathLike[str], *, model: Model | None = None) -> Run:
     """The run that is named by its folder, by the beginning of its name among the runs, or by `latest`.
+
+    Args:
+        named: see above.
+        model: the network that the run was begun with, where it was handed in; its weights do not matter.
 
     Raises:
         RunError: if there is none, or there are several.
     """
-    return Run.open(named)
+    run = Run.open(named)
+    if model is not None:
+        hand_network(run, model)
+    return run

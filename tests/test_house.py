@@ -158,6 +158,7 @@ def test_the_import_is_lazy():
 
 def test_public_names_are_frozen():
     assert sorted(finetune.__all__) == [
+        "Network",
         "Plan",
         "Recipe",
         "Run",

@@ -8,10 +8,12 @@ from finetune.evaluation.whole_model import load_network
 from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
 from finetune.models.regularization import insert_fractional_pooling
+from finetune.models.weights import load_strictly
 from finetune.recipe.runs import RunFolder
 
 AVERAGE_FILE = "ensemble.json"
 """What makes a run folder an average of several networks."""
+_DO = "Put the weights of this run back, or hand in the network that it was begun with."
 
 
 def load_final(run: RunFolder) -> Classifier:
@@ -61,7 +63,7 @@ def _load(run: RunFolder, *, is_held_out: bool) -> Classifier:
     )
     classifier = Classifier(backbone, head)
     if state is not None:
-        classifier.load_state_dict(state)
+        load_strictly(classifier, state, str(run.path), plan.arch or plan.backbone, do=_DO)
     return classifier.eval().to(memory_format=torch.channels_last)
 
 

@@ -30,6 +30,8 @@ from finetune.evaluation.notes import note_on, sum_up
 from finetune.evaluation.prediction import temper
 from finetune.evaluation.viewing import AnyViewer, open_viewer
 from finetune.evaluation.views import average_views
+from finetune.evaluation.whole_model import hand_network
+from finetune.models.own import Model
 from finetune.recipe.runs import RunFolder, write_whole
 from finetune.recipe.scores import Scores
 from finetune.scores.conformal import prediction_set
@@ -74,12 +76,15 @@ class _Wish:
 Picture = str | PathLike[str] | Image.Image | np.ndarray | torch.Tensor
 
 
-def predict(run: str | PathLike[str], images: Picture | Iterable[Picture]) -> list[Prediction]:
+def predict(
+    run: str | PathLike[str], images: Picture | Iterable[Picture], *, model: Model | None = None
+) -> list[Prediction]:
     """Predictions for images: files, the images in folders in the order of their names, and images in memory.
 
     Args:
         run: a finished run, or its folder.
         images: one or several paths, Pillow images, arrays (H, W, 3) or (H, W), or tensors (3, H, W), in uint8.
+        model: the network that the run was begun with, where it was handed in; its weights do not matter.
 
     Raises:
         DataError: if a path does not exist or no image is found.
@@ -95,7 +100,10 @@ def predict(run: str | PathLike[str], images: Picture | Iterable[Picture]) -> li
             found.append(hold(one, f"image {number}"))
     if not found:
         raise DataError("no images were given.")
-    return list(predict_stream(RunFolder.open(run), found))
+    opened = RunFolder.open(run)
+    if model is not None:
+        hand_network(opened, model)
+    return list(predict_stream(opened, found))
 
 
 def predict_stream(

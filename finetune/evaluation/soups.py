@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.errors import BackboneError, RunError
+from finetune.evaluation.whole_model import needs_network
 from finetune.models.adapters import merge_lora
 from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
 from finetune.models.heads import one_probe
 from finetune.models.input_size import fit_size
+from finetune.recipe.cards import OWN
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.shelf import read_zoo
@@ -185,6 +187,8 @@ def load_start(run: RunFolder, *, is_held_out: bool = True) -> Classifier:
             f"{run.path} {what}, so there is no working network at its start to go back to. "
             "Train with head.init=probe and without train.reinit, and mix that run with its start."
         )
+    if plan.arch.startswith(OWN):
+        raise needs_network(run)
     backbone = load_backbone(plan.backbone, zoo=read_zoo()).eval()
     fit_size(backbone, plan.view.size_pixels)
     if backbone.digest != plan.weights_digest:

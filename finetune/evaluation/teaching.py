@@ -9,8 +9,9 @@ import torch
 from finetune.data.dataset import Dataset
 from finetune.errors import BackboneError
 from finetune.evaluation.loading import load_final, load_held_out
-from finetune.evaluation.whole_model import CARD
+from finetune.evaluation.whole_model import CARD, needs_network
 from finetune.models.backbones import refuse_unknown
+from finetune.recipe.cards import OWN
 from finetune.recipe.distillation import KEY, list_networks, read_teacher
 from finetune.recipe.facts import TeacherFacts
 from finetune.recipe.plan import Images, Plan
@@ -41,6 +42,8 @@ def find_teacher(named: str | None) -> TeacherFacts | None:
         return None
     zoo = read_zoo()
     for member in list_networks(RunFolder.open(known.run)):
+        if member.plan.arch.startswith(OWN):
+            raise _not_at_hand(member, needs_network(member))
         if member.file(CARD).exists():
             continue
         try:

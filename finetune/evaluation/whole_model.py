@@ -4,6 +4,7 @@ So a run predicts on a machine with no zoo, and its folder is one of a zoo's: ot
 The card is written last, for it says that the model is there.
 """
 
+import copy
 import hashlib
 import shutil
 from collections.abc import Mapping
@@ -19,7 +20,9 @@ from finetune.data.dataset import Dataset
 from finetune.errors import BackboneError, RunError
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.models.heads import one_probe
-from finetune.recipe.cards import Card, read_card
+from finetune.models.input_size import fit_size
+from finetune.models.own import Model, open_network
+from finetune.recipe.cards import OWN, Card, read_card
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder, write_whole
 from finetune.recipe.shelf import read_zoo
@@ -76,13 +79,12 @@ def load_network(run: RunFolder, *, is_held_out: bool = False) -> tuple[Backbone
     """
     plan = run.plan
     weights = _weights(run, plan, is_held_out)
-    if run.file(CARD).exists():
-        card = read_card(run.file(CARD))
+    if run.file(CARD).exists() or plan.arch.startswith(OWN):
         state = load_file(weights)
         if is_held_out and not plan.stages:
             probe = one_probe(load_file(run.file("probe.safetensors")), is_held_out=True)
             state |= {f"head.linear.{name}": tensor for name, tensor in probe.items()}
-        return load_backbone(card.name, zoo={card.name: card}, pretrained=False), state
+        return _empty_backbone(run, plan), state
     try:
         backbone = load_backbone(plan.backbone, zoo=read_zoo(), pretrained=plan.pretrained and not plan.stages)
     except BackboneError as fault:
@@ -98,6 +100,39 @@ def load_network(run: RunFolder, *, is_held_out: bool = False) -> tuple[Backbone
             f"{plan.weights_digest[:12]}. Put the card it was made with first in FINETUNE_ZOO."
         )
     return backbone, None
+
+
+def _empty_backbone(run: RunFolder, plan: Plan) -> Backbone:
+    """The backbone of a run with whatever weights."""
+    if not plan.arch.startswith(OWN):
+        card = read_card(run.file(CARD))
+        return load_backbone(card.name, zoo={card.name: card}, pretrained=False)
+    if not isinstance(run.network, Backbone):
+        raise needs_network(run)
+    backbone = copy.deepcopy(run.network)
+    fit_size(backbone, plan.view.size_pixels)
+    return backbone
+
+
+def hand_network(run: RunFolder, model: Model) -> None:
+    """Give `run` the network that it was begun with; its weights do not matter.
+
+    Raises:
+        RunError: if the run can build its own.
+        BackboneError: as `open_network`.
+    """
+    if not run.plan.arch.startswith(OWN):
+        raise RunError(f"{run.path} was begun with {run.plan.backbone}, which it can build; leave model= out.")
+    run.network = open_network(model)
+
+
+def needs_network(run: RunFolder) -> BackboneError:
+    """An error for a run whose network a program handed in, where none does so now."""
+    return BackboneError(
+        f"{run.path} holds the weights of {run.plan.arch.removeprefix(OWN)}, a network that was handed in from Python, "
+        "and not what builds it. Hand it in again, with any weights: finetune.load_run(run, model=...), "
+        "finetune.predict(run, images, model=...)."
+    )
 
 
 def _weights(run: RunFolder, plan: Plan, is_held_out: bool) -> Path:

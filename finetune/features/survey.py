@@ -3,6 +3,7 @@
 Nothing is decided here. `look` keeps the data set, the backbone and its features for later steps.
 """
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -182,7 +183,10 @@ class _Survey:
         )
         self.dataset = Dataset.open(opening.data, opening.seed, given.source)
         torch.manual_seed(opening.seed)  # random weights, where asked for, follow the seed
-        self.backbone = load_backbone(opening.backbone, zoo=read_zoo(), pretrained=opening.pretrained).eval()
+        if given.backbone is not None:
+            self.backbone = copy.deepcopy(given.backbone)
+        else:
+            self.backbone = load_backbone(opening.backbone, zoo=read_zoo(), pretrained=opening.pretrained).eval()
         self.backbone.to(self.compute.device).to(memory_format=torch.channels_last)
         size, self.size_note = fit_size(self.backbone, opening.data.image_size)
         view, self.overridden = choose_view(opening.data, self.backbone, size)

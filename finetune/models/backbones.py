@@ -22,7 +22,7 @@ from finetune.models.image_sizes import set_image_size
 from finetune.models.modes import evaluating
 from finetune.models.stages import divide_into_stages, num_parameters
 from finetune.models.weights import fetch_from_hub, fetch_from_url, load_strictly, read_card_weights, read_checkpoint
-from finetune.recipe.cards import Card
+from finetune.recipe.cards import OWN, Card
 from finetune.recipe.shelf import card_at
 
 TORCHVISION = "torchvision/"
@@ -31,16 +31,20 @@ _OF_A_RUN = "backbone.model."
 _CORPORA = {"in1k": "ImageNet-1k", "in12k": "ImageNet-12k", "in21k": "ImageNet-21k", "in22k": "ImageNet-22k"}
 Build = Callable[..., nn.Module]
 """`build(num_classes=K)` gives the whole network with random weights."""
+Take = Callable[[nn.Module, Card], nn.Module | None]
+"""Removes the source classifier from a network and gives it back; None where there is none."""
 
 
 class Backbone(nn.Module):
     """A network without its source classifier, in stages from stem to top."""
 
-    def __init__(self, model: nn.Module, card: Card, *, build: Build, has_source: bool) -> None:
+    def __init__(
+        self, model: nn.Module, card: Card, *, build: Build, has_source: bool, take: Take | None = None
+    ) -> None:
         super().__init__()
         _refuse_channels(card)
         card = replace(card, params_m=card.params_m or round(num_parameters(model) / 1e6, 3))
-        classifier = _take_classifier(model, card)
+        classifier = (take or take_classifier)(model, card)
         self.card = card
         self.source_size = card.input_size[1]
         """Pixels at which it came; `set_image_size` leaves it."""
@@ -87,7 +91,7 @@ class Backbone(nn.Module):
     def new_classifier(self, num_classes: int) -> nn.Linear:
         """A linear classifier (D to K) as the architecture initialises its own; draws from torch's generator."""
         model = self._build(num_classes=num_classes)
-        classifier = _take_classifier(model, replace(self.card, num_classes=num_classes))
+        classifier = take_classifier(model, replace(self.card, num_classes=num_classes))
         if not isinstance(classifier, nn.Linear):
             raise BackboneError(
                 f"the classifier of {self.card.name} is not linear; choose another head.init than model."
@@ -181,7 +185,7 @@ def _num_features(model: nn.Module, classifier: nn.Module | None, card: Card) ->
     return int(width)
 
 
-def _take_classifier(model: nn.Module, card: Card) -> nn.Module | None:
+def take_classifier(model: nn.Module, card: Card) -> nn.Module | None:
     """Remove the source classifier from `model` and give it back; None where there is none."""
     if hasattr(model, "reset_classifier"):
         classifier = model.get_classifier()  # type: ignore[operator]
@@ -210,6 +214,11 @@ def _cut_last_linear(model: nn.Module, card: Card) -> nn.Linear:
 
 
 def _load_card(card: Card, zoo: Mapping[str, Card], pretrained: bool) -> Backbone:
+    if card.arch.startswith(OWN):
+        raise BackboneError(
+            f"backbone {card.name}: its network, {card.arch.removeprefix(OWN)}, was handed in from Python, and only "
+            "its weights are kept. Begin from them in Python: load_run(run, model=...).model is the whole network."
+        )
     if pretrained and card.weights is None:  # a card that only adds knowledge to a timm or torchvision name
         found = load_backbone(card.arch, zoo={}, pretrained=True)
         found.card = replace(card, params_m=card.params_m or found.card.params_m)

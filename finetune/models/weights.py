@@ -46,8 +46,13 @@ def read_card_weights(card: Card, zoo: Mapping[str, Card]) -> dict[str, torch.Te
     return {name: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for name, t in state.items()}
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, torch.Tensor], file: str, arch: str) -> None:
-    """Copy `state` into `model`; every key and shape must match.
+_MEND_CARD = "Mend arch, arch_kwargs or num_classes of the card, or use the file it was written for."
+
+
+def load_strictly(
+    model: nn.Module, state: Mapping[str, torch.Tensor], file: str, arch: str, *, do: str = _MEND_CARD
+) -> None:
+    """Copy `state` into `model`; every key and shape must match, or the message says what to `do`.
 
     Raises:
         BackboneError: naming the file, the architecture and the first differences.
@@ -57,8 +62,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, torch.Tensor], file: str
     except RuntimeError as fault:
         detail = " ".join(str(fault).split())
         raise BackboneError(
-            f"{file} does not fit {arch}: {detail[:400]}{'…' if len(detail) > 400 else ''} "
-            "Mend arch, arch_kwargs or num_classes of the card, or use the file it was written for."
+            f"{file} does not fit {arch}: {detail[:400]}{'…' if len(detail) > 400 else ''} {do}"
         ) from fault
 
 

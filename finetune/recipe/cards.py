@@ -18,8 +18,10 @@ import yaml
 from finetune.errors import BackboneError
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
-ARCH = re.compile(r"(torchvision/)?[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?")
-"""Names of architectures in timm or torchvision: no address (`hf-hub:`), no folder (`local-dir:`)."""
+OWN = "own/"
+"""Begins the architecture of a network that a program handed in; what follows is where its class is defined."""
+ARCH = re.compile(r"(torchvision/)?[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?|own/[\w.<>]+")
+"""Names of architectures in timm or torchvision, or one handed in: no address (`hf-hub:`), no folder (`local-dir:`)."""
 # fmt: off
 ARCH_KWARGS = frozenset([
     # size and shape of what comes in

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from finetune.errors import RunError
 from finetune.recipe.section import Section
 
-Argument = Literal["dataset", "vary"]
+Argument = Literal["model", "dataset", "vary"]
 """Of `train` and `resume`, by which it is handed in."""
-ALWAYS = ("dataset",)
+ALWAYS = ("model", "dataset")
 """What a run needs to be looked at again; the others only change what is still to be trained."""
-_MEANS = {"dataset": "the images", "vary": "a change of training images"}
+_MEANS = {"model": "the network", "dataset": "the images", "vary": "a change of training images"}
 
 
 class OwnThing(Section):

@@ -46,6 +46,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.network: object | None = None
+        """The network that a program handed in, where the run has one: its folder holds weights alone."""
 
     @classmethod
     def create(cls, parent: Path, *, name: str, backbone: str) -> Self:
@@ -87,7 +89,9 @@ class RunFolder:
                 "a run that stopped before its plan: start it again" if (folder / "recipe.yaml").exists() else "no run"
             )
             raise RunError(f"{folder} holds no plan.yaml; it is {found}.")
-        return cls(folder)
+        run = cls(folder)
+        run.network = named.network if isinstance(named, RunFolder) else None
+        return run
 
     def file(self, name: str) -> Path:
         """The path of a file of the run."""
