@@ -71,7 +71,7 @@ def probe(folder: Path, card_folder: Path, pixels: int, workers: int) -> dict:
 
 def train(folder: Path, card_folder: Path, pixels: int, per_class: int, tuned: bool) -> dict:
     if tuned:
-        from finetune.compute import tune_process
+        from finetune.process import tune_process
 
         tune_process()
     model, card = load(card_folder)

@@ -102,8 +102,8 @@ def run_cell(cell: Cell, wanted: list[tuple[str, float]], known: set[tuple[str, 
     import torch
 
     import finetune as ft
-    from finetune.compute import tune_process
     from finetune.features.survey import look
+    from finetune.process import tune_process
 
     tune_process()
     wishes = wishes_of(cell, shared, work)
@@ -144,7 +144,7 @@ def run_cell(cell: Cell, wanted: list[tuple[str, float]], known: set[tuple[str, 
 def measure_again(results: Path, shared: Path, work: Path) -> None:
     """Write the similarity that this version measures into the rows of every cell, and leave the rest as it is."""
     import finetune as ft
-    from finetune.compute import tune_process
+    from finetune.process import tune_process
 
     tune_process()
     rows = read_rows(results)

@@ -51,11 +51,12 @@ def compare_extraction(shared: Path) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from finetune.compute import PLAIN, tune_process
+    from finetune.compute import PLAIN
     from finetune.data.loading import normalize
     from finetune.features.extraction import BATCH, look_at_all
     from finetune.models.backbones import load_backbone
     from finetune.models.frozen import FrozenBackbone
+    from finetune.process import tune_process
     from finetune.recipe.shelf import read_zoo
 
     os.environ["FINETUNE_ZOO"] = str(shared / "zoo")

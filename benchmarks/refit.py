@@ -142,8 +142,8 @@ def run_all(cells: list[Cell], arguments: argparse.Namespace) -> None:
     """Append the rows that are not there; nothing new is begun after the time is up."""
     import torch
 
-    from finetune.compute import tune_process
     from finetune.errors import RunError
+    from finetune.process import tune_process
 
     tune_process()
     torch.set_num_threads(arguments.threads)

@@ -116,7 +116,7 @@ def main() -> None:
     os.environ["FINETUNE_ZOO"] = str(shared / "zoo")
     import torch
 
-    from finetune.compute import tune_process
+    from finetune.process import tune_process
 
     tune_process()
     torch.set_num_threads(1)

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
-from finetune.compute import tune_process
 from finetune.errors import FinetuneError, RunError
 from finetune.evaluation.ensembles import make_ensemble
 from finetune.pipeline import evaluate
 from finetune.preparing import say_on_stderr
+from finetune.process import as_guest
 from finetune.recipe.runs import RunFolder, runs_folder
 from finetune.run import Run
 
@@ -16,6 +16,7 @@ HOW = ("average", "greedy", "soup", "greedy_soup", "wise")
 MEMBERS = ("final", "snapshots", "last", "all")
 
 
+@as_guest()
 def ensemble(
     paths: Sequence[str | PathLike[str]],
     *,
@@ -44,7 +45,6 @@ def ensemble(
             raise RunError(f"--{what} is {word!r}; it may be {', '.join(known)}.")
     if average not in ("probability", "logit") or (average == "logit" and how not in ("average", "greedy")):
         raise RunError(f"--average {average} does not go with --how {how}; averages are of probability or logit.")
-    tune_process()
     found = [RunFolder.open(path) for path in paths]
     if not found:
         raise RunError("no run is named. Give one or more run folders.")

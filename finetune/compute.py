@@ -1,7 +1,7 @@
 """Compute: what a run computes with, decided once; and the only file that knows the operating system.
 
-A `Compute` says which device, in which precision and why. The rest is what a process has to set before it computes
-well, what not every system has, and how a process that is somebody else's gets its settings back.
+A `Compute` says which device, in which precision and why. The rest is what not every system or every build of torch
+has: where it is missing, the work is done without it.
 """
 
 import ctypes
@@ -9,10 +9,10 @@ import errno
 import os
 import platform
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, cast
@@ -26,22 +26,10 @@ if TYPE_CHECKING:
 Device = Literal["cpu", "cuda", "mps"]
 """`cuda` is a GPU of Nvidia or AMD, `mps` that of a Mac."""
 Precision = Literal["32", "bf16", "fp16"]
-QUIET = {
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "DO_NOT_TRACK": "true",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "NO_ALBUMENTATIONS_UPDATE": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
-"""The environment in which no library calls home, or writes on our standard output."""
-_LENT: dict[str, tuple[str | None, int]] = {}
-"""By variable: what was there before, and how many hold it."""
-_LENDING = threading.RLock()
 KEEP_BYTES = 1 << 30
 """Allocations below this stay with the process when freed."""
-SHARED_PRODUCTS = 2.5e8
-"""Multiplications of a matrix product that are worth more than one thread: some milliseconds of a core."""
+_GLIBC_KEEPS = 32 << 20
+"""To which glibc's own threshold climbs as blocks are freed, and no further: mallopt(3), M_MMAP_THRESHOLD."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LOCKED_BYTE = 2**30
 """Of a file that Windows locks: far behind its end, for others may not read what is locked."""
@@ -243,6 +231,27 @@ def free_gpu_memory(device: "torch.device") -> None:
         torch.mps.empty_cache()
 
 
+def gpu_draws() -> Callable[[], None]:
+    """What puts the generators of GPUs back to where they are now."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+    if torch.backends.mps.is_built() and torch.backends.mps.is_available():
+        return partial(torch.mps.set_rng_state, torch.mps.get_rng_state())
+    seed = torch.initial_seed()  # that a GPU begins with, if anything wakes it
+    return lambda: torch.cuda.manual_seed_all(seed) if torch.cuda.is_initialized() else None
+
+
+def search_kernels(*, searches: bool) -> bool:
+    """Whether cudnn times its kernels and takes the fastest, not always the same one; and what it did before."""
+    import torch
+
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = searches
+    return before
+
+
 @contextmanager
 def own_draws(seed: int, device: "str | torch.device") -> Iterator[None]:
     """What is drawn inside follows `seed`; the generators of the CPU and of `device` are then as they were."""
@@ -265,19 +274,15 @@ def _gpu_of(place: "torch.device") -> list[int]:
     return [torch.cuda.current_device() if place.index is None else place.index]
 
 
-def tune_process() -> None:
-    """Keep freed memory, flush denormals, and hide no deterministic choice behind a benchmark run."""
-    import torch
-
+def keep_freed_memory(*, keeps: bool = True) -> None:
+    """Let glibc keep freed blocks below `KEEP_BYTES`; or, as it ends up by itself, below `_GLIBC_KEEPS`."""
     if libc := _glibc():
-        libc.mallopt(_M_MMAP_THRESHOLD, KEEP_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, KEEP_BYTES)
-    torch.set_flush_denormal(True)
-    torch.backends.cudnn.benchmark = False
+        libc.mallopt(_M_MMAP_THRESHOLD, KEEP_BYTES if keeps else _GLIBC_KEEPS)
+        libc.mallopt(_M_TRIM_THRESHOLD, KEEP_BYTES if keeps else 2 * _GLIBC_KEEPS)
 
 
 def give_back_memory() -> None:
-    """Return freed memory that `tune_process` keeps to the system: what one part of a run needed, the next may not."""
+    """Return freed memory that the process keeps to the system: what one part of a run needed, the next may not."""
     if libc := _glibc():
         libc.malloc_trim(0)
 
@@ -285,57 +290,6 @@ def give_back_memory() -> None:
 def _glibc() -> ctypes.CDLL | None:
     is_here = sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
     return ctypes.CDLL("libc.so.6") if is_here else None
-
-
-@contextmanager
-def threads_for(products: float) -> Iterator[None]:
-    """Compute with one thread where the largest matrix product has fewer multiplications than `SHARED_PRODUCTS`.
-
-    Threads that wait for the next small product keep their cores busy: several times the processor time, and where the
-    cores have other work, more seconds too.
-    """
-    import torch
-
-    before = torch.get_num_threads()
-    if products < SHARED_PRODUCTS:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def quiet_environment() -> dict[str, str]:
-    """The environment of every process that is ours: that of the user, and `QUIET`."""
-    return {**os.environ, **QUIET}
-
-
-@contextmanager
-def lend_environment(wanted: Mapping[str, str]) -> Iterator[None]:
-    """Hold variables in the environment of a process that may be somebody else's; the last holder puts all back."""
-    with _LENDING:
-        for name, value in wanted.items():
-            before, holders = _LENT.get(name, (os.environ.get(name), 0))
-            _LENT[name] = before, holders + 1
-            os.environ[name] = value
-    try:
-        yield
-    finally:
-        with _LENDING:
-            for name in wanted:
-                _give_back(name)
-
-
-def _give_back(name: str) -> None:
-    before, holders = _LENT[name]
-    _LENT[name] = before, holders - 1
-    if holders > 1:
-        return
-    del _LENT[name]
-    if before is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = before
 
 
 def num_cores() -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from finetune.compute import Compute, give_back_memory, tune_process
+from finetune.compute import Compute, give_back_memory
 from finetune.data.torch_datasets import Handed
 from finetune.errors import DataError, FinetuneError, RecipeError, RunError, names_beside, nearest
 from finetune.evaluation.evaluation import evaluate_run
@@ -33,6 +33,7 @@ from finetune.handing_in import Own, Vary, hand_in
 from finetune.models.classifier import Classifier
 from finetune.models.own import Model
 from finetune.preparing import Say, checked_plan, fitting_plan, say_on_stderr, with_backbone
+from finetune.process import as_guest
 from finetune.recipe.addresses import Login, split_login
 from finetune.recipe.distillation import name_teacher
 from finetune.recipe.facts import Ranking
@@ -63,6 +64,7 @@ from finetune.training.tracking import Tracker, Unsent, default_uri, send_remain
 from finetune.training.watching import Curves, rewind
 
 
+@as_guest()
 def train(
     recipe: Wish | Plan | None = None,
     overrides: Sequence[str] = (),
@@ -101,7 +103,6 @@ def train(
         recipe = _with_whole_root(recipe)
     recipe = name_teacher(recipe)
     find_teacher(recipe.train.distillation.teacher)  # a wrong one leaves no run folder
-    tune_process()
     check_optimizer(recipe.train.optimizer)
     recipe = name_backbone(recipe)
     own = hand_in(recipe, model=model, dataset=dataset, vary=vary, say=say)
@@ -116,7 +117,6 @@ def _train_by(plan: Plan, own: Own, runs: str | Path | None, say: Say) -> Run:
     if plan.data.root is not None:
         _refuse_nowhere(Path(plan.data.root))
     Compute.decide(plan.hardware)  # refuses what is not here before images are looked at
-    tune_process()
     check_optimizer(plan.train.optimizer)
     return _new_run(plan, plan.to_yaml(), plan.name, runs, say, None, own)
 
@@ -157,6 +157,7 @@ def _refuse_nowhere(root: Path) -> None:
         raise DataError(f"data.root: {root} does not exist. {hint}")
 
 
+@as_guest()
 def resume(
     path: str | PathLike[str],
     overrides: Sequence[str] = (),
@@ -189,7 +190,6 @@ def resume(
         recipe = another_wish(run, overrides)
         say(f"{run.path} is finished, so this is another run: it begins from those weights, and its rates start anew.")
         return train(recipe, runs=run.path.absolute().parent, model=model, dataset=dataset, vary=vary, say=say)
-    tune_process()
     if run.file("plan.yaml").exists():
         plan = read_decided(run, root)
         own = hand_in(plan, model=model, dataset=dataset, vary=vary, say=say)
@@ -201,6 +201,7 @@ def resume(
     return _walk(run, recipe, say, ranking, own)
 
 
+@as_guest()
 def evaluate(
     path: str | PathLike[str],
     *,
@@ -218,7 +219,6 @@ def evaluate(
         dataset: see there.
         say: gets every line for people.
     """
-    tune_process()
     run = RunFolder.open(path)
     own = hand_in(plan := read_decided(run), model=model, dataset=dataset, say=say)
     refuse_other_own(run, own.things, "evaluate")
@@ -234,6 +234,7 @@ def evaluate(
     return scores
 
 
+@as_guest()
 def report(path: str | PathLike[str], *, say: Say = say_on_stderr) -> Path:
     """Write a run's page again, and send to MLflow what could not be sent before; the page."""
     run = RunFolder.open(path)
@@ -259,7 +260,6 @@ def summarize(run: RunFolder) -> dict[str, Any]:
 def _walk(run: Run, begins: Recipe | Plan, say: Say, ranking: Ranking | None, own: Own) -> Run:
     """All steps that are not done yet: from the recipe where nothing is decided, else from the plan."""
     run.network = own.given.backbone
-    tune_process()
     with faults_told(run, begins.data.root), run.lock():
         sweep(run.path)
         voice = _logged(run, say)

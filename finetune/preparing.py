@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.compute import tune_process
 from finetune.data.dataset import Dataset
 from finetune.data.items import ROLES
 from finetune.data.torch_datasets import Handed
@@ -20,6 +19,7 @@ from finetune.handing_in import hand_in
 from finetune.models.classifier import refuse_layers
 from finetune.models.own import NOTHING, Given, Model
 from finetune.piloting import run_pilot
+from finetune.process import as_guest
 from finetune.recipe.distillation import teacher_faults
 from finetune.recipe.facts import Facts, Ranking
 from finetune.recipe.plan import Plan
@@ -40,6 +40,7 @@ def say_on_stderr(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+@as_guest()
 def plan(
     recipe: Wish | None = None,
     overrides: Sequence[str] = (),
@@ -59,7 +60,6 @@ def plan(
         say: gets every line for people.
         pilot_seconds: for short trainings of the closest candidates, by which the strategy is then chosen; None: none.
     """
-    tune_process()
     recipe = as_recipe(recipe, overrides)
     if pilot_seconds is not None and (recipe.train.strategy is not None or not recipe.pretrained):
         raise RecipeError("a pilot chooses train.strategy, which the recipe names already; leave one of the two out.")
@@ -77,6 +77,7 @@ def plan(
     return facts, checked_plan(recipe, replace(seen, facts=facts))
 
 
+@as_guest()
 def open_dataset(
     recipe: Wish | None = None,
     overrides: Sequence[str] = (),
@@ -101,6 +102,7 @@ def open_dataset(
     return opened
 
 
+@as_guest()
 def survey(
     recipe: Wish | None = None,
     overrides: Sequence[str] = (),
@@ -121,7 +123,6 @@ def survey(
         dataset: as in `train`.
         say: gets every line for people.
     """
-    tune_process()
     recipe = as_recipe(recipe, overrides)
     teacher = find_teacher(recipe.train.distillation.teacher)
     own = hand_in(recipe, model=model, dataset=dataset, say=say)
@@ -130,11 +131,11 @@ def survey(
     return seen.facts.model_copy(update={"ranking": ranking, "teacher": teacher, "own": own.things})
 
 
+@as_guest()
 def show_images(recipe: Recipe, path: Path, say: Say = say_on_stderr) -> Path:
     """Write a picture of what training by `recipe` will see of its images; `path`, a PNG file."""
     from finetune.training.starting import draw_training_views
 
-    tune_process()
     teacher = find_teacher(recipe.train.distillation.teacher)
     recipe, _ = with_backbone(recipe, say)
     seen = look(recipe, every_few_seconds(say), roles_seen=_roles_seen(recipe))
@@ -143,6 +144,7 @@ def show_images(recipe: Recipe, path: Path, say: Say = say_on_stderr) -> Path:
     return path
 
 
+@as_guest()
 def extract(recipe: Recipe, part: str, say: Say = say_on_stderr) -> dict[str, Any]:
     """Look at one part of the images, such as `2/8`, and keep their features for whoever plans or trains later.
 
@@ -154,7 +156,6 @@ def extract(recipe: Recipe, part: str, say: Say = say_on_stderr) -> dict[str, An
         raise RecipeError(f"part is {part!r}; give which one of how many, such as 2/8.")
     if recipe.backbone is None:
         raise RecipeError("a part of the images is looked at by one backbone; name it, backbone=NAME.")
-    tune_process()
     seen = survey_part(recipe, int(found[1]), int(found[2]), every_few_seconds(say))
     return {"hits": seen.hits, "misses": seen.misses, "bad": len(seen.bad)}
 

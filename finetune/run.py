@@ -9,6 +9,7 @@ from torch import nn
 from finetune.evaluation.loading import load_final
 from finetune.evaluation.whole_model import hand_network
 from finetune.models.own import Model
+from finetune.process import as_guest
 from finetune.recipe.runs import RunFolder
 
 
@@ -26,7 +27,8 @@ class Run(RunFolder):
             RunError: if it is not trained to its end.
             BackboneError: if its weights are gone.
         """
-        return load_final(self)
+        with as_guest():  # who makes a network draws its first weights
+            return load_final(self)
 
     @property
     def classes(self) -> tuple[str, ...]:

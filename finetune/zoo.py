@@ -150,13 +150,13 @@ def rank_cards(
         DataError: if there is nothing to learn from.
         RecipeError: if no data is named.
     """
-    from finetune.compute import tune_process
     from finetune.features.ranking import rank_backbones
+    from finetune.process import as_guest
     from finetune.saying import every_few_seconds
 
-    tune_process()
     cards = pick_cards(among=among, max_params=max_params, licences=licences)
-    return rank_backbones(recipe, cards, progress=every_few_seconds(say))
+    with as_guest():
+        return rank_backbones(recipe, cards, progress=every_few_seconds(say))
 
 
 def pick_cards(
@@ -198,13 +198,13 @@ def _described(name: str, zoo: dict[str, Card]) -> Card:
 
 
 def _measure(card: Card, images: Path, say: Say) -> "SourceStatistics":
-    from finetune.compute import tune_process
     from finetune.features.source_statistics import measure_statistics
+    from finetune.process import as_guest
     from finetune.saying import every_few_seconds
 
-    tune_process()
     tell = every_few_seconds(say)
-    return measure_statistics(card, images, progress=lambda done, total: tell(card.name, done, total))
+    with as_guest():
+        return measure_statistics(card, images, progress=lambda done, total: tell(card.name, done, total))
 
 
 def _write_statistics(folder: Path, found: "SourceStatistics") -> None:

@@ -5,7 +5,9 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import timm
@@ -312,3 +314,32 @@ def test_names_that_cannot_be_had_point_to_some_that_can(tiny, name, near):
 def test_importing_the_room_imports_no_timm():
     code = "import sys, finetune.models.backbones as b; assert not {'timm', 'torchvision'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Files(BaseHTTPRequestHandler):
+    """Gives a file, or half of what it promises."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "8")
+        self.end_headers()
+        self.wfile.write(b"12345678" if "whole" in self.path else b"1234")
+
+    def log_message(self, *rest):
+        pass
+
+
+def test_a_file_is_fetched_whole_or_not_at_all(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    server = HTTPServer(("127.0.0.1", 0), Files)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    place = f"http://127.0.0.1:{server.server_port}"
+    try:
+        assert weights.fetch_from_url("net", f"{place}/whole.pth", {}).read_bytes() == b"12345678"
+        with pytest.raises(BackboneError, match=r"half\.pth broke off after 4 of 8 bytes\. What is missing is"):
+            weights.fetch_from_url("net", f"{place}/half.pth", {})
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [path.name for path in (tmp_path / "hub" / "checkpoints").iterdir()] == ["whole.pth"]

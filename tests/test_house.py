@@ -17,6 +17,7 @@ ROOMS = [
     "errors",
     "saying",
     "compute",
+    "process",
     "recipe",
     "data",
     "models",

@@ -161,7 +161,8 @@ def test_freed_memory_is_kept_until_it_is_given_back():
     code = """
 from pathlib import Path
 import numpy as np
-from finetune.compute import give_back_memory, tune_process
+from finetune.compute import give_back_memory
+from finetune.process import tune_process
 
 def resident_mb():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.compute import SHARED_PRODUCTS, threads_for
 from finetune.features.probing import EXCESS, L2_GRID, fit_probe, knn_predict, probe_path, scale_of, sweep_probe
 from finetune.models.heads import make_head
+from finetune.process import SHARED_PRODUCTS, threads_for
 
 
 def _blobs(n, d, k, *, seed=0, spread=1.0):
@@ -226,7 +226,7 @@ def test_small_problems_are_solved_with_one_thread(monkeypatch):
         solve()
         assert set(used) == {1}
         assert torch.get_num_threads() == 2
-    monkeypatch.setattr("finetune.compute.SHARED_PRODUCTS", 60 * 8 * 3)
+    monkeypatch.setattr("finetune.process.SHARED_PRODUCTS", 60 * 8 * 3)
     used.clear()
     fit_probe(features, labels, num_classes=3, l2=1.0)
     assert set(used) == {2}

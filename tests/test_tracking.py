@@ -19,7 +19,7 @@ from contextlib import closing, suppress
 import pytest
 from made_scores import make_scores, split_scores
 
-from finetune.compute import QUIET
+from finetune.process import QUIET
 from finetune.recipe.measures import Measure, Proportion
 from finetune.training import ledger, mlflow_store, tracking
 from finetune.training.tracking import Tracker, default_uri, send_remaining, ui_command

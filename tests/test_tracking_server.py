@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.compute import quiet_environment
+from finetune.process import quiet_environment
 from finetune.training.ledger import CurveReader
 
 pytestmark = pytest.mark.slow

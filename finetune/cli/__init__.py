@@ -16,8 +16,8 @@ import typer
 
 from finetune.cli import judging, training
 from finetune.cli.catalogue import recipes_app, zoo_app
-from finetune.compute import QUIET
 from finetune.errors import FinetuneError, explain_os_error
+from finetune.process import QUIET
 
 app = typer.Typer(
     name="finetune",

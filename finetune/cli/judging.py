@@ -27,7 +27,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Judge a finished run again, perhaps in other views or on other images; or a backbone as it comes."""
-    from finetune.compute import tune_process
     from finetune.recipe.schema import VIEWS_PATTERN
     from finetune.reporting.terminal import scores_text
 
@@ -41,7 +40,6 @@ def evaluate(
         from finetune.recipe.runs import RunFolder
         from finetune.reporting.terminal import elsewhere_text
 
-        tune_process()
         if backbone is not None:
             found: BackboneElsewhere | RunElsewhere = evaluate_backbone(backbone, data, views=views or "center")
         else:
@@ -97,8 +95,8 @@ def predict(
     """Class and probability of new images."""
     from dataclasses import asdict
 
-    from finetune.compute import tune_process
     from finetune.evaluation.serving import predict_stream, save_predictions
+    from finetune.process import tune_process
     from finetune.recipe.runs import RunFolder
 
     tune_process()
@@ -146,13 +144,11 @@ def export(
     as_json: Json = False,
 ) -> None:
     """The model as plain timm loads it, checked against the run: weights, config.json, classes and a card."""
-    from finetune.compute import tune_process
     from finetune.export.timm_folder import export_timm
     from finetune.recipe.runs import RunFolder
 
     if to != "timm":
         raise RunError(f"--to is {to!r}; it may be timm.")
-    tune_process()
     source = RunFolder.open(run)
     made = export_timm(source, out or Path(f"{source.path.resolve().name}-timm"))
     seen = (
@@ -176,7 +172,7 @@ def ui(
     as_json: Json = False,
 ) -> None:
     """Open the MLflow UI on the store beside the runs."""
-    from finetune.compute import quiet_environment
+    from finetune.process import quiet_environment
     from finetune.recipe.runs import runs_folder
     from finetune.training.tracking import ui_command
 

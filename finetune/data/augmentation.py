@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finetune.compute import QUIET, lend_environment
 from finetune.data.changes import CUTOUT_GREY, CheckedChange, ColorShift, OwnChange, cut_out
 from finetune.data.decoding import center_crop
 from finetune.data.domains import CROP_AREA, DOMAINS, Rules
+from finetune.process import QUIET, lend_environment, put_back_later
 from finetune.recipe.cards import INTERPOLATIONS
 
 PRESETS = ("none", "light", "medium", "heavy")
@@ -209,6 +209,7 @@ def _make_kit(interpolation: str) -> _Kit:
         import albumentations
     import cv2
 
+    put_back_later("cv2 threads", partial(cv2.setNumThreads, cv2.getNumThreads()))
     cv2.setNumThreads(0)  # its threads fight with the loader's workers, and do not survive a fork
     flags = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
     # cv2 does not antialias, but evaluation does: areas are averaged where a crop shrinks

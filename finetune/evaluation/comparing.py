@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from finetune.errors import RunError
+from finetune.process import as_guest
 from finetune.recipe.comparison import Apart, ComparedRun, Comparison, GroupPair, RunPair, SeedGroup, Seeds
 from finetune.recipe.measures import Measure
 from finetune.recipe.plan import Plan
@@ -53,6 +54,7 @@ class _Judged:
         return self.is_right[where], log_losses(self.probabilities[where], self.labels[where])
 
 
+@as_guest()
 def compare(runs: Sequence[str | PathLike[str]]) -> Comparison:
     """How finished runs differ on the test images that they share, with 95 % intervals. Nothing is chosen here.
 

@@ -27,6 +27,7 @@ from finetune.evaluation.prediction import predict_probabilities, temper
 from finetune.evaluation.viewing import BATCH
 from finetune.evaluation.views import average_views, permitted_views, view_crops
 from finetune.models.backbones import Backbone, load_backbone
+from finetune.process import as_guest
 from finetune.recipe.cards import Card, View
 from finetune.recipe.elsewhere import BackboneElsewhere, FittedOn, FittedTemperature, RunElsewhere, RunFittedOn, Seen
 from finetune.recipe.facts import BadFile
@@ -40,6 +41,7 @@ from finetune.scores.metrics import score_predictions
 SOURCE_VIEWS = ("center", "five", "ten")
 
 
+@as_guest()
 def evaluate_elsewhere(run: RunFolder, data: Path, *, views: str | None = None) -> RunElsewhere:
     """How a finished run does on other images; the run folder stays as it is.
 
@@ -81,6 +83,7 @@ def evaluate_elsewhere(run: RunFolder, data: Path, *, views: str | None = None) 
     )
 
 
+@as_guest()
 def evaluate_backbone(name: str, data: Path, *, views: str = "center") -> BackboneElsewhere:
     """How a zoo backbone does with the classifier its weights came with, untrained by us.
 

@@ -32,6 +32,7 @@ from finetune.evaluation.viewing import AnyViewer, open_viewer
 from finetune.evaluation.views import average_views
 from finetune.evaluation.whole_model import hand_network
 from finetune.models.own import Model
+from finetune.process import as_guest
 from finetune.recipe.runs import RunFolder, write_whole
 from finetune.recipe.scores import Scores
 from finetune.scores.conformal import prediction_set
@@ -76,6 +77,7 @@ class _Wish:
 Picture = str | PathLike[str] | Image.Image | np.ndarray | torch.Tensor
 
 
+@as_guest()
 def predict(
     run: str | PathLike[str], images: Picture | Iterable[Picture], *, model: Model | None = None
 ) -> list[Prediction]:

@@ -24,6 +24,7 @@ from finetune.evaluation.loading import load_final
 from finetune.models.backbones import TORCHVISION
 from finetune.models.classifier import Classifier
 from finetune.models.heads import LinearHead
+from finetune.process import as_guest
 from finetune.recipe.runs import RunFolder, write_whole
 
 TOLERANCE = 1e-4
@@ -32,6 +33,7 @@ IMAGES = 16
 """Images that both are asked about."""
 
 
+@as_guest()
 def export_timm(run: RunFolder, folder: Path) -> dict[str, Any]:
     """Write `folder` with `model.safetensors`, `config.json`, `classes.txt` and `README.md`; what was checked.
 

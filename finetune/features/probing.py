@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from finetune.compute import threads_for
+from finetune.process import threads_for
 
 L2_GRID = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Penalties tried on standardised features, per squared weight, in units of the mean cross-entropy."""

@@ -8,13 +8,16 @@ and where it may be put, not a minute of retries. Nothing is unpickled: checkpoi
 import hashlib
 import os
 import re
+import shutil
 import socket
 from collections.abc import Mapping
+from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError  # the name of a fault; nothing is unpickled
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import getproxies, urlopen
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +26,7 @@ from torch import nn
 
 from finetune.errors import BackboneError
 from finetune.recipe.cards import Card
+from finetune.recipe.runs import write_whole
 from finetune.recipe.shelf import zoo_folders
 
 CONNECT_SECONDS = 5
@@ -116,18 +120,27 @@ def fetch_from_url(name: str, url: str, zoo: Mapping[str, Card]) -> Path:
     if not path.is_file():
         if why := _why_offline(url):
             raise missing_weights(name, path.name, folder, why, zoo)
-        folder.mkdir(parents=True, exist_ok=True)
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(CONNECT_SECONDS)  # torch's download sets none
         try:
-            torch.hub.download_url_to_file(url, str(path), progress=False)
-        except OSError as fault:
-            raise missing_weights(name, path.name, folder, str(fault), zoo) from fault
-        finally:
-            socket.setdefaulttimeout(before)
+            write_whole(path, partial(_download, url))
+        except (OSError, HTTPException) as fault:
+            why = getattr(fault, "strerror", None) or str(fault)
+            raise missing_weights(name, path.name, folder, why, zoo) from fault
     if found := re.search(r"-([0-9a-f]{8,})\.", path.name):
         check_sha256(path, found[1])
     return path
+
+
+def _download(url: str, path: Path) -> None:
+    """Fetch a file; unlike torch's own way, a server that falls silent is waited for a few seconds only.
+
+    Raises:
+        OSError: if it cannot be had whole.
+    """
+    with urlopen(url, timeout=CONNECT_SECONDS) as answer, path.open("wb") as file:
+        shutil.copyfileobj(answer, file)
+        wanted, got = answer.headers.get("Content-Length"), file.tell()
+    if wanted is not None and got != int(wanted):
+        raise OSError(f"{url} broke off after {got:,} of {int(wanted):,} bytes")
 
 
 def _why_offline(url: str) -> str:

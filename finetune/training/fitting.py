@@ -24,6 +24,7 @@ from finetune.models.adapters import merge_lora
 from finetune.models.batch_norm import set_momentum
 from finetune.models.classifier import Classifier
 from finetune.models.folding import fold
+from finetune.process import quieten
 from finetune.recipe.batch_norm import momentum_for
 from finetune.recipe.plan import Plan, Stage
 from finetune.recipe.runs import write_whole
@@ -228,7 +229,7 @@ def _seed(text: str) -> int:
 def _run_trainer(
     plan: Plan, epochs: int, module: Finetuning, train: Batches, keeper: Keeper, checkpoint: Path | None
 ) -> None:
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    quieten("pytorch_lightning", logging.ERROR)
     with warnings.catch_warnings():
         # Lightning advises loader workers and a higher matmul precision; both are decided in the plan.
         warnings.filterwarnings("ignore", category=pl.utilities.rank_zero.LightningDeprecationWarning)

@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from finetune.compute import QUIET, lend_environment, try_lock
+from finetune.compute import try_lock
+from finetune.process import QUIET, lend_environment, lend_levels
 from finetune.recipe.addresses import Login, is_web, join_login
 from finetune.recipe.runs import write_whole
 from finetune.training.ledger import SentState
@@ -40,13 +41,10 @@ def mlflow_environment(uri: str, login: Login | None) -> Iterator[None]:
     wanted = {name: os.environ.get(name, value) for name, value in PATIENCE.items()}
     if login is not None and is_web(uri):
         wanted |= {"MLFLOW_TRACKING_USERNAME": login.user, "MLFLOW_TRACKING_PASSWORD": login.password}
-    logger, was_imported = logging.getLogger("mlflow"), "mlflow" in sys.modules
-    level = logger.level if was_imported else logging.INFO
-    with lend_environment({**QUIET, **wanted}):
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
+    own = logging.getLogger("mlflow").level if "mlflow" in sys.modules else logging.INFO  # as its import sets it
+    levels = {"mlflow": own, "alembic": logging.getLogger("alembic").level}
+    with lend_environment({**QUIET, **wanted}), lend_levels(levels):
+        yield
 
 
 def prepare_mlflow() -> tuple[type[Exception], ...]:
