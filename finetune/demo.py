@@ -5,12 +5,11 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from finetune.pipeline import summarize, train
+from finetune.pipeline import Summary, summarize, train
 from finetune.preparing import say_on_stderr
 from finetune.recipe.reading import load_recipe
 from finetune.recipe.runs import runs_folder
@@ -23,13 +22,19 @@ PIXELS = 64
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def run_demo(runs: Path | None = None) -> dict[str, Any]:
+class Demo(Summary):
+    """The first run, and the same from random weights."""
+
+    control: Summary
+
+
+def run_demo(runs: Path | None = None) -> Demo:
     """Fine-tune on the digits, then the same budget from random weights; the first run with both scores."""
     folder = _find_digits(runs or runs_folder())
     wish = [f"data.root={folder}", f"backbone={default_backbone()}", "name=digits"]
     run = train(load_recipe(None, wish), runs=runs)
     found = summarize(run)
-    epochs = found["plan"]["train"]["epochs"] if found["plan"]["stages"] else 10
+    epochs = found.plan.train.epochs if found.plan.stages else 10
     say_on_stderr("\nThe same images and epochs from random weights, as a control:")
     control = summarize(
         train(
@@ -47,18 +52,18 @@ def run_demo(runs: Path | None = None) -> dict[str, Any]:
             say=lambda text: None,
         )
     )
-    found["control"] = control
     lines = ["", "test images right, 95 % intervals"]
     for name, part in (
-        ("fine-tuned", found["scores"]),
-        ("probe alone", found["scores"]["probe"]),
-        ("from random", control["scores"]),
+        ("fine-tuned", found.scores),
+        ("probe alone", found.scores.probe),
+        ("from random", control.scores),
     ):
-        lines.append(f"  {name:<12} {percent(part['test']['top1'])}")
+        if part is not None and part.test is not None:
+            lines.append(f"  {name:<12} {percent(part.test.top1)}")
     where = "" if runs is None else f" --runs {runs}"
-    lines += ["", f"report     {found['report']}", f"MLflow UI  {_command()} ui{where}"]
+    lines += ["", f"report     {found.report}", f"MLflow UI  {_command()} ui{where}"]
     say_on_stderr("\n".join(lines))
-    return found
+    return Demo(**dict(found), control=control)
 
 
 def _find_digits(runs: Path) -> Path:

@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 
@@ -54,6 +53,7 @@ from finetune.recipe.resumption import (
 from finetune.recipe.runs import Clock, RunFolder, append, faults_told, find_run, runs_folder, sweep, write_whole
 from finetune.recipe.schema import Recipe
 from finetune.recipe.scores import Scores
+from finetune.recipe.section import Section
 from finetune.recipe.shelf import name_backbone, short_name
 from finetune.reporting.report import write_report
 from finetune.reporting.terminal import facts_text, plan_text, scores_text
@@ -245,16 +245,23 @@ def report(path: str | PathLike[str], *, say: Say = say_on_stderr) -> Path:
     return page
 
 
-def summarize(run: RunFolder) -> dict[str, Any]:
-    """The run as one JSON object: folder, plan, scores, seconds."""
+class Summary(Section):
+    """A finished run as one value."""
+
+    run: str
+    """The folder."""
+    plan: Plan
+    scores: Scores
+    seconds: dict[str, float]
+    """By part of the walk, and their total."""
+    report: str
+
+
+def summarize(run: RunFolder) -> Summary:
+    """A finished run as one value."""
     seconds = run.read_json("environment.json")["seconds"]
-    return {
-        "run": str(run.path),
-        "plan": run.plan.model_dump(mode="json"),
-        "scores": run.read_json("scores.json"),
-        "seconds": seconds,
-        "report": str(run.file("report.html")),
-    }
+    report = str(run.file("report.html"))
+    return Summary(run=str(run.path), plan=run.plan, scores=run.scores, seconds=seconds, report=report)
 
 
 def _walk(run: Run, begins: Recipe | Plan, say: Say, ranking: Ranking | None, own: Own) -> Run:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from finetune.data.dataset import Dataset
 from finetune.data.items import ROLES
@@ -27,6 +26,7 @@ from finetune.recipe.plan_faults import refuse_misfit
 from finetune.recipe.planning import make_plan
 from finetune.recipe.reading import Wish, as_recipe
 from finetune.recipe.schema import Recipe
+from finetune.recipe.section import Section
 from finetune.recipe.shelf import name_backbone
 from finetune.saying import every_few_seconds
 from finetune.training.optimization import check_optimizer
@@ -144,8 +144,19 @@ def show_images(recipe: Recipe, path: Path, say: Say = say_on_stderr) -> Path:
     return path
 
 
+class Extracted(Section):
+    """How many images of a part were looked at."""
+
+    hits: int
+    """Known before."""
+    misses: int
+    """Looked at now."""
+    bad: int
+    """That cannot be read."""
+
+
 @as_guest()
-def extract(recipe: Recipe, part: str, say: Say = say_on_stderr) -> dict[str, Any]:
+def extract(recipe: Recipe, part: str, say: Say = say_on_stderr) -> Extracted:
     """Look at one part of the images, such as `2/8`, and keep their features for whoever plans or trains later.
 
     Raises:
@@ -157,7 +168,7 @@ def extract(recipe: Recipe, part: str, say: Say = say_on_stderr) -> dict[str, An
     if recipe.backbone is None:
         raise RecipeError("a part of the images is looked at by one backbone; name it, backbone=NAME.")
     seen = survey_part(recipe, int(found[1]), int(found[2]), every_few_seconds(say))
-    return {"hits": seen.hits, "misses": seen.misses, "bad": len(seen.bad)}
+    return Extracted(hits=seen.hits, misses=seen.misses, bad=len(seen.bad))
 
 
 def with_backbone(recipe: Recipe, say: Say, given: Given = NOTHING) -> tuple[Recipe, Ranking | None]:

@@ -10,13 +10,14 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
 from finetune.errors import BackboneError, names_beside, nearest
 from finetune.recipe.cards import Card, read_card
 from finetune.recipe.runs import write_whole
+from finetune.recipe.section import Section
 from finetune.recipe.shelf import is_run, read_zoo, user_zoo, why_no_card, zoo_folders
 
 if TYPE_CHECKING:
@@ -271,29 +272,40 @@ def _hash_fault(name: str, path: Path, expected: str, mend: str) -> str | None:
     return f"{name}: {path} has sha256 {digest[:12]}, its card says {expected[:12]}; {mend}."
 
 
+class ShownCard(Section):
+    """A card as it is shown."""
+
+    name: str
+    arch: str
+    arch_kwargs: dict[str, Any]
+    num_classes: int
+    classes: tuple[str, ...]
+    """The first few, and dots where there are more."""
+    pretrained_on: str
+    input_size: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    licence: str
+    params_m: float | None
+    top1: float | None
+    weights: str
+    sha256: str | None
+    statistics: str | None
+
+    @classmethod
+    def of(cls, card: Card) -> Self:
+        """What is shown of a card."""
+        alike = {name: getattr(card, name) for name in cls.model_fields.keys() - {"classes", "weights", "statistics"}}
+        return cls(
+            **alike,
+            classes=(*card.classes[:5], "...") if len(card.classes) > 5 else card.classes,
+            weights=str(card.weights),
+            statistics=str(card.statistics) if card.statistics else None,
+        )
+
+
 def card_text(card: Card) -> str:
     """A card in full, as YAML."""
-    return yaml.safe_dump(card_object(card), sort_keys=False, allow_unicode=True)
-
-
-def card_object(card: Card) -> dict[str, Any]:
-    """A card as plain values; of its classes, the number and the first few."""
-    return {
-        "name": card.name,
-        "arch": card.arch,
-        "arch_kwargs": dict(card.arch_kwargs),
-        "num_classes": card.num_classes,
-        "classes": [*card.classes[:5], "..."] if len(card.classes) > 5 else list(card.classes),
-        "pretrained_on": card.pretrained_on,
-        "input_size": list(card.input_size),
-        "mean": list(card.mean),
-        "std": list(card.std),
-        "interpolation": card.interpolation,
-        "crop_pct": card.crop_pct,
-        "licence": card.licence,
-        "params_m": card.params_m,
-        "top1": card.top1,
-        "weights": str(card.weights),
-        "sha256": card.sha256,
-        "statistics": str(card.statistics) if card.statistics else None,
-    }
+    return yaml.safe_dump(ShownCard.of(card).model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -35,7 +35,7 @@ def exported(run, tmp_path_factory):
 
 def test_it_was_asked_about_images_of_the_run_and_answers_alike(exported):
     folder, made = exported
-    assert made["are_real"] and made["images"] >= 16 and made["difference"] < 1e-4
+    assert made.are_real and made.images >= 16 and made.difference < 1e-4
     assert sorted(file.name for file in folder.iterdir()) == [
         "README.md", "classes.txt", "config.json", "model.safetensors"
     ]  # fmt: skip
@@ -68,7 +68,7 @@ def test_a_probe_is_exported_with_its_backbone_and_without_the_images_on_noise(s
     probe = start(own, tmp_path / "runs", "train.strategy=probe")
     shutil.rmtree(own)
     made = export_timm(probe, tmp_path / "exported")
-    assert not made["are_real"] and made["difference"] < 1e-4
+    assert not made.are_real and made.difference < 1e-4
 
 
 @pytest.mark.slow

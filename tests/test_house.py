@@ -129,6 +129,48 @@ def test_files_and_functions_are_short(path):
             assert node.end_lineno - node.lineno <= 80, f"{node.name} is too long"
 
 
+LOOSE = re.compile(r"\b(dict|Mapping|MutableMapping)\[str, (Any|object)\]")
+LOOSE_BY_RIGHT = {
+    "finetune.models.backbones.Backbone.network": "options of an architecture are timm's: any name, any value",
+    "finetune.compute.Compute.describe": "environment.json tells people what a machine said of itself",
+}
+
+
+def _signatures(path: Path):
+    """Name of each function, and of the class of a method, with the types it takes and gives."""
+    for owner in [tree := ast.parse(path.read_text()), *(n for n in tree.body if isinstance(n, ast.ClassDef))]:
+        for node in owner.body:
+            if isinstance(node, ast.FunctionDef):
+                taken = node.args
+                arguments = [*taken.posonlyargs, *taken.args, *taken.kwonlyargs, taken.vararg, taken.kwarg]
+                types = [one.annotation for one in arguments if one and one.annotation]
+                types += [node.returns] if node.returns else []
+                yield getattr(owner, "name", node.name), node.name, [ast.unparse(one) for one in types]
+
+
+def _names_used_elsewhere() -> set[str]:
+    """What any folder imports of another, and what users do."""
+    used = {f"{home}.{name}" for name, home in finetune._HOMES.items()}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            home = node.module or "" if isinstance(node, ast.ImportFrom) else ""
+            if home.startswith("finetune.") and home.split(".")[1] != _room(path):
+                used |= {f"{home}.{name.name}" for name in node.names}
+    return used
+
+
+def test_what_goes_from_folder_to_folder_has_a_type():
+    """A dictionary of anything hides keys that nobody writes and keys that nobody reads."""
+    used, found = _names_used_elsewhere(), set()
+    for path in FILES:
+        home = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+        for owner, name, types in _signatures(path):
+            if f"{home}.{owner}" in used and not name.startswith("_") and any(map(LOOSE.search, types)):
+                found.add(f"{home}.{name}" if owner == name else f"{home}.{owner}.{name}")
+    assert len(used) > 200
+    assert found == LOOSE_BY_RIGHT.keys()
+
+
 def test_no_exception_is_swallowed():
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):

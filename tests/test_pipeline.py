@@ -392,7 +392,10 @@ def test_a_broken_new_image_is_told_and_the_others_are_predicted(full, shapes, t
 
 def test_the_page_and_the_summary_are_made_of_the_run(full):
     assert full.plan.name in full.file("report.html").read_text(encoding="utf-8")
-    assert set(summarize(full)) == {"run", "plan", "scores", "seconds", "report"}
+    found = summarize(full)
+    assert list(found.model_dump()) == ["run", "plan", "scores", "seconds", "report"]
+    assert found.model_dump(mode="json")["scores"] == full.read_json("scores.json")
+    assert found.plan == full.plan and found.seconds["total"] > 0
 
 
 def test_planning_leaves_nothing_behind(shapes, tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def recipes_check(
 @zoo_app.command("list")
 def zoo_list(as_json: Json = False) -> None:
     """Cards at hand, a line each; any timm or torchvision name works without one."""
-    from finetune.zoo import card_object, list_cards
+    from finetune.zoo import ShownCard, list_cards
 
     cards = list_cards()
     lines = [
@@ -101,16 +101,18 @@ def zoo_list(as_json: Json = False) -> None:
         f"{card.pretrained_on}"
         for card in cards.values()
     ]
-    finish({"cards": [card_object(card) for card in cards.values()]}, as_json, "\n".join(lines))
+    finish(
+        {"cards": [ShownCard.of(card).model_dump(mode="json") for card in cards.values()]}, as_json, "\n".join(lines)
+    )
 
 
 @zoo_app.command("show")
 def zoo_show(name: str, as_json: Json = False) -> None:
     """All that is known of a backbone."""
-    from finetune.zoo import card_object, card_text, show_card
+    from finetune.zoo import ShownCard, card_text, show_card
 
     card = show_card(name)
-    finish(card_object(card), as_json, card_text(card).rstrip())
+    finish(ShownCard.of(card), as_json, card_text(card).rstrip())
 
 
 @zoo_app.command("add")
@@ -123,10 +125,10 @@ def zoo_add(
     as_json: Json = False,
 ) -> None:
     """Copy a backbone into the zoo, its hash verified."""
-    from finetune.zoo import add_card, card_object
+    from finetune.zoo import ShownCard, add_card
 
     card = add_card(path, statistics=statistics)
-    finish(card_object(card), as_json, f"{card.name} is now in {card.weights and card.weights.parent.parent}")
+    finish(ShownCard.of(card), as_json, f"{card.name} is now in {card.weights and card.weights.parent.parent}")
 
 
 @zoo_app.command("verify")
@@ -156,7 +158,7 @@ def zoo_rank(
     from finetune.zoo import rank_cards
 
     found = rank_cards(recipe, among=split_words(among), max_params=max_params, licences=split_words(licence))
-    finish(found.model_dump(mode="json"), as_json, ranking_text(found))
+    finish(found, as_json, ranking_text(found))
 
 
 def _shipped(name: str) -> Path:

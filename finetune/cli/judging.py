@@ -44,12 +44,12 @@ def evaluate(
             found: BackboneElsewhere | RunElsewhere = evaluate_backbone(backbone, data, views=views or "center")
         else:
             found = evaluate_elsewhere(RunFolder.open(str(run)), data, views=views)
-        finish(found.model_dump(mode="json"), as_json, elsewhere_text(found))
+        finish(found, as_json, elsewhere_text(found))
         return
     from finetune.pipeline import evaluate as judge
 
     scores = judge(str(run), views=views)
-    finish(scores.model_dump(mode="json"), as_json, scores_text(scores))
+    finish(scores, as_json, scores_text(scores))
 
 
 def compare(
@@ -61,7 +61,7 @@ def compare(
     from finetune.reporting.comparison_text import comparison_text
 
     found = weigh(runs)
-    finish(found.model_dump(mode="json"), as_json, comparison_text(found))
+    finish(found, as_json, comparison_text(found))
 
 
 def ensemble(
@@ -151,10 +151,8 @@ def export(
         raise RunError(f"--to is {to!r}; it may be timm.")
     source = RunFolder.open(run)
     made = export_timm(source, out or Path(f"{source.path.resolve().name}-timm"))
-    seen = (
-        f"{made['images']} {'images of the run' if made['are_real'] else 'pictures of noise, for its images are gone'}"
-    )
-    told = f"{made['folder']}: answers as the run does (within {made['difference']:.1g} on {seen})"
+    seen = f"{made.images} {'images of the run' if made.are_real else 'pictures of noise, for its images are gone'}"
+    told = f"{made.folder}: answers as the run does (within {made.difference:.1g} on {seen})"
     finish(made, as_json, told)
 
 

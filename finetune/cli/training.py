@@ -85,7 +85,7 @@ def plan(
         from finetune.preparing import extract
 
         seen = extract(recipe, part)
-        finish(seen, as_json, f"part {part}: {seen['misses']:,} images looked at, {seen['hits']:,} known before")
+        finish(seen, as_json, f"part {part}: {seen.misses:,} images looked at, {seen.hits:,} known before")
         return
     from finetune.preparing import plan as decide
     from finetune.reporting.terminal import facts_text, plan_text

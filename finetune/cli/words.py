@@ -65,9 +65,17 @@ def _is_key(word: str) -> bool:
     return "." in word and word in recipe_keys() and not Path(word).exists()
 
 
-def finish(answer: Any, as_json: bool, text: str) -> None:
-    """The one object of `--json`, or text for people."""
+def finish(answer: object, as_json: bool, text: str) -> None:
+    """The one object of `--json`, or text for people.
+
+    Args:
+        answer: a mapping, or a value that becomes one; no value is dumped in vain.
+        as_json: whether the object is asked for.
+        text: for people.
+    """
     if as_json:
+        if dump := getattr(answer, "model_dump", None):
+            answer = dump(mode="json")
         is_utf8 = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
         tell(json.dumps(answer, ensure_ascii=not is_utf8))
     elif text:

@@ -1,19 +1,19 @@
 """Tables: rows into a parquet file, a part at a time."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from finetune.recipe.runs import write_whole
 
 KINDS = ("text", "number", "texts", "numbers")
 """What a column may hold: a text, a number, a list of texts, or numbers by text. Any of them may be None."""
+Row = Mapping[str, str | float | Sequence[str] | Mapping[str, float] | None]
 _ROWS = 4096
 """Per row group; bounds memory."""
 
 
-def write_parquet(rows: Iterable[Mapping[str, Any]], path: Path, columns: Mapping[str, str]) -> int:
+def write_parquet(rows: Iterable[Row], path: Path, columns: Mapping[str, str]) -> int:
     """How many rows were written. The file is whole or absent; rows are taken as they come and never all held.
 
     Args:
@@ -45,11 +45,11 @@ def write_parquet(rows: Iterable[Mapping[str, Any]], path: Path, columns: Mappin
     return count
 
 
-def _parts(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+def _parts(rows: Iterable[Row]) -> Iterator[list[Row]]:
     remaining = iter(rows)
     while part := list(islice(remaining, _ROWS)):
         yield part
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(row: Row) -> dict[str, object]:
     return {key: list(value.items()) if isinstance(value, Mapping) else value for key, value in row.items()}

@@ -26,6 +26,7 @@ from finetune.models.classifier import Classifier
 from finetune.models.heads import LinearHead
 from finetune.process import as_guest
 from finetune.recipe.runs import RunFolder, write_whole
+from finetune.recipe.section import Section
 
 TOLERANCE = 1e-4
 """Largest difference of a logit between the run and plain timm, in 32 bits."""
@@ -33,8 +34,22 @@ IMAGES = 16
 """Images that both are asked about."""
 
 
+class Exported(Section):
+    """What was written, and how it was checked."""
+
+    folder: str
+    architecture: str
+    """Of timm."""
+    images: int
+    """That the run and plain timm were asked about."""
+    are_real: bool
+    """Whether these were the run's own, and not noise."""
+    difference: float
+    """The largest, of a logit."""
+
+
 @as_guest()
-def export_timm(run: RunFolder, folder: Path) -> dict[str, Any]:
+def export_timm(run: RunFolder, folder: Path) -> Exported:
     """Write `folder` with `model.safetensors`, `config.json`, `classes.txt` and `README.md`; what was checked.
 
     `timm.create_model(architecture, checkpoint_path="model.safetensors", num_classes=K)` loads it, and so does
@@ -65,7 +80,7 @@ def export_timm(run: RunFolder, folder: Path) -> dict[str, Any]:
         gap = _compare(classifier, name, options, draft / "model.safetensors", images)
         _write_texts(run, draft, name, options, plain)
         shutil.move(draft, folder)
-    return {"folder": str(folder), "architecture": name, "images": len(images), "are_real": are_real, "difference": gap}
+    return Exported(folder=str(folder), architecture=name, images=len(images), are_real=are_real, difference=gap)
 
 
 def _refuse(run: RunFolder) -> None:
