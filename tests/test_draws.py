@@ -13,7 +13,7 @@ from finetune.errors import RecipeError
 from finetune.evaluation import draws
 from finetune.evaluation.draws import compare_draws, draw, draws_sentence, entropy
 from finetune.evaluation.loading import load_final
-from finetune.evaluation.prediction import predict_draws
+from finetune.evaluation.prediction import draw_in_batches
 from finetune.evaluation.viewing import Viewer
 from finetune.features.survey import look
 from finetune.models.regularization import sample_predictions
@@ -30,6 +30,12 @@ WISHES = [
     "tracking.enabled=false",
     "data.split.refit=false",
 ]
+
+
+def predict_draws(classifier, store, indices, plan, draws=20, seed=0):
+    """Probabilities (N, S, K)."""
+    drawn = draw_in_batches(classifier, store, indices, plan, draws, seed)
+    return torch.cat([some.transpose(0, 1) for some in drawn])
 
 
 def quiet(text):

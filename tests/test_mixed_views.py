@@ -17,7 +17,7 @@ from finetune.evaluation.comparing import compare
 from finetune.evaluation.elsewhere import evaluate_elsewhere
 from finetune.evaluation.ensembles import make_ensemble, read_membership, score_members
 from finetune.evaluation.loading import load_ensemble, load_final
-from finetune.evaluation.prediction import predict_probabilities, predict_views
+from finetune.evaluation.prediction import predict_in_batches, predict_probabilities
 from finetune.evaluation.serving import predict, predict_stream
 from finetune.evaluation.viewing import MixedViewer, Viewer, open_viewer
 from finetune.features.survey import look
@@ -34,6 +34,12 @@ SMALL = [
 ]
 LARGE = ["data.image_size=48", "data.crop_pct=0.8", "data.interpolation=bicubic"]
 SHIFTED = ["data.image_size=32", "data.mean=[0.4,0.5,0.6]", "data.std=[0.2,0.3,0.25]"]
+
+
+def predict_views(classifier, store, indices, plan, views):
+    """Probabilities (N, V, K)."""
+    viewer = open_viewer(classifier, plan, views)
+    return torch.cat([said.transpose(0, 1) for said in predict_in_batches(viewer, store, indices)])
 
 
 def quiet(text):

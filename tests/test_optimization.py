@@ -23,7 +23,6 @@ from finetune.training.optimization import (
     Anchor,
     check_optimizer,
     decay_penalty,
-    describe_groups,
     group_parameters,
     make_optimizer,
     random_layers,
@@ -477,29 +476,6 @@ def test_what_timm_exempts_from_decay_we_exempt_too():
         groups = group_parameters(classifier, _stage(), 0.1)
         undecayed = {id(p) for group in groups for p in group["params"] if not group["weight_decay"]}
         assert {id(getattr(model, own)) for own in exempt} <= undecayed
-
-
-LADDER = """\
-group                        peak rate   decay  tensors  parameters
-head                              0.01    0.05        1         288
-head (no decay)                   0.01       0        1           3
-backbone/layer4                  0.001    0.05        3     267,264
-backbone/layer4 (no decay)       0.001       0        6         576
-backbone/layer3                 0.0005    0.05        4      41,472
-backbone/layer3 (no decay)      0.0005       0        8         960
-backbone/layer2                0.00025    0.05        3      36,096
-backbone/layer2 (no decay)     0.00025       0        6         288
-backbone/layer1               0.000125    0.05        2      18,432
-backbone/layer1 (no decay)    0.000125       0        4         128
-backbone/stem                 6.25e-05    0.05        3       7,344
-backbone/stem (no decay)      6.25e-05       0        6         128"""
-
-
-def test_the_ladder_of_rates_is_printed_by_names():
-    stage = _stage(0.01, layer_decay=0.5)
-    for name, decay in (("adamw", "decoupled"), ("momentum", "decoupled"), ("sgd", "coupled")):
-        spec = OptimizerSpec(name=name, weight_decay=0.05, decay=decay)
-        assert describe_groups(make_optimizer(_network("test_resnet"), stage, spec)) == LADDER
 
 
 @pytest.mark.technique("T008")

@@ -22,7 +22,7 @@ from finetune.data.tables import write_parquet
 from finetune.errors import DataError, RecipeError, RunError
 from finetune.evaluation import viewing
 from finetune.evaluation.loading import load_final
-from finetune.evaluation.prediction import predict_views
+from finetune.evaluation.prediction import predict_in_batches
 from finetune.evaluation.serving import (
     Prediction,
     expand_names,
@@ -32,12 +32,18 @@ from finetune.evaluation.serving import (
     save_predictions,
     write_predictions,
 )
-from finetune.evaluation.viewing import BATCH
+from finetune.evaluation.viewing import BATCH, open_viewer
 from finetune.evaluation.views import average_views
 from finetune.recipe.scores import Conformal, Temperature
 from finetune.scores.conformal import prediction_set
 
 WISHES = ["data.image_size=32", "train.batch_size=16", "train.epochs=1", "train.strategy=probe"]
+
+
+def predict_views(classifier, store, indices, plan, views):
+    """Probabilities (N, V, K)."""
+    viewer = open_viewer(classifier, plan, views)
+    return torch.cat([said.transpose(0, 1) for said in predict_in_batches(viewer, store, indices)])
 
 
 @pytest.fixture(scope="module")

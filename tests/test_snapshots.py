@@ -17,7 +17,7 @@ from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
 from finetune.recipe.schedules import cycle_ends, rate_factor
 from finetune.recipe.schema import ScheduleSpec
-from finetune.training.snapshots import keep_newest, load_member, read_members, save_member, size_in_words
+from finetune.training.snapshots import keep_newest, load_member, read_members, save_member
 
 PEAK = 0.05
 
@@ -150,14 +150,6 @@ def test_only_the_last_epochs_are_kept(tmp_path):
     assert [member.name for member in read_members(tmp_path)] == ["cycle-1", "last-9", "last-10", "last-11"]
     keep_newest(tmp_path, "last", 0)
     assert [member.name for member in read_members(tmp_path)] == ["cycle-1"]
-
-
-def test_the_size_of_all_members_is_stated(tmp_path):
-    classifier = make_classifier(stages=0)
-    members = [save_member(tmp_path, f"cycle-{number}", classifier, {}) for number in (1, 2)]
-    total = sum(path.stat().st_size for path in tmp_path.iterdir())
-    assert size_in_words(members) == f"2 members, {total / 1e6:.1f} MB in all"
-    assert size_in_words(members[:1]).startswith("1 member, ")
 
 
 @pytest.mark.parametrize("name", ["cycle", "Cycle-1", "../cycle-1", "cycle-1.5", "weights", "cycle-"])

@@ -11,8 +11,8 @@ from finetune.combining import ensemble
 from finetune.evaluation import view_scores
 from finetune.evaluation.comparing import compare
 from finetune.evaluation.loading import load_final
-from finetune.evaluation.prediction import predict_probabilities, predict_views
-from finetune.evaluation.viewing import Viewer
+from finetune.evaluation.prediction import predict_in_batches, predict_probabilities
+from finetune.evaluation.viewing import Viewer, open_viewer
 from finetune.evaluation.views import average_views, view_names
 from finetune.features.survey import look
 from finetune.recipe.runs import RunFolder
@@ -27,6 +27,12 @@ SMALL = [
     "data.split.refit=false",
 ]
 TEN = ["data.invariances=[hflip]", "evaluate.views=ten"]
+
+
+def predict_views(classifier, store, indices, plan, views):
+    """Probabilities (N, V, K)."""
+    viewer = open_viewer(classifier, plan, views)
+    return torch.cat([said.transpose(0, 1) for said in predict_in_batches(viewer, store, indices)])
 
 
 def quiet(text):

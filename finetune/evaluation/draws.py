@@ -3,7 +3,7 @@
 Dropout left on at test draws from an approximate posterior (Gal & Ghahramani, ICML 2016,
 https://arxiv.org/abs/1506.02142). The entropy of the mean over draws is all the doubt there is; the part of it that is
 disagreement between draws is the mutual information of answer and weights (BALD: Houlsby et al., 2011,
-https://arxiv.org/abs/1112.5745), the rest is doubt that every draw has. Only the head is drawn: see `predict_draws`.
+https://arxiv.org/abs/1112.5745), the rest is doubt that every draw has. Only the head is drawn: see `draw_in_batches`.
 """
 
 from collections.abc import Mapping, Sequence

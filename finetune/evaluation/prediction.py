@@ -22,25 +22,6 @@ from finetune.recipe.plan import Plan
 from finetune.scores.calibration import apply_temperature, log_probabilities
 
 
-def predict_views(
-    classifier: Classifier, store: ImageStore, indices: Sequence[int], plan: Plan, views: str
-) -> torch.Tensor:
-    """Probabilities (N, V, K) of every view, in float32 on the CPU; before any temperature.
-
-    Views are named and ordered as `view_names(views, plan.view.size_pixels)`, also where members of an ensemble look
-    at images of other sizes; mirrored ones speak of the image as it is.
-
-    Raises:
-        DataError: if a file holds no readable image.
-        OSError: if a file cannot be read.
-        RecipeError: if `views` is unknown, or the classifier cannot look at images of such sizes.
-    """
-    viewer = open_viewer(classifier, plan, views)
-    answers = [torch.empty(0, len(viewer.crops), viewer.num_classes)]
-    answers += [said.transpose(0, 1) for said in predict_in_batches(viewer, store, indices)]
-    return torch.cat(answers)
-
-
 def predict_probabilities(
     classifier: Classifier,
     store: ImageStore,
@@ -62,7 +43,9 @@ def predict_probabilities(
         view: of the classifier, where it is not the plan's.
 
     Raises:
-        As `predict_views`.
+        DataError: if a file holds no readable image.
+        OSError: if a file cannot be read.
+        RecipeError: if `views` is unknown, or the classifier cannot look at images of such sizes.
     """
     viewer = open_viewer(classifier, plan, views, view)
     answers = [torch.empty(0, viewer.num_classes)]
@@ -72,34 +55,27 @@ def predict_probabilities(
 
 
 def predict_in_batches(viewer: AnyViewer, store: ImageStore, indices: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Probabilities (V, B, K) of every view of a few images after the other, as `Viewer.judge` gives them."""
+    """Probabilities (V, B, K) of every view of a few images after the other, as `Viewer.judge` gives them.
+
+    Before any temperature. Views are named and ordered as `view_names(views, plan.view.size_pixels)`, also where
+    members of an ensemble look at images of other sizes; mirrored ones speak of the image as it is.
+    """
     for pictures in _pictures(viewer, store, indices):
         yield viewer.judge(pictures)
-
-
-def predict_draws(
-    classifier: Classifier, store: ImageStore, indices: Sequence[int], plan: Plan, *, draws: int = 20, seed: int = 0
-) -> torch.Tensor:
-    """Probabilities (N, S, K) of centre views under S draws of the dropout in the head; their mean is the answer.
-
-    Gal and Ghahramani, ICML 2016, https://arxiv.org/abs/1506.02142; see `sample_predictions`. The backbone is still: a
-    finished run is loaded without the noise it had there.
-
-    Raises:
-        RunError: if nothing in the classifier is random in training.
-        ValueError: if `draws` is less than 1.
-    """
-    answers = [torch.empty(0, draws, len(plan.classes))]
-    answers += [drawn.transpose(0, 1) for drawn in draw_in_batches(classifier, store, indices, plan, draws, seed)]
-    return torch.cat(answers)
 
 
 def draw_in_batches(
     classifier: Classifier, store: ImageStore, indices: Sequence[int], plan: Plan, draws: int, seed: int
 ) -> Iterator[torch.Tensor]:
-    """Probabilities (S, B, K) of a few images after the other, as `predict_draws` gives them all at once.
+    """Probabilities (S, B, K) of centre views of a few images after the other, under S draws of the head's dropout.
 
-    The backbone, which is still, looks at an image once; the head alone is passed S times.
+    Gal and Ghahramani, ICML 2016, https://arxiv.org/abs/1506.02142; see `sample_predictions`; their mean is the answer.
+    A finished run is loaded without the noise that its backbone had in training: so that looks at an image once, and
+    the head alone is passed S times.
+
+    Raises:
+        RunError: if nothing in the head is random in training.
+        ValueError: if `draws` is less than 1.
     """
     if not random_pieces(classifier.head):
         raise RunError(

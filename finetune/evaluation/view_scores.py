@@ -61,7 +61,7 @@ def look_by_view(
         views: as in `list_crops`.
 
     Raises:
-        As `predict_views`.
+        As `predict_probabilities`.
     """
     viewer = open_viewer(classifier, plan, views)
     shape = (len(indices), len(viewer.crops), viewer.num_classes)

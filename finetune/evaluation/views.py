@@ -207,7 +207,7 @@ def view_crops(pixels: np.ndarray, size: int, views: str) -> list[np.ndarray]:
     """
     crops = list_crops(views, size)
     if any(crop.place == "whole" or crop.shorter_pixels or crop.size_pixels for crop in crops):
-        raise ValueError(f"{views} cannot be cut out of one resized image; `predict_views` makes the others.")
+        raise ValueError(f"{views} cannot be cut out of one resized image; a `Viewer` makes the others.")
     images = {False: pixels}
     if any(crop.is_mirrored for crop in crops):
         images[True] = mirror(pixels)

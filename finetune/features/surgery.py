@@ -5,7 +5,6 @@ measured against the weights they would move.
 """
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -62,18 +61,6 @@ def relative_gradients(
     for name, total in sums.items():
         by_stage[backbone.stages[backbone.stage_of[name]]].append(total / seen)
     return {stage: sum(ratios) / len(ratios) for stage, ratios in by_stage.items() if ratios}
-
-
-def choose_stage(ratios: Mapping[str, float]) -> str:
-    """The stage with the largest ratio; of equals the lowest.
-
-    Raises:
-        ValueError: if no ratio is positive and finite, as under a head that is zero.
-    """
-    stage = max(ratios, key=lambda name: ratios[name], default="")
-    if not stage or not all(map(math.isfinite, ratios.values())) or ratios[stage] <= 0:
-        raise ValueError(f"relative gradients {dict(ratios)} tell no stage from another; is the head zero?")
-    return stage
 
 
 def _ratios(

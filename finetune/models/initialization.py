@@ -2,6 +2,8 @@
 
 New layers preserve the variance of what goes through them, judged by fan-in. Re-initialised stages follow the
 architecture's own rule, except that residual branches begin at zero, so that each block begins as its shortcut.
+
+For diagnosis, and called by nothing else yet: `find_symmetric`.
 """
 
 import copy

@@ -2,6 +2,8 @@
 
 Every schedule is a share of the peak. The rate of each group of weights is its own peak times this share, so
 ratios between groups never change. Only the plateau rule looks at the training; what it remembers is a small dict.
+
+For diagnosis, and called by nothing else yet: `suggest_drops`.
 """
 
 import math

@@ -2,6 +2,8 @@
 
 Everything is fitted on training features and then frozen: validation and test features pass through the
 constants of training and never change them. All sums are float64; a projection is fitted once.
+
+For diagnosis, and called by nothing else yet: `fit_projection`, `Projection`, `leave_binary`.
 """
 
 from dataclasses import dataclass

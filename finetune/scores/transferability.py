@@ -29,8 +29,11 @@ def logme(features: torch.Tensor, labels: torch.Tensor, *, num_classes: int) -> 
     """LogME: the largest log evidence of a Bayesian linear model per image, in nats, mean over classes.
 
     You et al., ICML 2021, https://arxiv.org/abs/2102.11005. Each class that occurs is a target in
-    {0, 1}, without intercept. Widths may be compared, and scales do not matter. `fit_precisions`
-    finds the maximum; where features reproduce the labels exactly it is cut off, at some 11 nats.
+    {0, 1}, without intercept. Widths may be compared, and scales do not matter. The precisions of weights
+    and noise are the fixed point of MacKay, Neural Computation 1992, 4:415-447, which You et al. start from
+    1 and 1. Unlike them we start from the best of a grid of their ratios, whose best noise is known: the
+    answer then depends neither on the features' scale nor on a local maximum. Where features reproduce the
+    labels exactly it is cut off, at some 11 nats.
 
     Args:
         features: (N, D).
@@ -43,42 +46,6 @@ def logme(features: torch.Tensor, labels: torch.Tensor, *, num_classes: int) -> 
     features, labels = _check(features, labels, num_classes)
     spectrum = _spectrum(features / _largest(features), _indicators(labels, num_classes))
     return float(_evidence(spectrum, _best_ratio(spectrum)).mean())
-
-
-def log_evidence(features: torch.Tensor, target: torch.Tensor, alpha: float, beta: float) -> float:
-    """Log marginal likelihood of one target per image, in nats: log N(y; 0, I/beta + F F^T/alpha) / N.
-
-    You et al., ICML 2021, section 4. `features` (N, D) are F and `target` (N,) is y, any numbers. The
-    precision of the weights is `alpha`, per squared weight; that of the noise is `beta`, per squared y.
-
-    Raises:
-        ValueError: if shapes do not fit, a value is not finite, or a precision is not positive and finite.
-    """
-    if not (0 < alpha < math.inf and 0 < beta < math.inf):
-        raise ValueError(f"alpha and beta must be positive and finite, got {alpha} and {beta}.")
-    features, target = _check_rows(features, target)
-    ratio, precision = torch.tensor([[alpha / beta], [beta]], dtype=torch.float64)
-    return float(_evidence(_spectrum(features, target.double()[:, None]), ratio, precision))
-
-
-def fit_precisions(features: torch.Tensor, target: torch.Tensor) -> tuple[float, float]:
-    """The `(alpha, beta)` that maximise `log_evidence` of one target (N,) given features (N, D).
-
-    The fixed point of MacKay, Neural Computation 1992, 4:415-447, which You et al. start from
-    alpha = beta = 1. Unlike them we start from the best of a grid of ratios alpha/beta, whose best
-    beta is known: the answer then depends neither on the features' scale nor on a local maximum.
-
-    Raises:
-        ValueError: if shapes do not fit, a value is not finite, or the target is zero everywhere.
-    """
-    features, target = _check_rows(features, target)
-    if not target.any():
-        raise ValueError("target is zero everywhere; its evidence grows with beta and has no maximum.")
-    scale = _largest(features)
-    spectrum = _spectrum(features / scale, target.double()[:, None])
-    ratio = _best_ratio(spectrum)
-    beta = spectrum.n / float(_penalised(spectrum, ratio))
-    return beta * float(ratio) * scale**2, beta
 
 
 def h_score(features: torch.Tensor, labels: torch.Tensor, *, num_classes: int) -> float:
@@ -181,15 +148,11 @@ def _spectrum(features: torch.Tensor, targets: torch.Tensor) -> _Spectrum:
     return _Spectrum(n, eigenvalues, squares, (targets.square().sum(dim=0) - squares.sum(dim=0)).clamp_min(0.0))
 
 
-def _penalised(spectrum: _Spectrum, ratio: torch.Tensor) -> torch.Tensor:
-    """||Fm - y||^2 + alpha/beta ||m||^2 at the best weights m, (T,)."""
-    unexplained = ratio / (spectrum.eigenvalues[:, None] + ratio)  # (k, T)
-    return spectrum.outside + (spectrum.squares * unexplained).sum(dim=0)
-
-
 def _evidence(spectrum: _Spectrum, ratio: torch.Tensor, beta: torch.Tensor | None = None) -> torch.Tensor:
     """Log evidence / N of each target, (T,), at alpha/beta = `ratio`; at the best beta if none is given."""
-    misfit = _penalised(spectrum, ratio) / spectrum.n
+    unexplained = ratio / (spectrum.eigenvalues[:, None] + ratio)  # (k, T)
+    # ||Fm - y||^2 + alpha/beta ||m||^2 at the best weights m, (T,)
+    misfit = (spectrum.outside + (spectrum.squares * unexplained).sum(dim=0)) / spectrum.n
     beta = 1 / misfit if beta is None else beta
     log_determinant = (spectrum.eigenvalues[:, None] / ratio).log1p().sum(dim=0) / spectrum.n
     return (beta.log() - math.log(2 * math.pi) - beta * misfit - log_determinant) / 2
@@ -229,17 +192,13 @@ def _indicators(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     return F.one_hot(labels, num_classes)[:, labels.unique()].double()  # (N, T), the classes that occur
 
 
-def _check_rows(rows: torch.Tensor, partner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if rows.ndim != 2 or not rows.numel() or partner.shape != rows.shape[:1]:
-        shapes = f"{tuple(rows.shape)} and {tuple(partner.shape)}"
-        raise ValueError(f"rows (N, D) with one label or target each (N,), none empty, are needed; got {shapes}.")
-    if not (rows.isfinite().all() and partner.isfinite().all()):
-        raise ValueError("infinities or NaN among the values; half precision may be too short for these features.")
-    return rows.detach().cpu().double(), partner.detach().cpu()
-
-
 def _check(rows: torch.Tensor, labels: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, labels = _check_rows(rows, labels)
+    if rows.ndim != 2 or not rows.numel() or labels.shape != rows.shape[:1]:
+        shapes = f"{tuple(rows.shape)} and {tuple(labels.shape)}"
+        raise ValueError(f"rows (N, D) with one label each (N,), none empty, are needed; got {shapes}.")
+    if not (rows.isfinite().all() and labels.isfinite().all()):
+        raise ValueError("infinities or NaN among the values; half precision may be too short for these features.")
+    rows, labels = rows.detach().cpu().double(), labels.detach().cpu()
     if labels.dtype not in _INTEGERS:
         raise ValueError(f"labels must be integers, got {labels.dtype}.")
     labels = labels.long()

@@ -2,6 +2,8 @@
 
 Peak rates stand in each group as `peak_lr`; the schedule multiplies them, so that the ratios between
 groups hold at every step. timm's own ladder writes `lr_scale` instead, which torch never reads.
+
+For diagnosis, and called by nothing else yet: `decay_penalty`.
 """
 
 import re
@@ -226,16 +228,6 @@ def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, floa
 def gradient_norm(parameters: Iterable[nn.Parameter], clip_norm: float, scale: float = 1.0) -> float:
     """Clip the global gradient norm to `clip_norm`; the norm before. Gradients may be `scale` times too large."""
     return float(nn.utils.clip_grad_norm_(list(parameters), clip_norm * scale)) / scale
-
-
-def describe_groups(optimizer: torch.optim.Optimizer) -> str:
-    """A line for each group, the fastest first: name, peak rate, decay, number of tensors and of parameters."""
-    lines = [f"{'group':<28}{'peak rate':>10}{'decay':>8}{'tensors':>9}{'parameters':>12}"]
-    for group in sorted(optimizer.param_groups, key=lambda group: (-group["peak_lr"], group["name"])):
-        count = sum(parameter.numel() for parameter in group["params"])
-        numbers = f"{group['peak_lr']:>10.3g}{group['decay']:>8.3g}{len(group['params']):>9}{count:>12,}"
-        lines.append(f"{group['name']:<28}{numbers}")
-    return "\n".join(lines)
 
 
 def decay_penalty(optimizer: torch.optim.Optimizer) -> float:

@@ -7,7 +7,7 @@ itself, and never a second one.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,12 +99,6 @@ def keep_newest(folder: Path, kind: str, count: int) -> None:
     mine = [member for member in read_members(folder) if member.name.partition("-")[0] == kind]
     for member in mine[: max(0, len(mine) - count)]:
         member.path.unlink()
-
-
-def size_in_words(members: Sequence[Member]) -> str:
-    """How many members there are, and what they take together on disk, for people."""
-    total = sum(member.num_bytes for member in members)
-    return f"{len(members)} member{'s' if len(members) != 1 else ''}, {total / 1e6:.1f} MB in all"
 
 
 def _read(path: Path) -> Member:

@@ -2,6 +2,8 @@
 
 Every rule is plain arithmetic on numbers already measured, with a state of numbers and lists, so that an interrupted
 run comes to the same verdict at the same step.
+
+For diagnosis, and called by nothing else yet: `symptoms`, `is_hopeless`, `copy_weights`, `update_ratios`.
 """
 
 import csv
