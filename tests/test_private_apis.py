@@ -119,7 +119,13 @@ def test_every_use_of_a_private_name_is_listed_where_it_is_and_nothing_else_is()
 
 
 def test_every_attribute_that_is_asked_for_by_name_is_listed_where_it_is():
-    plain = {"__name__", "in_features", "groups", "track_running_stats"}  # Python's and torch's own documented ones
+    plain = {
+        "__name__",
+        "in_features",
+        "groups",
+        "track_running_stats",
+        "strerror",
+    }  # Python's and torch's own documented ones
     ours = {"channel_dropout"}
     used = {
         (name, _place(path))
@@ -159,6 +165,13 @@ def test_sums_and_products_of_many_tensors_at_once():
     assert [tensor.tolist() for tensor in tensors] == [[3.5, 3.5], [6.5, 6.5, 6.5]]
 
 
+@proves("reset_parameters")
+def test_layers_with_weights_draw_them_anew():
+    layers = (nn.Linear(2, 2), nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.LayerNorm(1), nn.MultiheadAttention(2, 1))
+    assert all(callable(layer.reset_parameters) for layer in layers[:-1])
+    assert not hasattr(layers[-1], "reset_parameters")  # so its weights are shuffled
+
+
 @proves("pytorch_lightning.utilities")
 def test_lightning_warns_of_its_own_changes_by_this_class():
     from pytorch_lightning.utilities import rank_zero
@@ -186,10 +199,11 @@ def test_pillow_keeps_the_rows_it_decoded_before_a_file_broke_off():
     assert 0 < image._im.getbbox()[3] < 64
 
 
-@proves("head_hidden_size", "num_features", "forward_head", "reset_classifier", "group_matcher")
+@proves("head_hidden_size", "num_features", "forward_head", "reset_classifier", "group_matcher", "pretrained_cfg")
 def test_what_timm_tells_of_every_network():
     model = timm.create_model("mobilenetv3_small_050")
     assert (model.head_hidden_size, model.num_features) == (1024, 288)
+    assert all(model.pretrained_cfg[name] for name in ("architecture", "tag", "mean", "std", "input_size"))
     assert "blocks" in str(model.group_matcher(coarse=True))
     model.reset_classifier(0)
     assert model.forward_head(torch.zeros(1, 288, 1, 1), pre_logits=True).shape == (1, 1024)
