@@ -8,14 +8,16 @@ import ctypes
 import errno
 import os
 import platform
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol, Self, cast
 
 from finetune import __version__
 from finetune.errors import RecipeError, RunError
@@ -306,6 +308,25 @@ def after_fork(renew: Callable[[], None]) -> None:
     """Call `renew` in every child that is forked off this process; Windows forks none."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=renew)
+
+
+def become(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    """Go on as another program; on Windows, where the terminal would not wait for it, run it and end as it does."""
+    if sys.platform == "win32":
+        sys.exit(subprocess.run(command, env=dict(environment), check=False).returncode)
+    os.execve(command[0], list(command), dict(environment))
+
+
+def start_method() -> str:
+    """How loader processes are started, for `multiprocessing`."""
+    return "fork" if can_fork() else "spawn"
+
+
+def open_to_lock(path: Path) -> int | None:
+    """A handle of a file, which is made if need be, or of a folder; None where no folder can be opened (Windows)."""
+    if not path.is_dir():
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    return None if sys.platform == "win32" else os.open(path, os.O_RDONLY)
 
 
 def try_lock(handle: int) -> bool:

@@ -1,7 +1,6 @@
 """Verbs that judge, predict, compare and show."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -170,6 +169,7 @@ def ui(
     as_json: Json = False,
 ) -> None:
     """Open the MLflow UI on the store beside the runs."""
+    from finetune.compute import become
     from finetune.process import quiet_environment
     from finetune.recipe.runs import runs_folder
     from finetune.training.tracking import ui_command
@@ -182,4 +182,4 @@ def ui(
         print(json.dumps({"command": command, "url": url}))
         return
     print(f"MLflow UI at {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
-    os.execve(command[0], command, quiet_environment())
+    become(command, quiet_environment())

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from finetune.compute import start_method
 from finetune.data.augmentation import Augmentation
 from finetune.data.decoding import BadImage, center_crop, decode_sizes, scaling
 from finetune.data.items import Item
@@ -156,8 +157,7 @@ class Batches:
             collate_fn=_as_is,
             num_workers=self.workers,
             worker_init_fn=_start_worker if self.workers else None,
-            # A fork shares the store; other ways to start a process would copy it.
-            multiprocessing_context="fork" if self.workers and sys.platform == "linux" else None,
+            multiprocessing_context=start_method() if self.workers else None,  # only a fork shares the store
             generator=torch.Generator().manual_seed(self.seed),
         )
         for chosen, (pixels, are_mirrored) in zip(plan, loader, strict=True):

@@ -123,7 +123,7 @@ def fetch_from_url(name: str, url: str, zoo: Mapping[str, Card]) -> Path:
         try:
             write_whole(path, partial(_download, url))
         except (OSError, HTTPException) as fault:
-            why = getattr(fault, "strerror", None) or str(fault)
+            why = fault.strerror if isinstance(fault, OSError) and fault.strerror else str(fault)
             raise missing_weights(name, path.name, folder, why, zoo) from fault
     if found := re.search(r"-([0-9a-f]{8,})\.", path.name):
         check_sha256(path, found[1])

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from finetune.compute import try_lock
+from finetune.compute import open_to_lock, try_lock
 from finetune.process import QUIET, lend_environment, lend_levels
 from finetune.recipe.addresses import Login, is_web, join_login
 from finetune.recipe.runs import write_whole
@@ -134,10 +134,9 @@ def lock_store(path: Path, *, seconds: float) -> Iterator[None]:
     Raises:
         TimeoutError: if somebody else holds it for longer than `seconds`.
     """
-    if sys.platform == "win32":  # a folder cannot be opened there; MLflow does not lock either
+    if (handle := open_to_lock(path)) is None:  # MLflow does not lock either
         yield
         return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         deadline = time.monotonic() + seconds
         while not try_lock(handle):
