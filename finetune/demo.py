@@ -34,7 +34,7 @@ def run_demo(runs: Path | None = None) -> Demo:
     wish = [f"data.root={folder}", f"backbone={default_backbone()}", "name=digits"]
     run = train(load_recipe(None, wish), runs=runs)
     found = summarize(run)
-    epochs = found.plan.train.epochs if found.plan.stages else 10
+    epochs = run.plan.epochs or 10
     say_on_stderr("\nThe same images and epochs from random weights, as a control:")
     control = summarize(
         train(

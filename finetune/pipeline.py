@@ -348,13 +348,13 @@ def _train_stages(
 def _start_tracker(run: RunFolder, plan: Plan, say: Say, login: Login | None) -> Tracker | None:
     if not plan.tracking.enabled:
         return None
-    uri = plan.tracking.uri or ""
+    uri = plan.tracking.uri
     tracker = Tracker(
         run.path,
         uri=default_uri(run.path.parent) if uri == "beside the runs" else uri,
-        experiment=plan.tracking.experiment or plan.name,
+        experiment=plan.tracking.experiment,
         run_name=run.path.name,
-        tags={"backbone": plan.backbone, "strategy": str(plan.train.strategy), "run_folder": str(run.path.resolve())},
+        tags={"backbone": plan.backbone, "strategy": plan.train.strategy, "run_folder": str(run.path.resolve())},
         warn=say,
         login=login,
     )

@@ -188,7 +188,7 @@ def with_backbone(recipe: Recipe, say: Say, given: Given = NOTHING) -> tuple[Rec
 def checked_plan(recipe: Recipe, seen: Survey) -> Plan:
     """The plan, once the backbone has been asked whether it can be trained and judged so."""
     decided = make_plan(recipe, seen.facts)
-    refuse_layers(seen.backbone, decided.train.layers)
+    refuse_layers(seen.backbone, recipe.train.layers)
     refuse_views(decided, seen.backbone)
     return decided
 

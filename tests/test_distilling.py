@@ -20,11 +20,11 @@ from finetune.evaluation.teaching import load_teacher
 from finetune.pipeline import evaluate
 from finetune.preparing import plan, show_images
 from finetune.recipe.cards import View
+from finetune.recipe.decided import Rule
 from finetune.recipe.distillation import inherit_imbalance, read_teacher
 from finetune.recipe.imbalance import KIND
 from finetune.recipe.plan import read_plan
 from finetune.recipe.runs import RunFolder
-from finetune.recipe.schema import OptimizerSpec
 from finetune.reporting.terminal import plan_text, scores_text
 from finetune.training.distilling import Distillation, Teacher, make_distillation, soft_losses
 from finetune.training.losses import log_priors, make_loss
@@ -127,7 +127,7 @@ def tiny_teacher():
 
 
 def module_of(classifier, distillation, *, mixing=None, loss=None):
-    optimizer = make_optimizer(classifier, STAGE, OptimizerSpec(name="sgd", weight_decay=0.0))
+    optimizer = make_optimizer(classifier, STAGE, Rule(name="sgd", weight_decay=0.0))
     step = Step(
         loss=loss or make_loss("none", [7, 6, 6]),
         factor=lambda step: 1.0,

@@ -14,11 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from finetune.errors import RecipeError
 from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
+from finetune.recipe.decided import Rule
 from finetune.recipe.plan import Stage
 from finetune.recipe.schedules import rate_factor
 from finetune.recipe.schema import OptimizerSpec, ScheduleSpec, TrainSpec
 from finetune.scores import calibration
 from finetune.training.optimization import (
+    DEFAULT,
     OWN,
     Anchor,
     check_optimizer,
@@ -60,7 +62,7 @@ def _stage(lr=0.1, **options):
 
 
 def _optimizer(toy, name, lr=0.1, **options):
-    return make_optimizer(toy, _stage(lr), OptimizerSpec(name=name, **options))
+    return make_optimizer(toy, _stage(lr), Rule(name=name, **options))
 
 
 def _walk(name, gradients, lr=0.1, start=1.0, **options):
@@ -228,7 +230,7 @@ def test_the_first_step_of_adam_is_the_rate_whatever_the_gradient(gradient):
 @pytest.mark.technique("T104")
 @pytest.mark.technique("T105")
 def test_a_recipe_that_names_no_optimizer_gets_adam_with_its_usual_numbers_and_decoupled_decay():
-    optimizer = make_optimizer(Toy([[1.0, 1.0]]), _stage(1e-3), OptimizerSpec())
+    optimizer = make_optimizer(Toy([[1.0, 1.0]]), _stage(1e-3), Rule(name=DEFAULT))
     assert type(optimizer) is torch.optim.AdamW
     assert (optimizer.defaults["betas"], optimizer.defaults["eps"]) == ((0.9, 0.999), 1e-8)
     assert optimizer.defaults["fused"]
@@ -282,7 +284,7 @@ def test_lbfgs_is_refused_where_a_layer_is_random(layer, kind):
 def test_lbfgs_takes_frozen_batch_norm_and_dropout_of_zero():
     classifier = _network("test_resnet")
     assert any(isinstance(module, _BatchNorm) for module in classifier.modules())
-    optimizer = make_optimizer(classifier, _stage(1.0), OptimizerSpec(name="lbfgs"))
+    optimizer = make_optimizer(classifier, _stage(1.0), Rule(name="lbfgs"))
     assert optimizer.defaults["line_search_fn"] == "strong_wolfe"
     trained = [p for p in classifier.parameters() if p.requires_grad]
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in trained]
@@ -294,7 +296,7 @@ def test_lbfgs_takes_frozen_batch_norm_and_dropout_of_zero():
 @pytest.mark.parametrize("name", TIMM)
 def test_optimizers_of_timm_keep_our_rates_and_step(name):
     classifier = _network("test_resnet", 1)
-    optimizer = make_optimizer(classifier, _stage(0.01, layer_decay=0.5), OptimizerSpec(name=name))
+    optimizer = make_optimizer(classifier, _stage(0.01, layer_decay=0.5), Rule(name=name))
     groups = group_parameters(classifier, _stage(0.01, layer_decay=0.5), 0.0)
     assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in groups]
     assert set_rates(optimizer, 0.5) == {"head": 0.005, "backbone/layer4": 0.0005}
@@ -482,7 +484,7 @@ def test_what_timm_exempts_from_decay_we_exempt_too():
 @pytest.mark.parametrize("name", ["adamw", "momentum", "timm/lamb"])
 def test_the_ladder_holds_through_the_whole_schedule(name):
     classifier, stage = _network("test_vit"), _stage(0.01, layer_decay=0.65)
-    optimizer, schedule = make_optimizer(classifier, stage, OptimizerSpec(name=name)), ScheduleSpec(name="cosine")
+    optimizer, schedule = make_optimizer(classifier, stage, Rule(name=name)), ScheduleSpec(name="cosine")
     stages = classifier.backbone.stages
     for step in range(0, 40, 3):
         factor = rate_factor(schedule, step, epochs=4, steps_per_epoch=10)
@@ -496,7 +498,7 @@ def test_the_ladder_holds_through_the_whole_schedule(name):
 def test_the_ladder_of_timm_is_lost_under_a_scheduler_of_torch_and_ours_is_not():
     classifier = _network("test_vit")
     theirs = torch.optim.AdamW(param_groups_layer_decay(classifier.backbone.model, layer_decay=0.65), lr=1e-3)
-    ours = make_optimizer(classifier, _stage(1e-3, layer_decay=0.65), OptimizerSpec(name="adamw"))
+    ours = make_optimizer(classifier, _stage(1e-3, layer_decay=0.65), Rule(name="adamw"))
     assert len({group["lr_scale"] for group in theirs.param_groups}) > 5  # it is there, and nobody reads it
     for optimizer, distinct in ((theirs, 1), (ours, 8)):
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
@@ -568,7 +570,7 @@ def test_an_anchor_holds_on_to_the_pretrained_weights_through_later_stages():
 def test_anchored_weights_come_to_rest_between_the_loss_and_their_start_and_are_not_decayed():
     toy = Toy([[3.0, 3.0]] * 2)
     anchor = Anchor(toy, ["head.weight"], 0.5)
-    spec = OptimizerSpec(name="sgd", weight_decay=0.9)
+    spec = Rule(name="sgd", weight_decay=0.9)
     optimizer = make_optimizer(toy, _stage(0.5), spec, anchored=anchor.names)
     for _ in range(100):
         toy.pull(toy.head.weight.detach())  # the loss would have them at zero

@@ -72,8 +72,8 @@ def test_val_chooses_neither_the_schedule_nor_the_rate_beside_what_a_pilot_tries
     monkeypatch.setattr(piloting, "make_plan", note)
     run_pilot(recipe, seen, 20.0, quiet)
     assert {plan.train.strategy for plan in made} == {"partial", "full"}
-    assert len({plan.train.schedule.model_dump_json() for plan in made}) == 1
-    assert len({plan.train.optimizer.lr for plan in made}) == 1
+    assert len({plan.stages[-1].schedule.model_dump_json() for plan in made}) == 1
+    assert len({plan.stages[-1].lr_head for plan in made}) == 1
 
 
 def test_a_pilot_keeps_to_its_seconds(piloted):

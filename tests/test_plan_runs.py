@@ -156,7 +156,7 @@ MISFITS = {
     "value": (("stages", 0, "epochs"), "many", RecipeError, r"line \d+: stages.0.epochs: .*integer.*, got 'many'"),
     "device": (("hardware", "devices"), "cuda", RecipeError, r"hardware.devices is cuda, but torch sees no GPU here"),
     "precision": (("hardware", "precision"), "fp16", RecipeError, r"hardware.precision is fp16, which"),
-    "open": (("data", "image_size"), None, RecipeError, r"a plan leaves nothing open, but data.image_size is"),
+    "open": (("data", "image_size"), None, RecipeError, r"line \d+: data.image_size: .*integer, got None"),
     "layer": (("stages", 0, "layers"), ["layer9"], RecipeError, r"'layer9' is neither. Nearest: layer"),
 }
 

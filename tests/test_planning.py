@@ -1,7 +1,10 @@
 """Advice and planning are pure: facts in, decisions and reasons out."""
 
+from typing import get_args
+
 import pytest
-from pydantic import ValidationError
+import yaml
+from pydantic import BaseModel, ValidationError
 
 from finetune.errors import RecipeError
 from finetune.recipe.advice import (
@@ -14,6 +17,7 @@ from finetune.recipe.advice import (
     similarity_of_shift,
 )
 from finetune.recipe.cards import View
+from finetune.recipe.decided import OF_STAGES, RATES
 from finetune.recipe.facts import (
     BackboneFacts,
     ChiralityFacts,
@@ -28,9 +32,11 @@ from finetune.recipe.facts import (
     Proportion,
     SimilarityFacts,
 )
-from finetune.recipe.plan import Plan, read_plan
+from finetune.recipe.plan import Plan, Stage, read_plan
+from finetune.recipe.plan_files import load_plan
 from finetune.recipe.planning import make_plan
 from finetune.recipe.reading import load_recipe
+from finetune.recipe.schema import recipe_keys
 
 
 def make_facts(
@@ -175,9 +181,49 @@ def test_a_plan_leaves_nothing_open_and_says_why():
     plan = make_plan(load_recipe(None, []), make_facts())
     assert {"train.strategy", "train.epochs", "augment.preset", "hardware.precision"} <= {r.key for r in plan.reasons}
     assert all(reason.why for reason in plan.reasons)
-    opened = plan.model_dump() | {"train": plan.train.model_dump() | {"epochs": None}}
-    with pytest.raises(ValidationError, match=r"leaves nothing open, but train\.epochs is"):
-        Plan.model_validate(opened)
+    for section, key in (("train", "patience"), ("data", "image_size"), ("head", "init"), ("hardware", "workers")):
+        whole = plan.model_dump()
+        with pytest.raises(ValidationError, match=rf"{section}\.{key}"):
+            Plan.model_validate(whole | {section: whole[section] | {key: None}})
+
+
+NULLS = {"data.root", "data.splits", "data.columns.image", "data.columns.label", "data.columns.split"}
+"""Of a plan: there is none."""
+
+
+def test_no_field_of_a_plan_may_be_null_but_where_that_says_there_is_none():
+    def open_fields(model, prefix=""):
+        for name, field in model.model_fields.items():
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from open_fields(kind, f"{prefix}{name}.")
+            elif type(None) in get_args(kind) or "auto" in get_args(kind):
+                yield prefix + name
+
+    assert set(open_fields(Plan)) == {*NULLS, "train.distillation.teacher"}
+    assert not [*open_fields(Stage)]
+
+
+def test_rates_epochs_depth_schedule_and_batch_norm_stand_in_the_stages_alone():
+    keys = {key.rsplit(".", 1)[-1] for key in recipe_keys(Plan) if key.startswith(("train.optimizer", "train."))}
+    assert keys & {*OF_STAGES, *RATES, *Stage.model_fields} == {"name", "batch_norm"}  # of a rule, of an average
+    assert {"train.averaging.batch_norm", "train.optimizer.name"} < {*recipe_keys(Plan)}
+
+
+def test_a_plan_that_held_rates_and_epochs_twice_is_read_as_it_was_carried_out(tmp_path):
+    wishes = ["train.strategy=gradual", "train.optimizer.lr=0.02", "train.epochs=5"]
+    plan = make_plan(load_recipe(None, wishes), make_facts())
+    older = plan.model_dump(mode="json")
+    older["train"] |= {"prefer": "balanced", "depth": 4, "layers": [], "reinit": 0, "freezes_first": False, "epochs": 9}
+    older["train"] |= {"schedule": {"name": "linear"}, "batch_norm": "train"}
+    older["train"]["optimizer"] |= {"lr": 0.5, "backbone_lr_ratio": 0.1, "layer_decay": 1.0}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(older), encoding="utf-8")
+    assert read_plan(tmp_path / "plan.yaml") == plan
+    older = plan.model_dump(mode="json")
+    older["train"]["epochs"] = 9  # a new plan, and somebody's mistake
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(older), encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"train.epochs is no key of a plan. It is written stages.0.epochs"):
+        load_plan(tmp_path / "plan.yaml")
 
 
 def test_a_plan_survives_its_file(tmp_path):
@@ -198,8 +244,9 @@ def test_every_wish_is_kept_and_said_to_be_one():
         "train.patience=2",
     ]
     plan = make_plan(load_recipe(None, wishes), make_facts())
-    assert (plan.train.epochs, plan.augment.preset, plan.train.optimizer.lr) == (7, "heavy", 0.02)
-    assert (plan.train.optimizer.name, plan.train.batch_norm, plan.data.invariances) == ("sgd", "train", ("vflip",))
+    (stage,) = plan.stages
+    assert (stage.epochs, plan.augment.preset, stage.lr_head) == (7, "heavy", 0.02)
+    assert (plan.train.optimizer.name, stage.batch_norm, plan.data.invariances) == ("sgd", "train", ("vflip",))
     said = {reason.key for reason in plan.reasons if reason.why == "the recipe says so"}
     assert {wish.split("=")[0] for wish in wishes} <= said
 
@@ -231,7 +278,7 @@ def test_the_fewer_stages_train_the_nearer_their_rate_comes_to_that_of_the_head(
 
 def test_epochs_follow_the_number_of_images():
     epochs = [
-        make_plan(load_recipe(None, ["train.strategy=full"]), make_facts(per_class=n)).train.epochs
+        make_plan(load_recipe(None, ["train.strategy=full"]), make_facts(per_class=n)).epochs
         for n in (10, 400, 100_000)
     ]
     assert epochs == [20, 7, 3]  # 8,000 images in all on a CPU, within 3 to 20 epochs
@@ -318,7 +365,7 @@ def test_a_gpu_gets_bf16_and_loaders():
 
 def test_batch_statistics_are_learned_only_where_they_are_needed():
     def norm(*wishes, **facts):
-        return make_plan(load_recipe(None, ["train.strategy=full", *wishes]), make_facts(**facts)).train.batch_norm
+        return make_plan(load_recipe(None, ["train.strategy=full", *wishes]), make_facts(**facts)).stages[0].batch_norm
 
     assert norm() == "frozen"
     assert norm("pretrained=false", similarity=None) == "train"

@@ -572,3 +572,14 @@ def test_the_ui_shows_the_runs_of_the_embedded_store_and_their_files(run):
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+def test_each_value_of_each_stage_is_a_parameter_of_its_own():
+    plan = {"seed": 0, "stages": [{"lr_head": 0.1}, {"schedule": {"name": "cosine"}}], "reasons": [{"key": "seed"}]}
+    told = dict(ledger.flatten_plan(plan))
+    assert told == {
+        "seed": "0",
+        "stages.0.lr_head": "0.1",
+        "stages.1.schedule.name": "cosine",
+        "reasons": '[{"key": "seed"}]',
+    }

@@ -6,9 +6,10 @@ from torch import nn
 
 from finetune.errors import RunError
 from finetune.models.classifier import Classifier
+from finetune.recipe.decided import Rule
 from finetune.recipe.plan import Stage
 from finetune.recipe.schedules import rate_factor
-from finetune.recipe.schema import OptimizerSpec, ScheduleSpec
+from finetune.recipe.schema import ScheduleSpec
 from finetune.training.losses import make_loss
 from finetune.training.module import Finetuning, Step, is_out_of_memory
 from finetune.training.optimization import gradient_norm, group_parameters, make_optimizer, set_rates
@@ -43,7 +44,7 @@ STAGE = Stage(name="full", trainable_stages=2, epochs=2, lr_head=1e-2, lr_backbo
 
 @pytest.mark.technique("T008")
 def test_the_ratio_of_rates_holds_through_the_whole_schedule():
-    optimizer = make_optimizer(tiny_classifier(), STAGE, OptimizerSpec(name="adamw", weight_decay=0.1))
+    optimizer = make_optimizer(tiny_classifier(), STAGE, Rule(name="adamw", weight_decay=0.1))
     for step in range(100):
         rates = set_rates(optimizer, rate_factor(ScheduleSpec(name="cosine"), step, epochs=10, steps_per_epoch=10))
         assert rates["backbone"] == pytest.approx(0.1 * rates["head"], rel=1e-12)
@@ -145,7 +146,7 @@ def test_steps_run_on_over_the_stages_and_after_a_resume(tmp_path):
 def _module(classifier, warnings, clip_norm=1e9):
     module = Finetuning(
         classifier,
-        make_optimizer(classifier, STAGE, OptimizerSpec(name="sgd", weight_decay=0.0)),
+        make_optimizer(classifier, STAGE, Rule(name="sgd", weight_decay=0.0)),
         Step(loss=make_loss("none", [7, 6, 6]), factor=lambda step: 1.0, clip_norm=clip_norm, seed=0),
         warn=warnings.append,
     )

@@ -248,7 +248,7 @@ def _fitted_on(run: RunFolder, plan: Plan, temperature: Temperature | None) -> R
         root=plan.data.root,
         split_digest=plan.split_digest,
         weights="train, val and calibration" if plan.is_refit else "train",
-        constants="train" if str(plan.data.normalize).startswith("channel") else str(plan.data.normalize),
+        constants="train" if plan.data.normalize.startswith("channel") else plan.data.normalize,
         chosen_by_val=tuple(selection_flags(plan, probe_chosen_by=probe.chosen_by if probe else "val")),
         temperature=applied,
     )

@@ -180,9 +180,9 @@ def load_start(run: RunFolder, *, is_held_out: bool = True) -> Classifier:
         BackboneError: if the backbone is not at hand, or has other weights now.
     """
     plan = run.plan
-    begins = str(plan.head.init)
-    if not plan.stages or begins != "probe" or plan.train.reinit:
-        what = "trained nothing" if not plan.stages else f"began with head.init {begins}, reinit {plan.train.reinit}"
+    begins, fresh = plan.head.init, plan.fresh_stages
+    if not plan.stages or begins != "probe" or fresh:
+        what = "trained nothing" if not plan.stages else f"began with head.init {begins}, reinit {fresh}"
         raise RunError(
             f"{run.path} {what}, so there is no working network at its start to go back to. "
             "Train with head.init=probe and without train.reinit, and mix that run with its start."
@@ -223,13 +223,13 @@ def refuse_other_beginnings(runs: Sequence[RunFolder]) -> None:
 def _beginning(plan: Plan) -> dict[str, str]:
     """What decides the weights that a training begins from, in words."""
     head = plan.head
-    is_drawn = head.kind == "mlp" or head.init in _DRAWN_HEADS or plan.train.reinit > 0
+    is_drawn = head.kind == "mlp" or head.init in _DRAWN_HEADS or plan.fresh_stages > 0
     hidden = f" of {head.hidden} {head.activation} units" if head.kind == "mlp" else ""
     return {
         "backbone": plan.backbone,
         "backbone weights": plan.weights_digest[:12],
         "head": f"{head.kind}{hidden}, begun from {head.init}",
-        "fresh stages": str(plan.train.reinit),
+        "fresh stages": str(plan.fresh_stages),
         "a draw by seed": str(plan.seed) if is_drawn else "none",
     }
 

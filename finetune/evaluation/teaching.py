@@ -85,8 +85,9 @@ def read_answers(run: RunFolder, dataset: Dataset, roles: tuple[str, ...]) -> An
     Returns:
         None where neither has them, or not for all of these images: names may have changed where contents have not.
     """
-    teacher = RunFolder(Path(str(run.plan.train.distillation.teacher)))
-    for folder, prefix in ((run, "teacher_"), (teacher, "")):
+    named = run.plan.train.distillation.teacher
+    places = [(run, "teacher_"), *([(RunFolder(Path(named)), "")] if named else [])]
+    for folder, prefix in places:
         if not folder.file("predictions.npz").exists():
             continue
         with np.load(folder.file("predictions.npz")) as stored:

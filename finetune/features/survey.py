@@ -313,9 +313,7 @@ class _Survey:
 
 def _constants(opening: Opening) -> str:
     """Where mean and std come from; a plan holds them, and says so too."""
-    if opening.is_decided:
-        return str(opening.data.normalize)
-    return whose_constants(opening.data, is_pretrained=opening.pretrained)
+    return opening.normalize or whose_constants(opening.data, is_pretrained=opening.pretrained)
 
 
 def _partly(findings: Findings, split: Split) -> list[str]:

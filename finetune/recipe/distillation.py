@@ -59,7 +59,7 @@ def read_teacher(named: str | None) -> TeacherFacts | None:
         split_digest=plan.split_digest,
         classes=plan.classes,
         view=plan.view,
-        crop_pct=plan.data.crop_pct or 1.0,
+        crop_pct=plan.data.crop_pct,
         imbalances=tuple(dict.fromkeys(_imbalance(member.plan) for member in members)),
     )
 
@@ -180,7 +180,7 @@ def idle_distillation(wish: DistillationSpec) -> list[tuple[str, str]]:
 
 def _imbalance(plan: Plan) -> str:
     """What was done about uneven classes; nothing for a probe, whose plan may name a kind that it never read."""
-    return plan.train.imbalance.kind or "none" if plan.stages else "none"
+    return plan.train.imbalance.kind if plan.stages else "none"
 
 
 def _digest(run: RunFolder, members: list[RunFolder]) -> str:

@@ -96,24 +96,24 @@ def _idle_of_a_probe(recipe: Recipe) -> dict[str, str]:
 
 
 def _idle_in_training(recipe: Recipe, plan: Plan, facts: Facts) -> dict[str, str]:
-    train, augment = plan.train, plan.augment
+    train, augment, last = plan.train, plan.augment, plan.stages[-1]
     others = {
         "augment.domain": (
             augment.preset == "none" and augment.policy == "none",
             "augment.preset other than none, or augment.policy",
         ),
         "train.schedule.warmup_fraction": (
-            train.schedule.name == "one_cycle",
+            last.schedule.name == "one_cycle",
             "train.schedule.name other than one_cycle, which rises on its own",
         ),
         "train.optimizer.decay": (not train.optimizer.weight_decay, "train.optimizer.weight_decay above 0"),
         "train.averaging.batch_norm": (
-            train.batch_norm == "frozen" or not facts.backbone.has_batch_norm,
+            last.batch_norm == "frozen" or not facts.backbone.has_batch_norm,
             "batch norm whose statistics move, train.batch_norm train or statistics",
         ),
         "train.batch_norm": (not facts.backbone.has_batch_norm, "a backbone that has batch norm"),
         "train.freezes_first": (
-            train.strategy == "partial" and plan.stages[-1].trainable_stages < len(facts.backbone.stages),
+            train.strategy == "partial" and last.trainable_stages < len(facts.backbone.stages),
             "a train.depth of all stages: the first layer is still as it is",
         ),
     }
@@ -151,6 +151,8 @@ def _idle_anywhere(recipe: Recipe, plan: Plan, facts: Facts) -> dict[str, str]:
 
 def _value(plan: Plan, key: str) -> Any:
     value: Any = plan
+    if key == "train.schedule.name":
+        return plan.stages[-1].schedule.name
     for part in key.split("."):
         value = getattr(value, part)
     return value

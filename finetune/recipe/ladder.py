@@ -52,21 +52,21 @@ def _rungs(plan: Plan, num_train: int) -> list[tuple[str, str, str]]:
     rungs: list[tuple[str, Any, str, bool]] = [
         (
             "augment.preset",
-            STRONGER.get(str(augment.preset)),
+            STRONGER.get(augment.preset),
             "more variation is the surest regulariser",
-            str(augment.preset) in STRONGER,
+            augment.preset in STRONGER,
         ),
         (
             "train.strategy",
             "partial",
             "fewer stages that move can learn less by heart",
-            train.strategy == "full" and plan.pretrained and not train.reinit,
+            train.strategy == "full" and plan.pretrained and not plan.fresh_stages,
         ),
         (
             "train.optimizer.weight_decay",
-            f"{3 * (train.optimizer.weight_decay or 0):g}",
+            f"{3 * train.optimizer.weight_decay:g}",
             "a stronger pull to zero",
-            0 < (train.optimizer.weight_decay or 0) < 0.1,
+            0 < train.optimizer.weight_decay < 0.1,
         ),
         (
             "head.dropout",
@@ -97,8 +97,7 @@ def _rungs(plan: Plan, num_train: int) -> list[tuple[str, str, str]]:
 
 
 def _learn_more(plan: Plan, num_stages: int, seen: str) -> Experiment:
-    depth = int(plan.train.depth or 0)
-    if plan.train.strategy == "partial" and not plan.train.layers and 2 * depth <= num_stages:
+    depth = plan.stages[0].trainable_stages
+    if plan.train.strategy == "partial" and not plan.stages[0].layers and 2 * depth <= num_stages:
         return Experiment(key="train.depth", value=str(2 * depth), why=f"{seen}: let more of the network move")
-    more = 2 * int(plan.train.epochs or 1)
-    return Experiment(key="train.epochs", value=str(more), why=f"{seen}: train longer")
+    return Experiment(key="train.epochs", value=str(2 * plan.epochs), why=f"{seen}: train longer")

@@ -23,8 +23,8 @@ class Opening:
     hardware: HardwareSpec
     batch_size: int
     """Images per training step, by which training is timed."""
-    is_decided: bool
-    """Nothing of the view is open: no constants are measured."""
+    normalize: str | None
+    """Where a plan says that its mean and std come from; None: of a recipe, which may want them measured."""
     for_advice: bool
     """Measure what only the choice of a strategy needs."""
     for_training: bool
@@ -35,6 +35,11 @@ class Opening:
     """Compare the gradients of the stages."""
     refits_probe: bool
     """Solve the probe on all labelled images too."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it is of a plan."""
+        return self.normalize is not None
 
 
 def opening_of(wish: Recipe | Plan) -> Opening:
@@ -53,7 +58,7 @@ def _of_recipe(recipe: Recipe) -> Opening:
         pretrained=recipe.pretrained,
         hardware=hardware,
         batch_size=recipe.train.batch_size,
-        is_decided=False,
+        normalize=None,
         for_advice=strategy is None,
         for_training=strategy != "probe",
         for_flips=strategy != "probe" and recipe.data.invariances is None,
@@ -70,7 +75,7 @@ def _of_plan(plan: Plan) -> Opening:
         pretrained=plan.pretrained,
         hardware=plan.hardware,
         batch_size=plan.train.batch_size,
-        is_decided=True,
+        normalize=plan.data.normalize,
         for_advice=False,
         for_training=bool(plan.stages),
         for_flips=False,

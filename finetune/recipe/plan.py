@@ -4,34 +4,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from finetune.errors import RunError
 from finetune.recipe.cards import View
+from finetune.recipe.decided import (
+    AugmentPlan,
+    DataPlan,
+    HardwarePlan,
+    HeadPlan,
+    SchedulePlan,
+    TrackingPlan,
+    TrainPlan,
+    shared_by_stages,
+)
 from finetune.recipe.matrix import Prefer
 from finetune.recipe.own import OwnThing
-from finetune.recipe.schema import (
-    AugmentSpec,
-    DataSpec,
-    EvaluateSpec,
-    HardwareSpec,
-    HeadSpec,
-    RegularizationSpec,
-    ScheduleSpec,
-    Section,
-    TrackingSpec,
-    TrainSpec,
-)
+from finetune.recipe.schema import EvaluateSpec, RegularizationSpec, Section
 
-DECIDED_NULLS = (
-    "data.root",
-    "data.splits",
-    "data.columns.image",
-    "data.columns.label",
-    "data.columns.split",
-    "train.distillation.teacher",
-)
-"""Keys whose null is a decision: there is none. Without a root, a program handed the images in."""
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times faster, and a plan is read often
 HELD_OUT_WEIGHTS = "held_out.safetensors"
 """Of a stage that a refit repeats on all labelled images."""
@@ -73,7 +63,7 @@ class Stage(Section):
     """Peak rate of the backbone's topmost stage."""
     layer_decay: float = 1.0
     """Peak rate of each lower stage over that of the one above it."""
-    schedule: ScheduleSpec = ScheduleSpec(name="cosine")
+    schedule: SchedulePlan = SchedulePlan(name="cosine")
     """Of the rate over this stage."""
     batch_norm: Literal["frozen", "statistics", "train"]
 
@@ -134,14 +124,14 @@ class Plan(Section):
     """What builds the network of the backbone again: a timm name, or `torchvision/NAME`."""
     arch_kwargs: dict[str, Any] = Field(default_factory=dict)
     pretrained: bool
-    data: DataSpec
-    augment: AugmentSpec
-    head: HeadSpec
+    data: DataPlan
+    augment: AugmentPlan
+    head: HeadPlan
     regularization: RegularizationSpec
-    train: TrainSpec
+    train: TrainPlan
     evaluate: EvaluateSpec
-    hardware: HardwareSpec
-    tracking: TrackingSpec
+    hardware: HardwarePlan
+    tracking: TrackingPlan
     seed: int
     own: tuple[OwnThing, ...] = ()
     """What a Python program handed in, and hands in again where the run goes on; none of it is kept."""
@@ -154,16 +144,20 @@ class Plan(Section):
     advice: Advice
     reasons: tuple[Reason, ...]
 
-    @model_validator(mode="after")
-    def _is_decided(self) -> "Plan":
-        if holes := _open_keys(self):
-            raise ValueError(f"a plan leaves nothing open, but {', '.join(holes)} is")
-        return self
-
     @property
     def is_refit(self) -> bool:
         """Whether the model ends on all labelled images, so that val and calibration judge the one before it."""
         return self.stages[-1].images == "labelled" if self.stages else self.probe_on == "labelled"
+
+    @property
+    def fresh_stages(self) -> int:
+        """Top stages of the backbone that are drawn anew before the first stage."""
+        return max((stage.fresh_stages for stage in self.stages), default=0)
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training images, at most; 0 where the probe is the model."""
+        return sum(stage.epochs for stage in self.stages if stage.images == "train")
 
     def weights_file(self, index: int) -> str:
         """The file in the folder of a stage with the weights that it ends with.
@@ -185,7 +179,6 @@ class Plan(Section):
     def view(self) -> View:
         """The evaluation view of every image."""
         data = self.data
-        assert data.image_size and data.crop_pct and data.interpolation and data.mean and data.std and data.value_range
         return View(
             size_pixels=data.image_size,
             shorter_pixels=max(data.image_size, int(data.image_size / data.crop_pct)),
@@ -223,7 +216,15 @@ def plan_of(found: object) -> Plan:
     Raises:
         ValidationError: if it is none.
     """
-    return Plan.model_validate(_filled(BEFORE, found))
+    return Plan.model_validate(_without_copies(_filled(BEFORE, found)))
+
+
+def _without_copies(found: Any) -> Any:
+    """A plan of a version that held rates, epochs and more twice: in the stages, which were read, and in `train`."""
+    train = found.get("train") if isinstance(found, dict) else None
+    if not isinstance(train, dict) or not {"epochs", "schedule", "optimizer"} <= train.keys():
+        return found
+    return {**found, "train": shared_by_stages(train)} if "lr" in train["optimizer"] else found
 
 
 def _filled(defaults: Any, found: Any) -> Any:
@@ -231,13 +232,3 @@ def _filled(defaults: Any, found: Any) -> Any:
     if not isinstance(found, dict) or not isinstance(defaults, dict):
         return found
     return {**defaults, **found} | {name: _filled(defaults[name], found[name]) for name in defaults if name in found}
-
-
-def _open_keys(value: Any, prefix: str = "") -> list[str]:
-    """Dotted names of everything that is still null or `auto`."""
-    if isinstance(value, BaseModel):
-        return [
-            hole for name in type(value).model_fields for hole in _open_keys(getattr(value, name), f"{prefix}.{name}")
-        ]
-    key = prefix.lstrip(".")
-    return [key] if value == "auto" or (value is None and key not in DECIDED_NULLS) else []

@@ -7,6 +7,7 @@ from finetune.errors import RecipeError
 from finetune.recipe.activations import judge_activation
 from finetune.recipe.addresses import HOW_TO_LOG_IN, split_login
 from finetune.recipe.advice import advise, is_small
+from finetune.recipe.decided import shared_by_stages
 from finetune.recipe.facts import Facts, MachineFacts, ProfileFacts, RangeFacts
 from finetune.recipe.forecasts import with_forecasts
 from finetune.recipe.idle import idle_reasons
@@ -68,7 +69,7 @@ def make_plan(recipe: Wish, facts: Facts) -> Plan:
             "data": data,
             "augment": augment,
             "head": {**recipe.head.model_dump(), "init": init},
-            "train": train,
+            "train": shared_by_stages(train),
             "evaluate": _decide_evaluate(recipe, facts, data["invariances"], refit if is_probe else None, decide),
             "hardware": hardware,
             "tracking": _decide_tracking(recipe, facts, name, decide),

@@ -203,7 +203,7 @@ def _section_hint(section: str, known: Iterable[str], value: object) -> str:
 def _hint(path: str, known: Iterable[str]) -> str:
     sections = {key.rsplit(".", 1)[0] for key in known if "." in key}
     last = path.rsplit(".", 1)[-1]
-    same = [key for key in known if key.rsplit(".", 1)[-1] == last]
+    same = [key for key in sorted(known) if key.rsplit(".", 1)[-1] == last]
     if same:
         return f"It is written {same[0]}."
     return nearest(path, [*known, *sections], otherwise="`finetune recipes show quick` shows a recipe in full.")

@@ -8,13 +8,14 @@ from finetune.compute import Device
 from finetune.errors import RecipeError
 from finetune.recipe.advice import partial_depth
 from finetune.recipe.batch_norm import refuse_lone_image, small_batch_warning
+from finetune.recipe.decided import SchedulePlan
 from finetune.recipe.distillation import decide_distillation, inherit_imbalance, teacher_faults
 from finetune.recipe.facts import Facts
 from finetune.recipe.imbalance import uneven
 from finetune.recipe.plan import Stage
 from finetune.recipe.refit import refit_faults
 from finetune.recipe.schedules import whole_epochs
-from finetune.recipe.schema import Recipe, ScheduleSpec, TrainSpec
+from finetune.recipe.schema import Recipe, TrainSpec
 from finetune.recipe.wise_ft import mixture_faults, mixture_share
 
 Decide = Callable[[str, Any, Any, str], Any]
@@ -235,7 +236,7 @@ def make_stages(strategy: str, train: dict[str, Any], facts: Facts) -> list[Stag
     )
     if strategy != "gradual":
         return [whole]
-    steady = ScheduleSpec(name="constant", warmup_fraction=0.3)
+    steady = SchedulePlan(name="constant", warmup_fraction=0.3)
     opened = sorted({math.ceil(total * part / train["epochs"]) for part in range(1, train["epochs"])} - {total})
     opened = opened if train["epochs"] < total else list(range(1, total))
     early = [whole.model_copy(update={"trainable_stages": depth, "epochs": 1, "schedule": steady}) for depth in opened]

@@ -134,7 +134,7 @@ def plan_text(plan: Plan) -> str:
         lines.append("  no stage: the probe is the model")
     is_measured = plan.pretrained and plan.advice.cell != UNMEASURED
     grid = grid_text(plan.advice) if is_measured else ""  # random weights are similar to nothing
-    lines += [text for text in (grid, forecasts_text(plan.advice, chosen=plan.train.strategy or "")) if text]
+    lines += [text for text in (grid, forecasts_text(plan.advice, chosen=plan.train.strategy)) if text]
     return "\n".join(lines)
 
 

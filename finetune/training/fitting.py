@@ -26,10 +26,10 @@ from finetune.models.classifier import Classifier
 from finetune.models.folding import fold
 from finetune.process import quieten
 from finetune.recipe.batch_norm import momentum_for
+from finetune.recipe.decided import AveragingPlan
 from finetune.recipe.plan import Plan, Stage
 from finetune.recipe.runs import write_whole
 from finetune.recipe.schedules import Plateau, rate_factor
-from finetune.recipe.schema import AveragingSpec
 from finetune.training.averaging import WeightAverage
 from finetune.training.distilling import make_distillation
 from finetune.training.keeping import Keeper, PlainFile
@@ -165,7 +165,7 @@ def _make_module(
     augment = plan.augment
     step = Step(
         loss=make_loss(
-            spec.imbalance.kind or "none",
+            spec.imbalance.kind,
             counts,
             smoothing=plan.regularization.label_smoothing,
             gamma=spec.imbalance.gamma,
@@ -201,12 +201,12 @@ def _make_module(
 
 def _make_mixture(plan: Plan, index: int, start: Mapping[str, torch.Tensor] | None) -> StartMixture | None:
     share, is_last = plan.train.averaging.wise_ft, index == plan.last_stage(plan.stages[index].images)
-    if start is None or not is_last or share is None or share == 1:
+    if start is None or not is_last or share == 1:
         return None
     return StartMixture(start, share)
 
 
-def _make_average(classifier: Classifier, spec: AveragingSpec) -> WeightAverage:
+def _make_average(classifier: Classifier, spec: AveragingPlan) -> WeightAverage:
     if spec.kind == "ema":
         return WeightAverage(classifier, kind="ema", decay=spec.ema_decay)
     return WeightAverage(classifier, kind="swa")

@@ -74,9 +74,7 @@ class Keeper(pl.Callback):
         self._ends = cycle_ends(stage.schedule, stage.epochs) if has_cycles else ()
         self._is_last = index == plan.last_stage(stage.images)
         self._snapshots = self._ends if self._is_last and averaging.snapshots else ()
-        self.stop = EarlyStop(
-            patience=int(plan.train.patience or 1), keeps_last=plan.train.keep == "last", cycle_ends=self._ends
-        )
+        self.stop = EarlyStop(patience=plan.train.patience, keeps_last=plan.train.keep == "last", cycle_ends=self._ends)
         self.best_state: dict[str, torch.Tensor] = {}
         self.best_losses = torch.empty(0)
         """(N,) of the val images, of the epoch that is kept as things stand."""
@@ -255,7 +253,7 @@ class Keeper(pl.Callback):
     @property
     def _at_once(self) -> int:
         """Val images per pass: as in training where its steps are cut; 0: all of a batch."""
-        size = self.plan.hardware.micro_batch or 0
+        size = self.plan.hardware.micro_batch
         return size if size < self.plan.train.batch_size else 0
 
     def _keep_members(self, module: Finetuning, val: Batches) -> None:

@@ -140,7 +140,9 @@ def final_values(scores: Scores) -> Iterator[tuple[str, float]]:
 
 
 def flatten_plan(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested mappings as one, with dots in the names; all but strings as JSON."""
+    """Nested mappings, and the stages by number, as one, with dots in the names; all else but strings as JSON."""
+    if prefix == "stages":
+        value = {str(number): stage for number, stage in enumerate(value)}
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from flatten_plan(inner, f"{prefix}.{name}" if prefix else str(name))

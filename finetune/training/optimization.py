@@ -19,6 +19,7 @@ from finetune.errors import RecipeError, nearest
 from finetune.models.classifier import Classifier
 from finetune.models.layers import BatchNorm
 from finetune.models.modes import modes_kept
+from finetune.recipe.decided import Rule
 from finetune.recipe.plan import Stage
 from finetune.recipe.schema import OptimizerSpec
 
@@ -86,7 +87,7 @@ def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return not is_vector and not _NO_DECAY.search(name.rpartition(".")[2])
 
 
-def check_optimizer(spec: OptimizerSpec) -> None:
+def check_optimizer(spec: OptimizerSpec | Rule) -> None:
     """Refuse what `make_optimizer` could not make, before anything is trained.
 
     Raises:
@@ -104,7 +105,7 @@ def check_optimizer(spec: OptimizerSpec) -> None:
 
 
 def make_optimizer(
-    classifier: Classifier, stage: Stage, spec: OptimizerSpec, *, anchored: Collection[str] = ()
+    classifier: Classifier, stage: Stage, spec: Rule, *, anchored: Collection[str] = ()
 ) -> torch.optim.Optimizer:
     """The rule that `spec` names, over the groups of `group_parameters`.
 
@@ -122,8 +123,7 @@ def make_optimizer(
         RecipeError: as `check_optimizer`, and if layers of the classifier make the loss random for `lbfgs`.
     """
     check_optimizer(spec)
-    name = spec.name or DEFAULT
-    groups = group_parameters(classifier, stage, spec.weight_decay or 0.0, anchored=anchored)
+    name, groups = spec.name, group_parameters(classifier, stage, spec.weight_decay, anchored=anchored)
     if name == "lbfgs":
         return _lbfgs(classifier, stage)
     decays_itself = name in ("adam", "adamw") or (spec.decay == "coupled" and name in OWN)
@@ -136,7 +136,7 @@ def make_optimizer(
     return optimizer
 
 
-def _make_rule(name: str, groups: list[dict[str, Any]], lr: float, spec: OptimizerSpec) -> torch.optim.Optimizer:
+def _make_rule(name: str, groups: list[dict[str, Any]], lr: float, spec: Rule) -> torch.optim.Optimizer:
     rule: torch.optim.Optimizer
     match name:
         case "sgd":

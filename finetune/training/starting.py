@@ -41,8 +41,8 @@ def make_classifier(
     """
     torch.manual_seed(plan.seed)
     rules, train = plan.regularization, plan.train
-    if train.reinit:
-        reinitialize_stages(backbone, train.reinit)
+    if plan.fresh_stages:
+        reinitialize_stages(backbone, plan.fresh_stages)
     top = plan.stages[-1].trainable_stages
     try:
         if rules.stochastic_depth:
@@ -55,15 +55,15 @@ def make_classifier(
         raise RecipeError(f"regularization: {fault}") from fault
     if any(stage.trains == "lora" for stage in plan.stages):
         add_lora(backbone, rank=train.lora_rank)
-    init, head = str(plan.head.init), plan.head
-    start = soften_probe(probe, train.imbalance.kind or "none", num_images) if init == "probe" else {}
+    head = plan.head
+    start = soften_probe(probe, train.imbalance.kind, num_images) if head.init == "probe" else {}
     made = make_head(
         backbone.num_features,
         len(plan.classes),
         kind=head.kind,
         hidden=head.hidden,
         activation=head.activation,
-        init=init,
+        init=head.init,
         hidden_bias=head.bias,
         dropout=head.dropout,
         drop_connect=head.drop_connect,
@@ -103,11 +103,11 @@ def make_augmentation(plan: Plan, dataset: Dataset, vary: Vary | None = None) ->
     if spec.pca_color:
         basis = fit_color_basis(dataset.store, dataset.indices("train"), size_pixels=view.size_pixels, seed=plan.seed)
     return Augmentation(
-        str(spec.preset),
+        spec.preset,
         size_pixels=view.size_pixels,
         interpolation=view.interpolation,
         invariances=plan.data.allowed_changes,
-        domain=str(spec.domain),
+        domain=spec.domain,
         crop=spec.crop,
         rotate_degrees=spec.rotate_degrees,
         pca_color=None if basis is None else basis.shifts(spec.pca_color),
@@ -147,7 +147,7 @@ def make_batches(
         augmentation=None,
         shuffle=False,
         seed=plan.seed,
-        workers=plan.hardware.workers or 0,
+        workers=plan.hardware.workers,
     )
     return training_batches(plan, dataset, "train", most_images=most_images, vary=vary), val
 
@@ -170,7 +170,7 @@ def training_batches(
         augmentation=make_augmentation(plan, dataset, vary),
         shuffle=plan.train.optimizer.name != "lbfgs",
         seed=plan.seed,
-        workers=plan.hardware.workers or 0,
+        workers=plan.hardware.workers,
         even=True,
         mirror_labels=plan.data.mirror_classes(plan.classes),
         balanced=plan.train.imbalance.kind == "sampler",
