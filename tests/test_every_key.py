@@ -230,7 +230,8 @@ IDLE = [
 ]  # fmt: skip
 
 ELSEWHERE = {
-    "hardware.devices=cpu": "test_a_cpu_is_taken_where_it_is_asked_for",
+    "hardware.devices=cpu": "test_the_device_is_taken_that_is_asked_for",
+    "hardware.devices=mps": "test_the_device_is_taken_that_is_asked_for",
     "hardware.workers=1": "test_workers_and_kept_images_change_the_work_and_not_the_weights",
     "hardware.image_cache_gb=0": "test_workers_and_kept_images_change_the_work_and_not_the_weights",
     "train.prefer=accuracy": "test_what_is_preferred_changes_the_advice",
@@ -470,10 +471,10 @@ def test_keys_that_nothing_reads_change_nothing(beside, place):
         assert LOOK[look](run) == LOOK[look](without), look
 
 
-def test_a_cpu_is_taken_where_it_is_asked_for(place, monkeypatch):
+def test_the_device_is_taken_that_is_asked_for(place, monkeypatch):
     facts, _ = preparing.plan(place.recipe([]), say=quiet)
-    facts = facts.model_copy(update={"machine": facts.machine.model_copy(update={"device": "cuda"})})
-    for wish, device in (("auto", "cuda"), ("cpu", "cpu")):
+    for wish, has, device in (("auto", "cuda", "cuda"), ("cpu", "cuda", "cpu"), ("mps", "mps", "mps")):
+        facts = facts.model_copy(update={"machine": facts.machine.model_copy(update={"device": has})})
         assert ft.make_plan(place.recipe([f"hardware.devices={wish}"]), facts).hardware.devices == device
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert measure_machine("cpu").device == "cpu"
