@@ -14,7 +14,7 @@ import finetune as ft
 from finetune.combining import ensemble as combine
 from finetune.errors import RunError
 from finetune.evaluation.averages import Ensemble
-from finetune.evaluation.ensembles import make_ensemble, read_membership, score_members, selection_note
+from finetune.evaluation.ensembles import make_ensemble, score_members, selection_note
 from finetune.evaluation.loading import load_ensemble, load_final
 from finetune.evaluation.members import find_candidates, selection_sentence
 from finetune.evaluation.prediction import predict_probabilities
@@ -154,8 +154,8 @@ def test_restarts_are_averaged_into_a_run_whose_order_does_not_matter(pool, seen
         said.append(said_by(load_ensemble(made), made, seen))
     torch.testing.assert_close(said[0], average(both), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(said[0], said[1], rtol=1e-5, atol=1e-7)
-    found = read_membership(made)
-    assert [(one["run"], one["member"], one["weight"]) for one in found["members"]] == [
+    found = made.membership
+    assert [(one.run, one.member, one.weight) for one in found.members] == [
         (str(second.path), "final", 0.5),
         (str(first.path), "final", 0.5),
     ]
@@ -182,7 +182,7 @@ def test_equal_weights_count_once_however_often_they_are_given(pool, seen, tmp_p
     said = []
     run = pool[0]
     made = make_ensemble([run, run], how="average", folder=tmp_path / "one", members="all", say=said.append)
-    assert [one["member"] for one in read_membership(made)["members"]] == ["final", "last-1"]
+    assert [one.member for one in made.membership.members] == ["final", "last-1"]
     assert len(said) == 4  # `last-2` is the final state, and the second run is the first again
     assert "last-2 has the weights of" in said[0]
     assert made.file("log.txt").read_text().splitlines() == said
@@ -205,11 +205,11 @@ def test_trainings_of_different_strategies_are_averaged_and_their_table_shows_th
 @pytest.mark.technique("T158")
 def test_val_chooses_members_greedily_and_the_run_says_so(pool, seen, tmp_path):
     made = ensemble(pool[:2], tmp_path, "greedy", dataset=seen.dataset)
-    found = read_membership(made)
-    assert (found["selected_on"], found["num_candidates"]) == ("val", 2)
-    losses = found["val_log_losses"]
-    assert losses == sorted(losses, reverse=True)
-    assert sum(one["weight"] for one in found["members"]) == pytest.approx(1)
+    found = made.membership
+    assert (found.selected_on, found.num_candidates) == ("val", 2)
+    losses = found.val_log_losses
+    assert list(losses) == sorted(losses, reverse=True)
+    assert sum(one.weight for one in found.members) == pytest.approx(1)
     said = log_probabilities(said_by(load_ensemble(made), made, seen, "val"))
     assert float(nn.functional.nll_loss(said, seen.dataset.labels("val"))) == pytest.approx(losses[-1], rel=1e-5)
     assert selection_note(made).startswith("val was used to select members, so its score is not reported")
@@ -218,7 +218,7 @@ def test_val_chooses_members_greedily_and_the_run_says_so(pool, seen, tmp_path):
 def test_how_often_a_member_was_taken_is_its_weight(pool, seen, tmp_path, monkeypatch):
     monkeypatch.setattr("finetune.evaluation.ensembles.greedy_selection", lambda *rest, **options: (1, 0, 1))
     made = ensemble(pool[:2], tmp_path, "greedy", dataset=seen.dataset)
-    assert [one["weight"] for one in read_membership(made)["members"]] == pytest.approx([1 / 3, 2 / 3])
+    assert [one.weight for one in made.membership.members] == pytest.approx([1 / 3, 2 / 3])
     both = torch.stack([said_by(load_final(run), run, seen) for run in pool[:2]])
     wanted = average(both, "probability", [1, 2])
     torch.testing.assert_close(said_by(load_ensemble(made), made, seen), wanted, rtol=1e-5, atol=1e-7)
@@ -264,11 +264,11 @@ def test_a_soup_of_one_set_of_weights_is_those_weights_bit_for_bit(pool, tmp_pat
 
 def test_a_greedy_soup_is_at_least_as_good_on_val_as_its_best_member(pool, seen, tmp_path):
     soup = ensemble(pool[:2], tmp_path, "greedy_soup", dataset=seen.dataset)
-    found = read_membership(soup)
+    found = soup.membership
     right = said_by(load_final(soup), soup, seen, "val").argmax(1) == seen.dataset.labels("val")
-    assert len(found["val_top1"]) == 2
-    assert float(right.double().mean()) >= max(found["val_top1"]) - 1e-9
-    assert sum(one["weight"] for one in found["members"]) == pytest.approx(1)
+    assert len(found.val_top1) == 2
+    assert float(right.double().mean()) >= max(found.val_top1) - 1e-9
+    assert sum(one.weight for one in found.members) == pytest.approx(1)
 
 
 @pytest.fixture(scope="module")
@@ -294,11 +294,11 @@ def test_wise_sweeps_from_what_training_began_with_and_takes_what_val_likes_best
     run = pool[0]
     rows = [line.split(",") for line in run.file("curves.csv").read_text().splitlines()[1:]]
     start = {name: float(value) for _, epoch, _, name, value in rows if epoch == "-1"}
-    found = read_membership(wise)
-    assert [row["alpha"] for row in found["sweep"]] == list(ALPHAS)
-    assert found["sweep"][0]["top1"] == pytest.approx(start["val/top1"])
-    assert found["sweep"][0]["log_loss"] == pytest.approx(start["val/tempered_loss"], rel=1e-4)
-    assert found["alpha"] == min(found["sweep"], key=lambda row: row["log_loss"])["alpha"]
+    found = wise.membership
+    assert [row.alpha for row in found.sweep] == list(ALPHAS)
+    assert found.sweep[0].top1 == pytest.approx(start["val/top1"])
+    assert found.sweep[0].log_loss == pytest.approx(start["val/tempered_loss"], rel=1e-4)
+    assert found.alpha == min(found.sweep, key=lambda row: row.log_loss).alpha
     assert "to select members" in selection_note(wise)
 
 

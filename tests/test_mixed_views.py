@@ -15,7 +15,7 @@ from finetune.evaluation import viewing
 from finetune.evaluation.averages import Ensemble
 from finetune.evaluation.comparing import compare
 from finetune.evaluation.elsewhere import evaluate_elsewhere
-from finetune.evaluation.ensembles import make_ensemble, read_membership, score_members
+from finetune.evaluation.ensembles import make_ensemble, score_members
 from finetune.evaluation.loading import load_ensemble, load_final
 from finetune.evaluation.prediction import predict_in_batches, predict_probabilities
 from finetune.evaluation.serving import predict, predict_stream
@@ -164,17 +164,15 @@ def test_one_tensor_is_refused_where_it_cannot_suit_all(pool):
 @pytest.mark.technique("T158")
 def test_val_chooses_among_members_each_in_its_own_view(pool, seen, tmp_path):
     made = make_ensemble(pool, how="greedy", folder=tmp_path / "greedy", say=quiet)
-    found = read_membership(made)
+    found = made.membership
     said = [alone(run, seen, "center", "val")[0] for run in pool]
     losses = [float(nn.functional.nll_loss(log_probabilities(own), seen.dataset.labels("val"))) for own in said]
-    assert found["val_log_losses"][0] == pytest.approx(min(losses), rel=1e-6)
+    assert found.val_log_losses[0] == pytest.approx(min(losses), rel=1e-6)
     rows = seen.dataset.indices("val")
     chosen = predict_probabilities(load_ensemble(made), seen.dataset.store, rows, made.plan, "center")
     loss = float(nn.functional.nll_loss(log_probabilities(chosen), seen.dataset.labels("val")))
-    assert loss == pytest.approx(found["val_log_losses"][-1], rel=1e-5)
-    assert len(score_members(made, look(ft.load_recipe(made.file("recipe.yaml"))).dataset).test) >= len(
-        found["members"]
-    )
+    assert loss == pytest.approx(found.val_log_losses[-1], rel=1e-5)
+    assert len(score_members(made, look(ft.load_recipe(made.file("recipe.yaml"))).dataset).test) >= len(found.members)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from finetune.compute import Compute
 from finetune.data.dataset import Dataset
 from finetune.errors import RunError
-from finetune.evaluation.loading import AVERAGE_FILE, load_ensemble
+from finetune.evaluation.loading import load_ensemble
 from finetune.evaluation.members import (
     KINDS,
     Candidate,
@@ -34,33 +34,24 @@ from finetune.evaluation.soups import State, greedy_soup, interpolate, load_star
 from finetune.evaluation.soups import uniform_soup as mean_of
 from finetune.evaluation.views import permitted_views
 from finetune.evaluation.whole_model import copy_model
+from finetune.recipe.membership import Membership, Mixed
 from finetune.recipe.plan import Plan, Stage
 from finetune.recipe.reading import load_recipe, recipe_text
-from finetune.recipe.runs import RunFolder, append, write_whole
+from finetune.recipe.runs import AVERAGE_FILE, SOUP_FILE, RunFolder, append, write_whole
 from finetune.recipe.scores import ByRole, MemberRow
 from finetune.scores.metrics import log_loss
 from finetune.scores.selection import AVERAGES, MOST_MEMBERS, average, ensemble_table, greedy_selection
 from finetune.training.watching import Curves
 
-SOUP_FILE = "soup.json"
 JUDGED = ("val", "test")
 How = Literal["average", "greedy", "soup", "greedy_soup", "wise"]
 Say = Callable[[str], None]
 
 
-def read_membership(run: RunFolder) -> dict[str, Any] | None:
-    """What `run` was made of, as written in `ensemble.json` or `soup.json`; None of a run that was trained."""
-    for name in (AVERAGE_FILE, SOUP_FILE):
-        if run.file(name).exists():
-            found: dict[str, Any] = run.read_json(name)
-            return found
-    return None
-
-
 def selection_note(run: RunFolder) -> str | None:
     """A sentence on why the val score of an ensemble is no estimate; None where val chose nothing."""
-    found = read_membership(run)
-    return found["selection_note"] if found else None
+    found = run.membership
+    return found.selection_note if found else None
 
 
 def score_members(run: RunFolder, dataset: Dataset, views: str | None = None) -> ByRole[tuple[MemberRow, ...]]:
@@ -73,9 +64,10 @@ def score_members(run: RunFolder, dataset: Dataset, views: str | None = None) ->
         dataset: its images.
         views: other views than the plan's.
     """
-    plan, found = run.plan, run.read_json(AVERAGE_FILE)
+    plan, found = run.plan, run.membership
+    assert found is not None
     views, _ = permitted_views(views or plan.evaluate.views, plan.data.allowed_changes)
-    names = [f"{Path(one['run']).name} {one['member']}" for one in found["members"]]
+    names = [f"{Path(one.run).name} {one.member}" for one in found.members]
     tables = {}
     for role in JUDGED:
         if rows := dataset.indices(role):
@@ -140,11 +132,11 @@ def make_ensemble(
         made = _soup(candidates, how, alpha, dataset, voice)
     is_selected = how in ("greedy", "greedy_soup") or (how == "wise" and alpha is None)
     note = selection_sentence(candidates, is_selected=is_selected)
-    record = {**made.record, "selected_on": "val" if is_selected else None, "selection_note": note}
+    chosen = {"selected_on": "val" if is_selected else None, "selection_note": note}
     target = RunFolder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with target.lock():
-        _write(target, made, record, how)
+        _write(target, made, made.record.model_copy(update=chosen), how)
         append(target.file("log.txt"), "".join(f"{line}\n" for line in lines))
     return target
 
@@ -154,7 +146,7 @@ class _Made:
     """What is to be written: the run whose plan it has, its members or its mixed weights, and the record of both."""
 
     base: Candidate
-    record: dict[str, Any]
+    record: Membership
     members: tuple[Candidate, ...] = ()
     state: State | None = None
     held_out: State | None = None
@@ -178,14 +170,13 @@ def _average(
     candidates: Sequence[Candidate], how: How, average: str, most: int, dataset: Dataset | None, say: Say
 ) -> _Made:
     """Members whose predictions are averaged: all of them, or those that val chooses."""
-    chosen = tuple(range(len(candidates)))
-    record: dict[str, Any] = {"how": how, "average": average, "num_candidates": len(candidates)}
+    chosen, losses = tuple(range(len(candidates))), None
     if how == "greedy":
         check_views(candidates[0].plan, candidates, lambda line: None)  # before val is looked at by any
         judge = Val(candidates[0], dataset)
         said = torch.stack([judge.probabilities(one.load(is_held_out=True), one.plan.view) for one in candidates])
         chosen = greedy_selection(said, judge.labels, most=most, kind=average)
-        record["val_log_losses"] = _losses_along(said, judge.labels, chosen, average)
+        losses = _losses_along(said, judge.labels, chosen, average)
         names = ", ".join(candidates[at].name for at in chosen)
         say(f"chosen on {len(judge.labels)} val images, from {len(candidates)}: {names}")
     members = sorted(set(chosen))
@@ -196,14 +187,18 @@ def _average(
             "A probe is solved exactly, so restarts of it are all the same; use that run as it is."
         )
     check_views(base.plan, [candidates[at] for at in members], say)
-    rows = [candidates[at].as_dict(chosen.count(at) / len(chosen)) for at in members]
-    for number, row in enumerate(rows, start=1):
-        row["folder"] = f"members/{number}"
-    return _Made(base=base, record={**record, "members": rows}, members=tuple(candidates[at] for at in members))
+    rows = [
+        candidates[at].joined(chosen.count(at) / len(chosen), f"members/{number}")
+        for number, at in enumerate(members, start=1)
+    ]
+    record = Membership(
+        how=how, average=average, num_candidates=len(candidates), val_log_losses=losses, members=tuple(rows)
+    )
+    return _Made(base=base, record=record, members=tuple(candidates[at] for at in members))
 
 
-def _losses_along(said: torch.Tensor, labels: torch.Tensor, chosen: Sequence[int], kind: str) -> list[float]:
-    return [log_loss(average(said[list(chosen[:size])], kind), labels) for size in range(1, len(chosen) + 1)]
+def _losses_along(said: torch.Tensor, labels: torch.Tensor, chosen: Sequence[int], kind: str) -> tuple[float, ...]:
+    return tuple(log_loss(average(said[list(chosen[:size])], kind), labels) for size in range(1, len(chosen) + 1))
 
 
 def _soup(candidates: Sequence[Candidate], how: How, alpha: float | None, dataset: Dataset | None, say: Say) -> _Made:
@@ -215,7 +210,7 @@ def _soup(candidates: Sequence[Candidate], how: How, alpha: float | None, datase
         )
     val, shares = Val(base, dataset), [1 / len(candidates)] * len(candidates)
     ends = [candidate.state(is_held_out=True) for candidate in candidates]
-    record: dict[str, Any] = {"how": how, "num_candidates": len(candidates)}
+    tried, top1 = None, None
     if how == "wise":
         if len(candidates) != 1:
             raise RunError(f"wise mixes one network with the start of its training; it was given {len(candidates)}.")
@@ -223,23 +218,25 @@ def _soup(candidates: Sequence[Candidate], how: How, alpha: float | None, datase
         if alpha is None:
             found = sweep(start, ends[0], judge=val.judge, renew=val.renew)
             state, alpha = found.state, found.alpha
-            record["sweep"] = [
-                {"alpha": share, **score._asdict()} for share, score in zip(found.alphas, found.scores, strict=True)
-            ]
+            tried = tuple(
+                Mixed(alpha=share, top1=score.top1, log_loss=score.log_loss)
+                for share, score in zip(found.alphas, found.scores, strict=True)
+            )
         else:
             state = interpolate(start, ends[0], alpha, val.renew)
-        record["alpha"], shares = alpha, [alpha]
+        shares = [alpha]
         say(f"mixed: {alpha:g} of the end of the training, {1 - alpha:g} of its start")
     elif how == "soup":
         state = mean_of(ends, val.renew)
     else:
         soup = greedy_soup(ends, judge=val.judge, renew=val.renew)
         state, shares = soup.state, [(at in soup.members) / len(soup.members) for at in range(len(candidates))]
-        record["val_top1"] = [score.top1 for score in soup.scores]
+        top1 = tuple(score.top1 for score in soup.scores)
         say(f"mixed: {len(soup.members)} of {len(candidates)} sets of weights; val accuracy {soup.score.top1:.4f}")
-    record["members"] = [
-        candidate.as_dict(share) for candidate, share in zip(candidates, shares, strict=True) if share or how == "wise"
-    ]
+    rows = [one.joined(share) for one, share in zip(candidates, shares, strict=True) if share or how == "wise"]
+    record = Membership(
+        how=how, num_candidates=len(candidates), sweep=tried, alpha=alpha, val_top1=top1, members=tuple(rows)
+    )
     if not base.plan.is_refit:
         return _Made(base=base, record=record, state=state)
     return _Made(base=base, record=record, state=_mix_refits(candidates, how, shares, val), held_out=state)
@@ -255,7 +252,7 @@ def _mix_refits(candidates: Sequence[Candidate], how: How, shares: Sequence[floa
     return mean_of(ends, renew)
 
 
-def _write(target: RunFolder, made: _Made, record: dict[str, Any], how: How) -> None:
+def _write(target: RunFolder, made: _Made, record: Membership, how: How) -> None:
     """All files of the new run; the plan last, for it marks a run that can go on."""
     base = made.base
     plan = base.plan.model_copy(update={"name": f"{base.plan.name}-{how}", "stages": _last_stages(base.plan)})
@@ -274,7 +271,7 @@ def _write(target: RunFolder, made: _Made, record: dict[str, Any], how: How) -> 
     environment = Compute.of(plan.hardware, or_cpu=True).describe()
     target.write_json("environment.json", {**environment, "seconds": {}})
     Curves(target.file("curves.csv"))  # nothing was trained
-    target.write_json(SOUP_FILE if made.state is not None else AVERAGE_FILE, record)
+    target.write_json(SOUP_FILE if made.state is not None else AVERAGE_FILE, record.model_dump(mode="json"))
     target.write_text("plan.yaml", plan.to_yaml())
 
 

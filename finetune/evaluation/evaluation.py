@@ -10,7 +10,7 @@ import torch
 from finetune.data.dataset import Dataset
 from finetune.evaluation.comparing import selection_flags
 from finetune.evaluation.draws import compare_draws, draw
-from finetune.evaluation.ensembles import read_membership, score_members, selection_note
+from finetune.evaluation.ensembles import score_members, selection_note
 from finetune.evaluation.held_out import (
     Answers,
     Fitting,
@@ -90,7 +90,7 @@ def evaluate_run(
         by_probe = _score(tempered_probe, labels, plan.classes, "probe" if plan.probe_on == "labelled" else None)
         paired = None if final is probe else _pair(AgainstProbe, tempered, tempered_probe, labels)
         arrays |= {f"probe_{role}_probabilities": rows.numpy() for role, rows in tempered_probe.items()}
-    if plan.train.distillation.teacher is not None and read_membership(run) is None:
+    if plan.train.distillation.teacher is not None and run.membership is None:
         teacher, more = _beside_teacher(run, dataset, tempered, labels, views)
         arrays |= more
     flags = selection_flags(plan, probe_chosen_by=facts.probe.chosen_by if facts.probe else "val")

@@ -9,10 +9,8 @@ from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
 from finetune.models.regularization import insert_fractional_pooling
 from finetune.models.weights import load_strictly
-from finetune.recipe.runs import RunFolder
+from finetune.recipe.runs import AVERAGE_FILE, RunFolder
 
-AVERAGE_FILE = "ensemble.json"
-"""What makes a run folder an average of several networks."""
 _DO = "Put the weights of this run back, or hand in the network that it was begun with."
 
 
@@ -78,8 +76,10 @@ def load_ensemble(run: RunFolder, *, is_held_out: bool = False) -> Ensemble:
         RunError: if `run` is no average, or a member is missing.
         BackboneError: if the card of a member's backbone is not at hand.
     """
-    found = run.read_json(AVERAGE_FILE)
-    folders = [RunFolder.open(run.file(one["folder"])) for one in found["members"]]
-    weights, views = [one["weight"] for one in found["members"]], [folder.plan.view for folder in folders]
+    run.existing(AVERAGE_FILE)
+    found = run.membership
+    assert found is not None and found.average is not None
+    folders = [RunFolder.open(run.file(str(one.folder))) for one in found.members]
+    weights, views = [one.weight for one in found.members], [folder.plan.view for folder in folders]
     load = load_held_out if is_held_out else load_final
-    return Ensemble([load(folder) for folder in folders], weights, found["average"], views).eval()
+    return Ensemble([load(folder) for folder in folders], weights, found.average, views).eval()

@@ -17,15 +17,16 @@ from torch import nn
 from finetune.compute import Compute
 from finetune.data.dataset import Dataset
 from finetune.errors import RecipeError, RunError
-from finetune.evaluation.loading import AVERAGE_FILE, load_final, load_held_out
+from finetune.evaluation.loading import load_final, load_held_out
 from finetune.evaluation.prediction import predict_probabilities
 from finetune.evaluation.soups import Score, State
 from finetune.evaluation.views import check_crops, list_crops, permitted_views
 from finetune.models.batch_norm import pooled_statistics
 from finetune.recipe.cards import View
+from finetune.recipe.membership import JoinedMember
 from finetune.recipe.plan import Images, Plan
 from finetune.recipe.resumption import read_decided
-from finetune.recipe.runs import RunFolder
+from finetune.recipe.runs import AVERAGE_FILE, RunFolder
 from finetune.scores.calibration import fit_temperature, log_probabilities
 from finetune.scores.metrics import decide
 from finetune.training.snapshots import Member, load_member, read_members
@@ -86,15 +87,16 @@ class Candidate:
         loaded = self.load(is_held_out=is_held_out)
         return {name: tensor.contiguous() for name, tensor in loaded.state_dict().items()}
 
-    def as_dict(self, weight: float) -> dict[str, Any]:
-        """Where it came from, ready for JSON."""
-        return {
-            "run": str(self.run.path.resolve()),
-            "run_digest": hashlib.sha256(self.run.file("plan.yaml").read_bytes()).hexdigest(),
-            "member": self.kind,
-            "weights_digest": self.digest,
-            "weight": weight,
-        }
+    def joined(self, weight: float, folder: str | None = None) -> JoinedMember:
+        """Where it came from, with its share in what is made of it, and where that keeps it."""
+        return JoinedMember(
+            run=str(self.run.path.resolve()),
+            run_digest=hashlib.sha256(self.run.file("plan.yaml").read_bytes()).hexdigest(),
+            member=self.kind,
+            weights_digest=self.digest,
+            weight=weight,
+            folder=folder,
+        )
 
 
 def refuse_strangers(runs: Sequence[RunFolder], *, is_mixture: bool) -> None:

@@ -66,9 +66,9 @@ def read_teacher(named: str | None) -> TeacherFacts | None:
 
 def list_networks(run: RunFolder) -> list[RunFolder]:
     """The run folders whose networks answer: those of an average's members, or the run itself."""
-    if not run.file("ensemble.json").exists():
+    if (found := run.membership) is None or found.average is None:
         return [run]
-    return [RunFolder.open(run.file(one["folder"])) for one in run.read_json("ensemble.json")["members"]]
+    return [RunFolder.open(run.file(str(one.folder))) for one in found.members]
 
 
 def refuse_other_teacher(run: RunFolder) -> None:

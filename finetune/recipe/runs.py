@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from finetune.compute import try_lock
 from finetune.errors import RunError, explain_os_error, names_beside, nearest, os_error_behind
 from finetune.recipe.facts import Facts
+from finetune.recipe.membership import Membership
 from finetune.recipe.plan import Images, Plan, read_plan
 from finetune.recipe.scores import Scores
 from finetune.recipe.section import read_value
@@ -39,6 +40,12 @@ FILES = (
 )
 """What a finished run holds, beside `stages/K-NAME/{last.ckpt,weights.safetensors}`; of a stage that is
 refit, `held_out.safetensors`. A run that was trained by a plan holds no `recipe.yaml`: nothing was left open."""
+
+
+AVERAGE_FILE = "ensemble.json"
+"""What makes a run folder an average of several networks."""
+SOUP_FILE = "soup.json"
+"""What says of which weights a run's were mixed."""
 
 
 class RunFolder:
@@ -126,6 +133,18 @@ class RunFolder:
         """
         mend = f"`finetune evaluate {self.path}` writes it anew."
         return read_value(Scores, self.existing("scores.json"), mend)
+
+    @property
+    def membership(self) -> Membership | None:
+        """What the run was made of, where it stands for several; None of a run that was trained.
+
+        Raises:
+            RunError: if the file that says so is damaged.
+        """
+        for name in (AVERAGE_FILE, SOUP_FILE):
+            if self.file(name).exists():
+                return read_value(Membership, self.file(name), "Make it again from its members.")
+        return None
 
     def stage_folder(self, index: int) -> Path:
         """`stages/K-NAME`, K counted from 1."""
