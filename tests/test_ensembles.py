@@ -12,7 +12,7 @@ from torch import nn
 
 import finetune as ft
 from finetune.combining import ensemble as combine
-from finetune.errors import RunError
+from finetune.errors import BackboneError, RunError
 from finetune.evaluation.averages import Ensemble
 from finetune.evaluation.ensembles import make_ensemble, score_members, selection_note
 from finetune.evaluation.loading import load_ensemble, load_final
@@ -447,7 +447,7 @@ def test_a_damaged_member_of_an_average_is_not_passed_over(pool, tmp_path):
     made = ensemble(pool[:2], tmp_path, "average")
     member = RunFolder.open(made.file("members/2"))
     save_file({"nothing": torch.ones(1)}, member.final_weights())
-    with pytest.raises(RuntimeError, match="Missing key"):
+    with pytest.raises(BackboneError, match="Missing key"):
         load_ensemble(made)
     shutil.rmtree(member.path)
     with pytest.raises(RunError, match="is no folder"):
