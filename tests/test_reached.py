@@ -1,7 +1,8 @@
 """Nothing in the package is reached by tests alone: a walk over its source from the verbs and the public names.
 
-A name leads to what it was imported as; an attribute, of which the source does not tell whose it is, to everything of
-that name. So what is called unreached surely is, and a few things may be called reached that are not.
+A name leads to what it was imported as, an attribute of a file to what it is there; any other attribute, of which the
+source does not tell whose it is, to every method of that name. So what is called unreached surely is, and a few methods
+may be called reached that are not.
 What a coming diagnosis will call stays, and the head of its file says so, in the words of `HEAD`.
 """
 
@@ -31,7 +32,8 @@ class Piece:
     """`module:name`."""
     lines: int = 0
     names: set[str] = field(default_factory=set)
-    attributes: set[str] = field(default_factory=set)
+    attributes: set[tuple[str, str]] = field(default_factory=set)
+    """(name it is asked of, if that is one; attribute)."""
     comes_with: str = ""
     """The class whose users call this method, though no source of ours does: a library does."""
 
@@ -44,9 +46,7 @@ class Piece:
             if isinstance(part, ast.Name):
                 self.names.add(part.id)
             elif isinstance(part, ast.Attribute):
-                self.attributes.add(part.attr)
-            elif isinstance(part, ast.Constant) and isinstance(part.value, str) and part.value.isidentifier():
-                self.attributes.add(part.value)  # of getattr, or an annotation in quotes
+                self.attributes.add((part.value.id if isinstance(part.value, ast.Name) else "", part.attr))
 
 
 @dataclass
@@ -131,7 +131,11 @@ def walk(modules: dict[str, Module], starts: set[str], words: set[str]) -> set[s
         piece = module.pieces[name]
         waiting.append(f"{name_of_module}:")
         waiting += [module.imported.get(used, f"{name_of_module}:{used}") for used in piece.names]
-        waiting += [place for used in piece.attributes for place in of_name.get(used, ())]
+        for owner, used in piece.attributes:
+            file = module.imported.get(owner, "").replace(":", ".")
+            waiting += (
+                [f"{file}:{used}"] if file in modules else [p for p in of_name.get(used, ()) if p.endswith(f".{used}")]
+            )
         waiting += [other.place for other in module.pieces.values() if name and other.comes_with == name]
     return seen
 
@@ -200,19 +204,27 @@ class Used(torch.nn.Module):
 
 class Plain:
     def __init__(self): pass
+    def asked(self): return 1
     @property
     def forgotten(self): return 1
 
 def inner(): return Plain()
-def asked(): return 1
+def told(): return 1
 """
 
 
 def test_the_walk_follows_calls_imports_attributes_and_methods_that_a_library_calls():
     modules = {"one": read("one", SOURCE), "finetune.other": read("finetune.other", "def helper(): 1")}
     found = walk(modules, {"one:called"}, set())
-    assert found >= {"one:called", "finetune.other:helper", "one:Used.told", "one:asked", "one:LIMIT", "one:limit"}
-    assert not found & {"one:lonely", "one:inner", "one:Plain"}
+    assert found >= {
+        "one:called",
+        "finetune.other:helper",
+        "one:Used.told",
+        "one:Plain.asked",
+        "one:LIMIT",
+        "one:limit",
+    }
+    assert not found & {"one:lonely", "one:inner", "one:told", "one:Plain"}
     found = walk(modules, {"one:Used"}, set())
     assert found >= {"one:Used.forward", "one:inner", "one:Plain.__init__"}
     assert not found & {"one:Plain.forgotten", "one:LIMIT"}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from finetune.compute import Compute, num_cores
-from finetune.data.decoding import KINDS, BadImage, ImageFacts, center_crop, decode_sizes, facts_row, scaling
+from finetune.data.decoding import KINDS, BadImage, ImageFacts, center_crop, facts_row, scaling
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import read_bytes
@@ -139,7 +139,7 @@ def _decode_ahead(
     def work(index: int) -> tuple[np.ndarray, ImageFacts] | BadImage:
         try:
             item = items[index]
-            (pixels,), facts = decode_sizes(read_bytes(item), [scaling(view, item.frame)])
+            pixels, facts = decode(read_bytes(item), **scaling(view, item.frame)._asdict())
         except BadImage as fault:
             return fault
         return pixels, facts

@@ -3,7 +3,7 @@
 Activations are watched where they are called, as modules or as plain functions, so that a network that was written
 without a thought of being watched is seen as a whole.
 
-For diagnosis, and called by nothing else yet: `measure_units`, `judge_units`, `LayerUnits`.
+For diagnosis, and called by nothing else yet: `measure_units`, `judge_units`, `LayerUnits`, `measure_gradients`.
 """
 
 import math
