@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from finetune.compute import Compute, num_cores
-from finetune.data.decoding import KINDS, BadImage, ImageFacts, center_crop, facts_row, scaling
+from finetune.data.decoding import KINDS, BadImage, ImageFacts, center_crop, decode, facts_row, scaling
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import read_bytes
