@@ -91,7 +91,7 @@ def test_the_page_speaks_of_balanced_accuracy_and_says_what_the_majority_gives()
 
 
 def test_a_gain_for_the_small_class_is_no_loss_on_the_page_though_fewer_images_are_right():
-    verdict = judge(scored((300, 60), wrong=(12, 0), probe_wrong=(0, 40)), is_probe_only=False)
+    verdict = judge(scored((300, 60), wrong=(50, 0), probe_wrong=(0, 40)), is_probe_only=False)
     assert verdict.tone == "better"
 
 
