@@ -363,7 +363,7 @@ def test_a_run_of_first_frames_answers_from_the_first(shapes, moving, tmp_path):
 
 def test_other_images_are_judged_frame_by_frame(run, moving):
     found = evaluate_elsewhere(run, moving)
-    assert found["n"] == found["seen"]["n"] == 68
+    assert found.n == found.seen.n == 68
 
 
 def test_a_page_shows_the_frame_that_it_names(run, moving):
