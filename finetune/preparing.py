@@ -19,7 +19,7 @@ from finetune.models.classifier import refuse_layers
 from finetune.models.own import NOTHING, Given, Model
 from finetune.piloting import run_pilot
 from finetune.process import as_guest
-from finetune.recipe.distillation import teacher_faults
+from finetune.recipe.conflicts import refuse_teacher
 from finetune.recipe.facts import Facts, Ranking
 from finetune.recipe.plan import Plan
 from finetune.recipe.plan_faults import refuse_misfit
@@ -70,8 +70,7 @@ def plan(
     seen = look(recipe, every_few_seconds(say), roles_seen=_roles_seen(recipe), given=own.given)
     facts = seen.facts
     if pilot_seconds is not None:
-        if faults := teacher_faults(recipe, facts.model_copy(update={"teacher": teacher})):  # before seconds are spent
-            raise RecipeError("\n".join(faults))
+        refuse_teacher(recipe, facts.model_copy(update={"teacher": teacher}))  # before seconds are spent
         facts = run_pilot(recipe, seen, pilot_seconds, say)
     facts = facts.model_copy(update={"ranking": ranking, "teacher": teacher, "own": own.things})
     return facts, checked_plan(recipe, replace(seen, facts=facts))

@@ -163,7 +163,7 @@ def facts(arrows):
     [
         ("[[left, rihgt]]", "names 'rihgt', which is no class; they are left, none, right"),
         ("[[left, right], [none, left]]", "names 'left' twice"),
-        ("[[left, right], [right, left]]", "names 'right' twice"),
+        ("[[left, right], [right, left]]", "names 'left', 'right' twice"),
         ("[[none, none]]", "names 'none' twice, .*leave out a class that keeps its own"),
     ],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import RunError
-from finetune.recipe.facts import Facts, TeacherFacts
+from finetune.recipe.facts import TeacherFacts
 from finetune.recipe.imbalance import decide_imbalance
 from finetune.recipe.plan import Plan
 from finetune.recipe.runs import RunFolder
@@ -91,59 +91,6 @@ def refuse_other_teacher(run: RunFolder) -> None:
             f"{KEY}: {known['run']} has changed since the plan was made ({known['weights_digest'][:12]}, now "
             f"{now.weights_digest[:12]}). Put it back, or start a new run: two teachers would have taught this one."
         )
-
-
-def teacher_faults(recipe: Recipe, facts: Facts) -> list[str]:
-    """Why the teacher that the recipe names cannot teach on these images."""
-    named = recipe.train.distillation.teacher
-    faults = []
-    if named is not None and recipe.train.strategy == "probe":
-        faults.append(
-            f"{KEY} is set, but strategy probe trains nothing that could be taught; remove it or use another one."
-        )
-    return faults + misfit_faults(named, facts)
-
-
-def misfit_faults(named: str | None, facts: Facts) -> list[str]:
-    """Why the teacher that is named does not fit these images; nothing where none is."""
-    known, faults = facts.teacher, list[str]()
-    if named is None:
-        return []
-    if known is None:
-        faults.append(f"{KEY} is {named}, but the facts know no teacher; `finetune.plan` looks at it.")
-        return faults
-    if known.classes != facts.classes:
-        faults.append(
-            f"{KEY}: {known.run} knows other classes, or in another order ({', '.join(known.classes[:5])}; here "
-            f"{', '.join(facts.classes[:5])}). Train it on the same classes."
-        )
-    elif known.split_digest != facts.split_digest:
-        faults.append(
-            f"{KEY}: {known.run} was trained on another split of the images ({known.split_digest[:12]}, here "
-            f"{facts.split_digest[:12]}). It may have learned from test images of this run, and no score would be "
-            "honest. Train both on the same images, with the same data.split, its seed and data.max_train_per_class."
-        )
-    return faults + _view_faults(known, facts)
-
-
-def _view_faults(known: TeacherFacts, facts: Facts) -> list[str]:
-    """Mean and std may differ: the teacher is given its own."""
-    theirs = {
-        "image_size": known.view.size_pixels,
-        "crop_pct": known.crop_pct,
-        "interpolation": known.view.interpolation,
-    }
-    ours = {
-        "image_size": facts.view.size_pixels,
-        "crop_pct": facts.crop_pct,
-        "interpolation": facts.view.interpolation,
-    }
-    differs = [key for key in theirs if theirs[key] != ours[key]]
-    if not differs:
-        return []
-    here = ", ".join(f"{key} {ours[key]}" for key in differs)
-    wanted = " ".join(f"data.{key}={theirs[key]}" for key in differs)
-    return [f"{KEY}: {known.run} looks at images in another view than this run ({here}). Set {wanted}."]
 
 
 def decide_distillation(

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from finetune.errors import RecipeError
-from finetune.recipe.distillation import misfit_faults
+from finetune.recipe.conflicts import refuse_teacher
 from finetune.recipe.facts import Facts
 from finetune.recipe.plan import Plan, Stage
 from finetune.recipe.schedules import whole_epochs
+from finetune.recipe.schema import Recipe, TrainSpec
 
 
 def refuse_misfit(plan: Plan, facts: Facts) -> None:
@@ -21,9 +22,10 @@ def refuse_misfit(plan: Plan, facts: Facts) -> None:
         RecipeError: naming every key that does not.
     """
     faults = [row.told(plan, facts) for row in PLAN_FAULTS if row.is_so(plan, facts)]
-    faults += misfit_faults(plan.train.distillation.teacher, facts)
     if faults:
         raise RecipeError("\n".join(f"plan: {fault}" for fault in faults))
+    taught = TrainSpec(strategy=plan.train.strategy, distillation=plan.train.distillation)
+    refuse_teacher(Recipe(train=taught), facts)
 
 
 @dataclass(frozen=True)

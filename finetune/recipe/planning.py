@@ -3,10 +3,9 @@
 from typing import Any
 
 from finetune.compute import Compute
-from finetune.errors import RecipeError
-from finetune.recipe.activations import judge_activation
 from finetune.recipe.addresses import HOW_TO_LOG_IN, split_login
 from finetune.recipe.advice import advise, is_small
+from finetune.recipe.conflicts import refuse_after_advice, refuse_conflicts
 from finetune.recipe.decided import shared_by_stages
 from finetune.recipe.facts import Facts, MachineFacts, ProfileFacts, RangeFacts
 from finetune.recipe.forecasts import with_forecasts
@@ -16,7 +15,7 @@ from finetune.recipe.plan import Advice, Plan, Reason
 from finetune.recipe.reading import Wish, as_recipe
 from finetune.recipe.refit import Refit, decide_refit, is_cross_fitted, with_refit
 from finetune.recipe.schema import Recipe
-from finetune.recipe.staging import decide_train, epochs_for, make_stages, refuse_depth, training_faults
+from finetune.recipe.staging import decide_train, epochs_for, make_stages
 
 LEAST_CALIBRATION = 100
 """With fewer images a single confident mistake decides the temperature."""
@@ -40,15 +39,14 @@ def make_plan(recipe: Wish, facts: Facts) -> Plan:
         return value
 
     recipe = as_recipe(recipe)
-    _refuse_contradictions(recipe, facts)
+    refuse_conflicts(recipe, facts)
     if facts.profile is not None and facts.profile.earlier is not None:
         reasons.append(_propose_cut(facts.profile))
     reasons += [Reason(key=f"own.{own.argument}", value=str(own), why="handed in from Python") for own in facts.own]
     if facts.ranking is not None:
         reasons.append(Reason(key="backbone", value=facts.backbone.name, why=facts.ranking.why))
     strategy = decide("train.strategy", recipe.train.strategy, *_strategy(recipe, advice))
-    refuse_depth(recipe, strategy, advice.why)
-    _refuse_draws_of_a_probe(recipe, strategy, advice.why)
+    refuse_after_advice(recipe, facts, strategy, advice.why)
     name = recipe.name or facts.root.rstrip("/").rsplit("/", 1)[-1] or "data"
     refit = decide_refit(recipe, facts, strategy)
     data = _decide_data(recipe, facts, refit, decide)
@@ -140,62 +138,6 @@ def _first_head(recipe: Recipe, facts: Facts, is_probe: bool) -> tuple[str, str]
     if recipe.head.kind == "mlp":
         return "zero", "a hidden layer has no probe; with zero weights above it the first loss is exactly log K"
     return "probe", "fine-tuning from the probe keeps good features from being torn by a random head"
-
-
-def _refuse_contradictions(recipe: Recipe, facts: Facts) -> None:
-    head, faults = recipe.head, training_faults(recipe, facts)
-    if not recipe.pretrained and head.init == "probe":
-        faults.append("pretrained is false, so there is no probe to begin from; set head.init to zero.")
-    if recipe.train.strategy == "probe" and head.kind != "linear":
-        faults.append(f"head.kind is {head.kind}, but the probe is a linear head; choose another strategy or linear.")
-    if head.kind == "cosine" and (head.init == "zero" or head.drop_connect):
-        faults.append("head.kind cosine compares directions: it has no zero to begin from, and drops no weights.")
-    if head.kind == "mlp" and head.init in ("probe", "model"):
-        faults.append(
-            f"head.init is {head.init}, which has no hidden layer; for mlp use zero, small, xavier or kaiming."
-        )
-    if head.kind == "mlp" and (verdict := judge_activation(head.activation)).verdict == "refused":
-        faults.append(f"head.activation is {head.activation}: {verdict.why}")
-    if recipe.evaluate.draws and not (head.dropout or head.drop_connect):
-        faults.append(
-            f"evaluate.draws is {recipe.evaluate.draws}, but the head drops nothing, so all draws would be the same; "
-            "set head.dropout (0.5 is usual) or head.drop_connect, or evaluate.draws to 0."
-        )
-    faults += _swap_faults(recipe, facts)
-    if faults:
-        raise RecipeError("\n".join(faults))
-
-
-def _refuse_draws_of_a_probe(recipe: Recipe, strategy: str, why: str) -> None:
-    """Raises RecipeError where draws are asked for and the model is a probe, whose head never met dropout."""
-    if recipe.evaluate.draws and strategy == "probe":
-        said = "the recipe says so" if recipe.train.strategy else f"the advice is: {why}"
-        raise RecipeError(
-            f"evaluate.draws is {recipe.evaluate.draws}, but the model is the probe ({said}), which is solved without "
-            "dropout. Set another train.strategy, or evaluate.draws to 0."
-        )
-
-
-def _swap_faults(recipe: Recipe, facts: Facts) -> list[str]:
-    pairs, known = recipe.data.label_swap, ", ".join(facts.classes)
-    named = [name for pair in pairs for name in pair]
-    once = list(dict.fromkeys(named))
-    faults = [
-        f"data.label_swap names {name!r}, which is no class; they are {known}."
-        for name in once
-        if name not in facts.classes
-    ]
-    faults += [
-        f"data.label_swap names {name!r} twice, but a mirror image has one class; leave out a class that keeps its own."
-        for name in once
-        if named.count(name) > 1
-    ]
-    if pairs and {"vflip", "rot90"} <= set(recipe.data.invariances or ()):
-        faults.append(
-            "data.invariances names vflip and rot90, which together mirror an image and keep its label, "
-            "but data.label_swap says that its label changes; remove one of the three."
-        )
-    return faults
 
 
 def _decide_data(recipe: Recipe, facts: Facts, refit: Refit, decide: Any) -> dict[str, Any]:

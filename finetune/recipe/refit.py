@@ -62,19 +62,6 @@ def refit_obstacle(train: TrainSpec) -> str:
     return ""
 
 
-def refit_faults(recipe: Recipe, facts: Facts) -> list[str]:
-    """Why a refit that the recipe asks for cannot be made."""
-    if not recipe.data.split.refit:
-        return []
-    if not has_more(facts):
-        return [
-            "data.split.refit is true, but no val or calibration image is there that is not among test too; keep such "
-            "images apart, or leave data.split.refit open."
-        ]
-    obstacle = "" if recipe.train.strategy == "probe" else refit_obstacle(recipe.train)
-    return [f"data.split.refit is true, but {obstacle}; leave one of the two out."] if obstacle else []
-
-
 def with_refit(stages: Sequence[Stage]) -> list[Stage]:
     """The stages, and each of them again on all labelled images."""
     return [*stages, *(stage.model_copy(update={"name": "refit", "images": "labelled"}) for stage in stages)]

@@ -5,18 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune.compute import Device
-from finetune.errors import RecipeError
 from finetune.recipe.advice import partial_depth
 from finetune.recipe.batch_norm import refuse_lone_image, small_batch_warning
 from finetune.recipe.decided import SchedulePlan
-from finetune.recipe.distillation import decide_distillation, inherit_imbalance, teacher_faults
+from finetune.recipe.distillation import decide_distillation, inherit_imbalance
 from finetune.recipe.facts import Facts
 from finetune.recipe.imbalance import uneven
 from finetune.recipe.plan import Stage
-from finetune.recipe.refit import refit_faults
 from finetune.recipe.schedules import whole_epochs
 from finetune.recipe.schema import Recipe, TrainSpec
-from finetune.recipe.wise_ft import mixture_faults, mixture_share
+from finetune.recipe.wise_ft import mixture_share
 
 Decide = Callable[[str, Any, Any, str], Any]
 """Key, wish, choice and reason to the value; the reason is written down."""
@@ -242,124 +240,3 @@ def make_stages(strategy: str, train: dict[str, Any], facts: Facts) -> list[Stag
     early = [whole.model_copy(update={"trainable_stages": depth, "epochs": 1, "schedule": steady}) for depth in opened]
     rest = whole_epochs(whole.schedule, train["epochs"] - len(early))  # cycles belong to the last stage alone
     return [*early, whole.model_copy(update={"epochs": rest})]
-
-
-def training_faults(recipe: Recipe, facts: Facts) -> list[str]:
-    """Wishes for the training that contradict each other or the facts."""
-    train, stages = recipe.train, len(facts.backbone.stages)
-    strategy = train.strategy
-    faults = []
-    for key, value in (("depth", train.depth), ("reinit", train.reinit)):
-        if value is not None and value > stages:
-            faults.append(f"train.{key} is {value}, but {facts.backbone.name} has {stages} stages.")
-    for key, is_set in (("depth", train.depth is not None), ("layers", bool(train.layers))):
-        if is_set and strategy not in (None, "partial"):
-            faults.append(f"train.{key} belongs to strategy partial, not to {strategy}; remove one of the two.")
-    if train.layers and train.depth is not None:
-        faults.append("train.layers and train.depth both say what partial trains; remove one of the two.")
-    if not recipe.pretrained and strategy not in (None, "full"):
-        faults.append(f"pretrained is false, so strategy {strategy} would freeze random weights; use full.")
-    if not recipe.pretrained and recipe.regularization.l2_sp:
-        faults.append("pretrained is false, so there is nothing that regularization.l2_sp could pull back to.")
-    if strategy == "surgical" and not facts.gradients:
-        faults.append("train.strategy surgical compares gradients of the probe's loss, and there is no probe.")
-    if strategy == "lora" and recipe.regularization.l2_sp:
-        faults.append(
-            "train.strategy lora leaves pretrained weights where they are, so regularization.l2_sp must be 0."
-        )
-    if recipe.regularization.fractional_pooling and not train.reinit:
-        faults.append("regularization.fractional_pooling is for tops drawn anew; set train.reinit to 1 or more.")
-    needs_own = not recipe.pretrained or train.reinit > 0
-    if needs_own and facts.backbone.has_batch_norm and train.batch_norm in ("frozen", "statistics"):
-        faults.append(
-            f"train.batch_norm is {train.batch_norm}, but fresh weights need statistics and scales of their own."
-        )
-    if train.reinit:
-        faults += _reinit_faults(recipe)
-    faults += _averaging_faults(recipe) + mixture_faults(recipe, facts) + refit_faults(recipe, facts)
-    return faults + _lbfgs_faults(recipe, facts) + teacher_faults(recipe, facts)
-
-
-def _averaging_faults(recipe: Recipe) -> list[str]:
-    train, faults = recipe.train, []
-    averaging = train.averaging
-    cycles = train.schedule.cycles if "cycles" in train.schedule.model_fields_set else averaging.snapshots
-    if averaging.snapshots and cycles != averaging.snapshots:
-        faults.append(
-            f"train.averaging.snapshots is {averaging.snapshots} and train.schedule.cycles {cycles}; keep the first."
-        )
-    if averaging.snapshots and train.schedule.name not in (None, "cyclic", "growing"):
-        faults.append(f"train.averaging.snapshots needs a schedule with cycles, but it is {train.schedule.name}.")
-    if averaging.kind == "swa" and (averaging.snapshots or train.schedule.name in ("cyclic", "growing", "one_cycle")):
-        faults.append("train.averaging.kind swa and a schedule with cycles both say where the rate ends; keep one.")
-    if train.strategy == "lora" and (averaging.snapshots or averaging.keep_last):
-        faults.append(
-            "train.strategy lora merges its matrices at the end, so no snapshots of them are kept; set both to 0."
-        )
-    return faults
-
-
-def _reinit_faults(recipe: Recipe) -> list[str]:
-    train, faults = recipe.train, []
-    if not recipe.pretrained:
-        faults.append("pretrained is false, so train.reinit has nothing to draw anew.")
-    if train.strategy not in (None, "partial", "full", "gradual"):
-        faults.append(f"train.reinit needs its stages trained whole, but the strategy is {train.strategy}.")
-    if train.depth is not None and train.depth < train.reinit:
-        faults.append(f"train.reinit is {train.reinit}, but train.depth trains only {train.depth} stages.")
-    if train.layers:
-        faults.append("train.reinit draws top stages anew, but train.layers names what trains; use train.depth.")
-    if recipe.head.init == "probe":
-        faults.append("head.init is probe, but the features it was fitted to are drawn anew; use zero.")
-    return faults
-
-
-def _lbfgs_faults(recipe: Recipe, facts: Facts) -> list[str]:
-    """L-BFGS believes differences of gradients, so nothing may be random between two of them."""
-    if recipe.train.optimizer.name != "lbfgs":
-        return []
-    augment, rules, num_train = recipe.augment, recipe.regularization, sum(facts.counts["train"])
-    random = {
-        "augment.preset must be none": augment.preset != "none",
-        "augment must change nothing else": bool(
-            augment.cutout or augment.pca_color or augment.rotate_degrees or augment.policy != "none"
-        ),
-        "hardware.precision must be 32": recipe.hardware.precision not in ("auto", "32"),
-        "augment.mixup and cutmix must be 0": bool(augment.mixup or augment.cutmix),
-        "head.dropout and drop_connect must be 0": bool(recipe.head.dropout or recipe.head.drop_connect),
-        "regularization must drop and move nothing": bool(
-            rules.stochastic_depth or rules.channel_dropout or rules.fractional_pooling
-        ),
-        f"train.batch_size must be at least {num_train}, all training images": recipe.train.batch_size < num_train,
-        "train.batch_norm must be frozen": recipe.train.batch_norm not in (None, "frozen"),
-        "train.imbalance.kind must draw every image": recipe.train.imbalance.kind == "sampler",
-    }
-    if recipe.train.optimizer.weight_decay:
-        random["train.optimizer.weight_decay must be 0, for it is no part of the loss"] = True
-    named = [what for what, is_so in random.items() if is_so]
-    return (
-        [f"train.optimizer.name is lbfgs, which needs the same loss at every look: {'; '.join(named)}."]
-        if named
-        else []
-    )
-
-
-def refuse_depth(recipe: Recipe, strategy: str, why: str) -> None:
-    """A depth, named layers, fresh stages or a teacher where the advice is a strategy that has no use for them.
-
-    Raises:
-        RecipeError: if so.
-    """
-    for key, is_set in (("depth", recipe.train.depth is not None), ("layers", bool(recipe.train.layers))):
-        if is_set and strategy != "partial":
-            raise RecipeError(
-                f"train.{key} belongs to strategy partial, but the advice is {strategy}: {why}. "
-                f"Set train.strategy to partial, or remove train.{key}."
-            )
-    if recipe.train.reinit and strategy == "probe":
-        raise RecipeError(f"train.reinit needs its stages trained, but the advice is probe: {why}. Set train.strategy.")
-    if recipe.train.distillation.teacher is not None and strategy == "probe":
-        raise RecipeError(
-            f"train.distillation.teacher needs something that trains, but the advice is probe: {why}. "
-            "Set train.strategy, such as full."
-        )

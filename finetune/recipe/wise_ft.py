@@ -12,7 +12,7 @@ def mixture_share(recipe: Recipe, facts: Facts, strategy: str) -> tuple[float, s
     """`train.averaging.wise_ft` where the recipe leaves it open; and why."""
     if strategy == "probe":
         return 1.0, "nothing trains"
-    if needs := [*_hindrances(recipe, facts, strategy)]:
+    if needs := hindrances(recipe, facts, strategy):
         return 1.0, f"what is trained ships as it is, for {needs[0]}"
     if recipe.train.distillation.teacher is not None:
         return 1.0, "a student ships as its teacher left it"
@@ -27,18 +27,7 @@ def mixture_share(recipe: Recipe, facts: Facts, strategy: str) -> tuple[float, s
     return SHARE, "the rest is the start under its probe: a little less accurate, and much less often sure and wrong"
 
 
-def mixture_faults(recipe: Recipe, facts: Facts) -> list[str]:
-    """What is in the way of a mixture that the recipe asks for."""
-    share = recipe.train.averaging.wise_ft
-    if share is None or share == 1 or recipe.train.strategy == "probe":
-        return []
-    return [
-        f"train.averaging.wise_ft is {share:g}, but {why}; set it to 1, or change that."
-        for why in _hindrances(recipe, facts, recipe.train.strategy or "full")
-    ]
-
-
-def _hindrances(recipe: Recipe, facts: Facts, strategy: str) -> list[str]:
+def hindrances(recipe: Recipe, facts: Facts, strategy: str) -> list[str]:
     """Why start and end would not make one network."""
     train, head = recipe.train, recipe.head
     found = []
