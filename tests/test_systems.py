@@ -10,6 +10,7 @@ import torch
 
 import finetune
 from finetune import compute
+from finetune.data import loading
 from finetune.data.augmentation import Augmentation
 from finetune.data.dataset import Dataset
 from finetune.data.loading import Batches
@@ -103,11 +104,16 @@ def make_batches(shapes, workers):
 
 
 def test_loader_processes_that_are_not_forked_give_the_same_batches(shapes, monkeypatch):
-    alone = list(make_batches(shapes, 0))
+    alone, ways = list(make_batches(shapes, 0)), []
+
+    def open_loader(*rest, **more):
+        ways.append(more["multiprocessing_context"])
+        return torch.utils.data.DataLoader(*rest, **more)
+
+    monkeypatch.setattr(loading, "DataLoader", open_loader)
     monkeypatch.setattr(compute, "can_fork", lambda: False)
-    assert compute.start_method() == "spawn"
     spawned = list(make_batches(shapes, 1))
-    assert len(alone) == len(spawned) == 2
+    assert ways == ["spawn"] and len(alone) == len(spawned) == 2
     for mine, theirs in zip(alone, spawned, strict=True):
         assert all(map(torch.equal, mine, theirs))
 
