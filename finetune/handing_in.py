@@ -3,10 +3,8 @@
 It is used as it is and never kept; the plan names it, and a run that goes on is refused without the same.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from finetune.data.torch_datasets import Handed, digest_contents, open_datasets
 from finetune.errors import RecipeError
@@ -15,9 +13,9 @@ from finetune.recipe.own import OwnThing, describe, qualified_name
 from finetune.recipe.plan import Plan
 from finetune.recipe.schema import DataSpec, Recipe
 from finetune.saying import every_few_seconds
-
-Vary = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-"""A user's own change of training images."""
+from finetune.training.own import NOTHING as NO_TRAINING
+from finetune.training.own import OwnLoss, OwnTraining
+from finetune.training.starting import Vary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +23,7 @@ class Own:
     """All that was handed in, ready for use."""
 
     given: Given = NOTHING
-    vary: Vary | None = None
+    training: OwnTraining = NO_TRAINING
     things: tuple[OwnThing, ...] = ()
     """What the plan says of it."""
 
@@ -35,13 +33,16 @@ def hand_in(
     *,
     model: Model | None = None,
     dataset: Handed | None = None,
+    loss: OwnLoss | None = None,
+    callbacks: Sequence[object] = (),
+    logger: object | None = None,
     vary: Vary | None = None,
     say: Callable[[str], None],
 ) -> Own:
     """What is handed in beside a recipe or a plan; every image of a data set is read.
 
     Raises:
-        RecipeError: if it names what is handed in, or says how to read a folder.
+        RecipeError: if it names what is handed in, or says how to read a folder; or as `callbacks.checked`.
         BackboneError: as `open_network`.
         DataError: as `open_datasets`.
     """
@@ -60,9 +61,25 @@ def hand_in(
         parts = dataset.values() if isinstance(dataset, Mapping) else [dataset]
         names = dict.fromkeys(map(qualified_name, parts))
         things.append(OwnThing(argument="dataset", name=" + ".join(names), digest=digest_contents(source)))
-    if vary is not None:
-        things.append(describe("vary", vary))
-    return Own(given=Given(source=source, backbone=backbone), vary=vary, things=tuple(things))
+    training = OwnTraining(vary=vary, loss=loss, callbacks=tuple(callbacks), logger=logger)
+    if callbacks or logger is not None:
+        from finetune.training.callbacks import checked  # here, for Lightning is slow to load
+
+        training = checked(training)
+    things += _describe_training(training)
+    return Own(given=Given(source=source, backbone=backbone), training=training, things=tuple(things))
+
+
+def _describe_training(own: OwnTraining) -> Iterator[OwnThing]:
+    if own.loss is not None:
+        yield describe("loss", own.loss)
+    for callback in own.callbacks:
+        yield describe("callbacks", callback, has_settings=False)
+    loggers = own.logger if isinstance(own.logger, list | tuple) else [own.logger] if own.logger is not None else []
+    for one in loggers:
+        yield describe("logger", one, has_settings=False)
+    if own.vary is not None:
+        yield describe("vary", own.vary)
 
 
 def _refuse_named_backbone(recipe: Recipe) -> None:

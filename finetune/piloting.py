@@ -19,6 +19,7 @@ from finetune.recipe.matrix import ORDER
 from finetune.recipe.planning import make_plan
 from finetune.recipe.schema import DistillationSpec, Recipe
 from finetune.scores.intervals import wilson
+from finetune.training.own import NOTHING, OwnTraining
 
 LEAST_STEPS = 30
 """Optimizer steps that a candidate gets at least; fewer show the disturbance of a start, not what it leads to."""
@@ -28,7 +29,9 @@ MOST_EPOCHS = 20
 """However many seconds there are."""
 
 
-def run_pilot(recipe: Recipe, seen: Survey, seconds: float, say: Callable[[str], None]) -> Facts:
+def run_pilot(
+    recipe: Recipe, seen: Survey, seconds: float, say: Callable[[str], None], own: OwnTraining = NOTHING
+) -> Facts:
     """The facts with what short trainings showed; about `seconds` are spent, whatever the images.
 
     Args:
@@ -36,6 +39,7 @@ def run_pilot(recipe: Recipe, seen: Survey, seconds: float, say: Callable[[str],
         seen: what the survey made.
         seconds: for all trainings together.
         say: prints a line for people.
+        own: whose loss and change of images are used, and whose listeners hear of nothing.
 
     Raises:
         RecipeError: if the seconds are too few to show anything on this machine.
@@ -55,7 +59,7 @@ def run_pilot(recipe: Recipe, seen: Survey, seconds: float, say: Callable[[str],
         number += 1
         share = left / (len(candidates) * max(1, rounds - number + 1))
         for name in candidates:
-            row = _try(recipe, seen, name, share, number)
+            row = _try(recipe, seen, name, share, number, own)
             rows.append(row)
             left -= row.seconds
             say(f"pilot, round {number}: {name} {100 * row.val.value:.1f} % of val after {row.seconds:.0f} s")
@@ -66,7 +70,7 @@ def run_pilot(recipe: Recipe, seen: Survey, seconds: float, say: Callable[[str],
     return facts.model_copy(update={"pilot": tuple(rows)})
 
 
-def _try(recipe: Recipe, seen: Survey, strategy: str, seconds: float, number: int) -> PilotFacts:
+def _try(recipe: Recipe, seen: Survey, strategy: str, seconds: float, number: int, own: OwnTraining) -> PilotFacts:
     """Train for about `seconds` and look at val; the backbone that was surveyed stays as it is."""
     from finetune.training.fitting import fit  # here, for Lightning is slow to load
     from finetune.training.starting import make_batches, make_classifier
@@ -79,11 +83,14 @@ def _try(recipe: Recipe, seen: Survey, strategy: str, seconds: float, number: in
     probe = {} if seen.probe is None else {"weight": seen.probe.weight.float(), "bias": seen.probe.bias.float()}
     began = time.perf_counter()
     classifier = make_classifier(plan, copy.deepcopy(seen.backbone), probe, seen.facts.counts["train"])
-    train, val = make_batches(plan, seen.dataset, most_images=images)
+    train, val = make_batches(plan, seen.dataset, most_images=images, vary=own.vary)
     with tempfile.TemporaryDirectory() as folder:
         curves = Curves(Path(folder) / "curves.csv")
         here = Path(folder)
-        fit(plan, 0, classifier, train, val, here, curves, members=here, say=lambda text: None, notify=lambda: None)
+        fit(
+            plan, 0, classifier, train, val, here, curves,
+            members=here, own=OwnTraining(loss=own.loss), say=lambda text: None, notify=lambda: None,
+        )  # fmt: skip
         found = [row for row in curves.rows() if row["name"] == "val/top1" and int(row["epoch"]) >= 0]
     num_val = len(val.indices)
     share = wilson(round(float(found[-1]["value"]) * num_val), num_val)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from finetune.compute import Compute, give_back_memory
 from finetune.data.torch_datasets import Handed
-from finetune.errors import DataError, FinetuneError, RecipeError, RunError, names_beside, nearest
+from finetune.errors import FinetuneError, RecipeError, RunError
 from finetune.evaluation.evaluation import evaluate_run
 from finetune.evaluation.page_images import seen_images, stored_images
 from finetune.evaluation.teaching import find_teacher, load_teacher
@@ -28,10 +28,18 @@ from finetune.evaluation.whole_model import keep_model
 from finetune.features.answers import probe_answers
 from finetune.features.refitting import probe_tensors
 from finetune.features.survey import Survey, look
-from finetune.handing_in import Own, Vary, hand_in
+from finetune.handing_in import Own, hand_in
 from finetune.models.classifier import Classifier
 from finetune.models.own import Model
-from finetune.preparing import Say, checked_plan, fitting_plan, say_on_stderr, with_backbone
+from finetune.preparing import (
+    Say,
+    checked_plan,
+    fitting_plan,
+    refuse_nowhere,
+    say_on_stderr,
+    with_backbone,
+    with_whole_root,
+)
 from finetune.process import as_guest
 from finetune.recipe.addresses import Login, split_login
 from finetune.recipe.distillation import name_teacher
@@ -60,6 +68,8 @@ from finetune.reporting.terminal import facts_text, plan_text, scores_text
 from finetune.run import Run
 from finetune.saying import every_few_seconds
 from finetune.training.optimization import check_optimizer
+from finetune.training.own import OwnLoss
+from finetune.training.starting import Vary
 from finetune.training.tracking import Tracker, Unsent, default_uri, send_remaining
 from finetune.training.watching import Curves, rewind
 
@@ -72,6 +82,9 @@ def train(
     runs: str | Path | None = None,
     model: Model | None = None,
     dataset: Handed | None = None,
+    loss: OwnLoss | None = None,
+    callbacks: Sequence[object] = (),
+    logger: object | None = None,
     vary: Vary | None = None,
     say: Say = say_on_stderr,
 ) -> Run:
@@ -88,6 +101,10 @@ def train(
             the head of any other module is, and how it wants its images. It stays as it is.
         dataset: your own images instead of a folder: a map-style torch data set of (image, label), or one for each
             role, such as `{"train": ..., "val": ...}`; see `open_datasets`. Resuming needs all of yours again.
+        loss: your own loss: logits (B, K) and labels (B,), or targets (B, K) where images are mixed, to losses (B,) or
+            their mean. Val is judged by cross-entropy as ever.
+        callbacks: of Lightning, for the Trainer of every stage; they may stop it. What a plan decides is refused.
+        logger: of Lightning, or several, beside our own curves.
         vary: your own change of training images: an image (H, W, 3) uint8 and a numpy generator to an image of the
             same shape, the label left true.
         say: gets every line for people; `log.txt` gets them too.
@@ -95,17 +112,20 @@ def train(
     Raises:
         RecipeError: if wishes contradict each other, or a plan does not fit the images, the backbone or itself.
     """
+    give = partial(
+        hand_in, model=model, dataset=dataset, loss=loss, callbacks=callbacks, logger=logger, vary=vary, say=say
+    )
     if (plan := as_plan(recipe, overrides)) is not None:
-        return _train_by(plan, hand_in(plan, model=model, dataset=dataset, vary=vary, say=say), runs, say)
+        return _train_by(plan, give(plan), runs, say)
     assert not isinstance(recipe, Plan)
     recipe = as_recipe(recipe, overrides)
     if dataset is None:
-        recipe = _with_whole_root(recipe)
+        recipe = with_whole_root(recipe)
     recipe = name_teacher(recipe)
     find_teacher(recipe.train.distillation.teacher)  # a wrong one leaves no run folder
     check_optimizer(recipe.train.optimizer)
     recipe = name_backbone(recipe)
-    own = hand_in(recipe, model=model, dataset=dataset, vary=vary, say=say)
+    own = give(recipe)
     named, ranking = with_backbone(recipe, say, own.given)
     name = recipe.name or (own.given.source.root if own.given.source else Path(str(recipe.data.root))).name
     return _new_run(named, recipe_text(recipe), name, runs, say, ranking, own)
@@ -115,7 +135,7 @@ def _train_by(plan: Plan, own: Own, runs: str | Path | None, say: Say) -> Run:
     """A new run of a plan: the walk from the plan on, once the images and the backbone are opened."""
     refuse_other_things(plan.own, own.things, run="the run of this plan", is_trained=False, verb="train")
     if plan.data.root is not None:
-        _refuse_nowhere(Path(plan.data.root))
+        refuse_nowhere(Path(plan.data.root))
     Compute.decide(plan.hardware)  # refuses what is not here before images are looked at
     check_optimizer(plan.train.optimizer)
     return _new_run(plan, plan.to_yaml(), plan.name, runs, say, None, own)
@@ -142,21 +162,6 @@ def _new_run(
         raise
 
 
-def _with_whole_root(recipe: Recipe) -> Recipe:
-    """The recipe with the whole path of its images, so that a run can be resumed from anywhere."""
-    if recipe.data.root is None:
-        raise RecipeError("no images are named. Give a folder: `finetune train FOLDER`, or set data.root.")
-    root = Path(recipe.data.root).expanduser().absolute()
-    _refuse_nowhere(root)
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})
-
-
-def _refuse_nowhere(root: Path) -> None:
-    if not root.exists():
-        hint = nearest(root.name, names_beside(root), otherwise="Check the path.")
-        raise DataError(f"data.root: {root} does not exist. {hint}")
-
-
 @as_guest()
 def resume(
     path: str | PathLike[str],
@@ -164,6 +169,9 @@ def resume(
     *,
     model: Model | None = None,
     dataset: Handed | None = None,
+    loss: OwnLoss | None = None,
+    callbacks: Sequence[object] = (),
+    logger: object | None = None,
     vary: Vary | None = None,
     say: Say = say_on_stderr,
 ) -> Run:
@@ -175,6 +183,9 @@ def resume(
             `train.epochs=40`, make another run beside it, by its recipe and from its weights, once it is finished.
         model: what the run was begun with, if it was; so are the other arguments that `train` has, too.
         dataset: see there.
+        loss: see there.
+        callbacks: see there.
+        logger: see there.
         vary: see there.
         say: gets every line for people.
 
@@ -189,14 +200,20 @@ def resume(
     if overrides and root is None:
         recipe = another_wish(run, overrides)
         say(f"{run.path} is finished, so this is another run: it begins from those weights, and its rates start anew.")
-        return train(recipe, runs=run.path.absolute().parent, model=model, dataset=dataset, vary=vary, say=say)
+        return train(
+            recipe, runs=run.path.absolute().parent, model=model, dataset=dataset, loss=loss, callbacks=callbacks,
+            logger=logger, vary=vary, say=say,
+        )  # fmt: skip
+    give = partial(
+        hand_in, model=model, dataset=dataset, loss=loss, callbacks=callbacks, logger=logger, vary=vary, say=say
+    )
     if run.file("plan.yaml").exists():
         plan = read_decided(run, root)
-        own = hand_in(plan, model=model, dataset=dataset, vary=vary, say=say)
+        own = give(plan)
         refuse_other_own(run, own.things)
         return _walk(run, plan, say, None, own)
     wish = read_wish(run, root)
-    own = hand_in(wish, model=model, dataset=dataset, vary=vary, say=say)
+    own = give(wish)
     recipe, ranking = with_backbone(wish, say, own.given)
     return _walk(run, recipe, say, ranking, own)
 
@@ -322,7 +339,7 @@ def _steps(run: RunFolder, begins: Recipe | Plan, say: Say, ranking: Ranking | N
 def _begin(run: RunFolder, begins: Recipe | Plan, seen: Survey, own: Own, say: Say) -> None:
     """Write what was measured and what was decided; the probe and the plan last, for they mark a run that can go on."""
     decided = fitting_plan(begins, seen) if isinstance(begins, Plan) else checked_plan(begins, seen)
-    if own.vary is not None and decided.train.optimizer.name == "lbfgs":
+    if own.training.vary is not None and decided.train.optimizer.name == "lbfgs":
         raise RecipeError("train.optimizer.name is lbfgs, which needs the same loss at every look; leave vary out.")
     run.write_json("facts.json", seen.facts.model_dump(mode="json"))
     run.write_json("environment.json", Compute.of(decided.hardware).describe())
@@ -342,7 +359,7 @@ def _train_stages(
 
     notify = tracker.notify if tracker is not None else (lambda: None)
     teach = partial(load_teacher, plan)
-    return train_stages(run, plan, seen.dataset, seen.backbone, vary=own.vary, teach=teach, say=say, notify=notify)
+    return train_stages(run, plan, seen.dataset, seen.backbone, own=own.training, teach=teach, say=say, notify=notify)
 
 
 def _start_tracker(run: RunFolder, plan: Plan, say: Say, login: Login | None) -> Tracker | None:

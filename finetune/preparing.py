@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune.data.dataset import Dataset
 from finetune.data.items import ROLES
 from finetune.data.torch_datasets import Handed
-from finetune.errors import RecipeError
+from finetune.errors import DataError, RecipeError, names_beside, nearest
 from finetune.evaluation.teaching import find_teacher
 from finetune.evaluation.viewing import refuse_views
 from finetune.features.ranking import choose_backbone
@@ -30,6 +30,8 @@ from finetune.recipe.section import Section
 from finetune.recipe.shelf import name_backbone
 from finetune.saying import every_few_seconds
 from finetune.training.optimization import check_optimizer
+from finetune.training.own import OwnLoss
+from finetune.training.starting import Vary
 
 Say = Callable[[str], None]
 
@@ -47,6 +49,10 @@ def plan(
     *,
     model: Model | None = None,
     dataset: Handed | None = None,
+    loss: OwnLoss | None = None,
+    callbacks: Sequence[object] = (),
+    logger: object | None = None,
+    vary: Vary | None = None,
     pilot_seconds: float | None = None,
     say: Say = say_on_stderr,
 ) -> tuple[Facts, Plan]:
@@ -55,8 +61,12 @@ def plan(
     Args:
         recipe: what to do: a recipe, its file or shipped name, or a folder of images.
         overrides: `section.key=value`.
-        model: as in `train`.
-        dataset: as in `train`.
+        model: as in `train`; so are the next five, which a plan names.
+        dataset: see there.
+        loss: see there.
+        callbacks: see there.
+        logger: see there.
+        vary: see there.
         say: gets every line for people.
         pilot_seconds: for short trainings of the closest candidates, by which the strategy is then chosen; None: none.
     """
@@ -65,14 +75,16 @@ def plan(
         raise RecipeError("a pilot chooses train.strategy, which the recipe names already; leave one of the two out.")
     check_optimizer(recipe.train.optimizer)
     teacher = find_teacher(recipe.train.distillation.teacher)
-    own = hand_in(recipe, model=model, dataset=dataset, say=say)
+    own = hand_in(
+        recipe, model=model, dataset=dataset, loss=loss, callbacks=callbacks, logger=logger, vary=vary, say=say
+    )
     recipe, ranking = with_backbone(recipe, say, own.given)
     seen = look(recipe, every_few_seconds(say), roles_seen=_roles_seen(recipe), given=own.given)
-    facts = seen.facts
+    facts = seen.facts.model_copy(update={"own": own.things})
     if pilot_seconds is not None:
         refuse_teacher(recipe, facts.model_copy(update={"teacher": teacher}))  # before seconds are spent
-        facts = run_pilot(recipe, seen, pilot_seconds, say)
-    facts = facts.model_copy(update={"ranking": ranking, "teacher": teacher, "own": own.things})
+        facts = run_pilot(recipe, replace(seen, facts=facts), pilot_seconds, say, own.training)
+    facts = facts.model_copy(update={"ranking": ranking, "teacher": teacher})
     return facts, checked_plan(recipe, replace(seen, facts=facts))
 
 
@@ -108,6 +120,10 @@ def survey(
     *,
     model: Model | None = None,
     dataset: Handed | None = None,
+    loss: OwnLoss | None = None,
+    callbacks: Sequence[object] = (),
+    logger: object | None = None,
+    vary: Vary | None = None,
     say: Say = say_on_stderr,
 ) -> Facts:
     """What there is to know about a recipe's (or a folder's) images and backbone before anything is decided.
@@ -118,13 +134,19 @@ def survey(
     Args:
         recipe: a recipe, its file or shipped name, or a folder of images.
         overrides: `section.key=value`.
-        model: as in `train`.
-        dataset: as in `train`.
+        model: as in `train`; so are the next five, which a plan names.
+        dataset: see there.
+        loss: see there.
+        callbacks: see there.
+        logger: see there.
+        vary: see there.
         say: gets every line for people.
     """
     recipe = as_recipe(recipe, overrides)
     teacher = find_teacher(recipe.train.distillation.teacher)
-    own = hand_in(recipe, model=model, dataset=dataset, say=say)
+    own = hand_in(
+        recipe, model=model, dataset=dataset, loss=loss, callbacks=callbacks, logger=logger, vary=vary, say=say
+    )
     recipe, ranking = with_backbone(recipe, say, own.given)
     seen = look(recipe, every_few_seconds(say), given=own.given)
     return seen.facts.model_copy(update={"ranking": ranking, "teacher": teacher, "own": own.things})
@@ -168,6 +190,22 @@ def extract(recipe: Recipe, part: str, say: Say = say_on_stderr) -> Extracted:
         raise RecipeError("a part of the images is looked at by one backbone; name it, backbone=NAME.")
     seen = survey_part(recipe, int(found[1]), int(found[2]), every_few_seconds(say))
     return Extracted(hits=seen.hits, misses=seen.misses, bad=len(seen.bad))
+
+
+def with_whole_root(recipe: Recipe) -> Recipe:
+    """The recipe with the whole path of its images, so that a run can be resumed from anywhere."""
+    if recipe.data.root is None:
+        raise RecipeError("no images are named. Give a folder: `finetune train FOLDER`, or set data.root.")
+    root = Path(recipe.data.root).expanduser().absolute()
+    refuse_nowhere(root)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})
+
+
+def refuse_nowhere(root: Path) -> None:
+    """Nothing, where there is something at `root`; else a DataError with what is nearly called so."""
+    if not root.exists():
+        hint = nearest(root.name, names_beside(root), otherwise="Check the path.")
+        raise DataError(f"data.root: {root} does not exist. {hint}")
 
 
 def with_backbone(recipe: Recipe, say: Say, given: Given = NOTHING) -> tuple[Recipe, Ranking | None]:

@@ -10,6 +10,7 @@ from finetune.errors import RecipeError
 from finetune.recipe.case import Case
 from finetune.recipe.conflicts import AFTER_ADVICE, CONFLICTS, LBFGS_NEEDS, refuse_after_advice
 from finetune.recipe.facts import TeacherFacts
+from finetune.recipe.own import OwnThing
 from finetune.recipe.schema import recipe_keys
 
 FACTS = make_facts().model_copy(update={"labelled": (600, 600, 600)})
@@ -23,6 +24,7 @@ TEACHER = TeacherFacts(
     crop_pct=FACTS.crop_pct,
     imbalances=("none",),
 )
+OWN_LOSS = {"own": (OwnThing(argument="loss", name="mine.focal"),)}
 LBFGS = "train.optimizer.name=lbfgs augment.preset=none train.batch_size=1500"
 CASES = [
     "train.strategy=partial train.depth=9",
@@ -63,6 +65,9 @@ CASES = [
     "data.label_swap=[[a,z]]",
     "data.label_swap=[[a,b],[a,c]]",
     "data.label_swap=[[a,b]] data.invariances=[vflip,rot90]",
+    ("train.strategy=probe", OWN_LOSS),
+    ("train.imbalance.kind=focal", OWN_LOSS),
+    ("regularization.label_smoothing=0.1", OWN_LOSS),
 ]
 """In the order of the table: wishes, and facts that go with them."""
 ADVISED = [

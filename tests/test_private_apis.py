@@ -249,5 +249,12 @@ def test_lightning_keeps_the_factor_of_the_loss_in_its_precision_plugin():
     assert not hasattr(Precision(), "scaler")
 
 
+@proves("monitor")
+def test_callbacks_of_lightning_say_what_they_watch():
+    from pytorch_lightning.callbacks import EarlyStopping
+
+    assert EarlyStopping("val/loss").monitor == "val/loss"
+
+
 def test_every_row_of_the_page_has_a_test():
     assert PROVED == LISTED

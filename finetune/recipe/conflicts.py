@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from finetune.errors import RecipeError
 from finetune.recipe.case import Case
 from finetune.recipe.facts import Facts
+from finetune.recipe.own import has_own_loss
 from finetune.recipe.refit import has_more
 from finetune.recipe.schema import Recipe
 
@@ -295,7 +296,28 @@ OF_FLIPS: tuple[Row, ...] = (
 )
 """Of what may be done to an image."""
 
-CONFLICTS = (*OF_STAGES, *OF_TRAINING, *OF_TEACHERS, *OF_HEADS, *OF_FLIPS)
+OF_LOSSES: tuple[Row, ...] = (
+    (
+        lambda c: has_own_loss(c.facts.own) and c.strategy == "probe",
+        lambda c: "train.strategy is probe, which is solved exactly, by cross-entropy; leave loss= out.",
+    ),
+    (
+        lambda c: has_own_loss(c.facts.own) and c.train.imbalance.kind not in (None, "none", "sampler"),
+        lambda c: (
+            f"train.imbalance.kind is {c.train.imbalance.kind}, which is a loss, and loss= hands in another; keep one."
+        ),
+    ),
+    (
+        lambda c: has_own_loss(c.facts.own) and c.rules.label_smoothing,
+        lambda c: (
+            f"regularization.label_smoothing is {c.rules.label_smoothing:g}, but loss= takes labels as they are; "
+            "keep one."
+        ),
+    ),
+)
+"""With a loss that a program hands in."""
+
+CONFLICTS = (*OF_STAGES, *OF_TRAINING, *OF_TEACHERS, *OF_HEADS, *OF_FLIPS, *OF_LOSSES)
 
 AFTER_ADVICE: tuple[Row, ...] = (
     (

@@ -4,17 +4,25 @@ goes on with the same.
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from finetune.errors import RunError
 from finetune.recipe.section import Section
 
-Argument = Literal["model", "dataset", "vary"]
+Argument = Literal["model", "dataset", "loss", "callbacks", "logger", "vary"]
 """Of `train` and `resume`, by which it is handed in."""
 ALWAYS = ("model", "dataset")
 """What a run needs to be looked at again; the others only change what is still to be trained."""
-_MEANS = {"model": "the network", "dataset": "the images", "vary": "a change of training images"}
+_PLAIN = (bool, int, float, str)
+_MEANS = {
+    "model": "the network",
+    "dataset": "the images",
+    "loss": "the loss",
+    "callbacks": "callbacks of Lightning",
+    "logger": "a logger of Lightning",
+    "vary": "a change of training images",
+}
 
 
 class OwnThing(Section):
@@ -30,8 +38,13 @@ class OwnThing(Section):
         return f"{self.name} ({self.digest[:12]})" if self.digest else self.name
 
 
-def describe(argument: Argument, thing: Any) -> OwnThing:
-    """The name and digest of a function, or of an object whose settings say what it does."""
+def describe(argument: Argument, thing: Any, *, has_settings: bool = True) -> OwnThing:
+    """The name of a function or an object, and the digest of its code and of the settings that say what it does.
+
+    What listens changes as it does so, and has no settings that would be the same again.
+    """
+    if not has_settings:
+        return OwnThing(argument=argument, name=qualified_name(thing))
     return OwnThing(argument=argument, name=qualified_name(thing), digest=_digest_code(thing))
 
 
@@ -41,6 +54,11 @@ def qualified_name(thing: Any) -> str:
         thing = thing.func
     named = thing if hasattr(thing, "__qualname__") else type(thing)
     return f"{named.__module__}.{named.__qualname__}"
+
+
+def has_own_loss(things: Sequence[OwnThing]) -> bool:
+    """Whether a loss was handed in."""
+    return any(thing.argument == "loss" for thing in things)
 
 
 def refuse_other_things(
@@ -71,7 +89,37 @@ def refuse_other_things(
 
 
 def _digest_code(thing: Any) -> str:
-    code = getattr(thing, "__code__", None)
-    plain = [part for part in code.co_consts if isinstance(part, bool | int | float | str)] if code else []
-    text = repr((code.co_code, code.co_names, plain)) if code else type(thing).__qualname__
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return hashlib.sha256("".join(_told(thing)).encode()).hexdigest()[:12]
+
+
+def _told(thing: Any) -> Iterator[str]:
+    """What can be told of a function or an object: its code, and settings that are plain values or tensors."""
+    if isinstance(thing, functools.partial):
+        yield from _told(thing.func)
+        yield repr((_plain(thing.args), _plain(thing.keywords.items())))
+    elif (code := getattr(thing, "__code__", None)) is not None:
+        yield _code(code)
+        closed = [cell.cell_contents for cell in thing.__closure__ or ()]
+        if settings := [_plain(part) for part in (closed, thing.__defaults__, thing.__kwdefaults__) if part]:
+            yield repr(settings)
+    else:
+        yield type(thing).__qualname__
+        for name in ("__call__", "forward"):
+            if (code := getattr(getattr(type(thing), name, None), "__code__", None)) is not None:
+                yield _code(code)
+        own = {name: value for name, value in getattr(thing, "__dict__", {}).items() if not name.startswith("_")}
+        if settings := _plain(sorted((name, value) for name, value in own.items() if name != "training")):
+            yield repr(settings)
+        if callable(state := getattr(thing, "state_dict", None)):
+            yield from (f"{name} {value!r}" for name, value in state().items())
+
+
+def _code(code: Any) -> str:
+    return repr((code.co_code, code.co_names, [part for part in code.co_consts if isinstance(part, _PLAIN)]))
+
+
+def _plain(values: Any) -> list[Any]:
+    """What is plain of some values, or of the values of pairs."""
+    if isinstance(values, dict):
+        values = values.items()
+    return [one for one in values if isinstance(one[1] if isinstance(one, tuple) and len(one) == 2 else one, _PLAIN)]

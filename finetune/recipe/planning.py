@@ -10,6 +10,7 @@ from finetune.recipe.decided import shared_by_stages
 from finetune.recipe.facts import Facts, MachineFacts, ProfileFacts, RangeFacts
 from finetune.recipe.forecasts import with_forecasts
 from finetune.recipe.idle import idle_reasons
+from finetune.recipe.own import ALWAYS
 from finetune.recipe.passes import decide_micro_batch, images_at_once
 from finetune.recipe.plan import Advice, Plan, Reason
 from finetune.recipe.reading import Wish, as_recipe
@@ -42,7 +43,6 @@ def make_plan(recipe: Wish, facts: Facts) -> Plan:
     refuse_conflicts(recipe, facts)
     if facts.profile is not None and facts.profile.earlier is not None:
         reasons.append(_propose_cut(facts.profile))
-    reasons += [Reason(key=f"own.{own.argument}", value=str(own), why="handed in from Python") for own in facts.own]
     if facts.ranking is not None:
         reasons.append(Reason(key="backbone", value=facts.backbone.name, why=facts.ranking.why))
     strategy = decide("train.strategy", recipe.train.strategy, *_strategy(recipe, advice))
@@ -54,6 +54,7 @@ def make_plan(recipe: Wish, facts: Facts) -> Plan:
     train = decide_train(recipe, facts, strategy, hardware["devices"], decide)
     hardware["micro_batch"] = decide_micro_batch(recipe, facts, train, hardware["devices"], decide)
     is_probe = strategy == "probe"
+    reasons += _own_reasons(facts, is_probe=is_probe)
     augment = _decide_augment(recipe, facts, is_probe=is_probe, decide=decide)
     init = decide("head.init", None if is_probe else recipe.head.init, *_first_head(recipe, facts, is_probe))
     stages = make_stages(strategy, train, facts)
@@ -96,6 +97,15 @@ def _strategy(recipe: Recipe, advice: Advice) -> tuple[str, str]:
     if advice.strategy == "full" and (recipe.train.depth is not None or recipe.train.layers):
         return "partial", f"{key} says what trains; otherwise {advice.strategy}: {advice.why} [{advice.cell}]"
     return advice.strategy, f"{advice.why} [{advice.cell}]"
+
+
+def _own_reasons(facts: Facts, *, is_probe: bool) -> list[Reason]:
+    """A line for everything that was handed in."""
+    told, idle = "handed in from Python", "inactive: the probe is the model, and it is solved exactly, without steps"
+    return [
+        Reason(key=f"own.{own.argument}", value=str(own), why=idle if is_probe and own.argument not in ALWAYS else told)
+        for own in facts.own
+    ]
 
 
 def _propose_cut(profile: ProfileFacts) -> Reason:

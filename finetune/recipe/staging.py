@@ -11,6 +11,7 @@ from finetune.recipe.decided import SchedulePlan
 from finetune.recipe.distillation import decide_distillation, inherit_imbalance
 from finetune.recipe.facts import Facts
 from finetune.recipe.imbalance import uneven
+from finetune.recipe.own import has_own_loss
 from finetune.recipe.plan import Stage
 from finetune.recipe.schedules import whole_epochs
 from finetune.recipe.schema import Recipe, TrainSpec
@@ -76,6 +77,8 @@ def decide_train(recipe: Recipe, facts: Facts, strategy: str, device: Device, de
     decided["averaging"]["wise_ft"] = quiet("train.averaging.wise_ft", wish.averaging.wise_ft, *mixture)
     decided["distillation"] = decide_distillation(wish.distillation, facts.teacher, decide)
     balance = inherit_imbalance(facts.teacher, facts.counts["train"])
+    if has_own_loss(facts.own):
+        balance = ("none", "the loss that was handed in says what each image counts")
     decided["imbalance"] = {
         **wish.imbalance.model_dump(),
         "kind": quiet("train.imbalance.kind", wish.imbalance.kind, *balance),

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import signal
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -31,12 +31,14 @@ from finetune.recipe.plan import Plan, Stage
 from finetune.recipe.runs import write_whole
 from finetune.recipe.schedules import Plateau, rate_factor
 from finetune.training.averaging import WeightAverage
+from finetune.training.callbacks import Listeners
 from finetune.training.distilling import make_distillation
 from finetune.training.keeping import Keeper, PlainFile
-from finetune.training.losses import make_loss
+from finetune.training.losses import Loss, make_loss
 from finetune.training.mixing import Mixing
 from finetune.training.module import DivergenceError, Finetuning, Step
 from finetune.training.optimization import Anchor, make_optimizer
+from finetune.training.own import NOTHING, OwnTraining, loss_by_image
 from finetune.training.snapshots import read_members
 from finetune.training.watching import WINDOW, Curves, Divergence, Recovery
 from finetune.training.wise_ft import StartMixture
@@ -59,6 +61,7 @@ def fit(
     origin: Mapping[str, torch.Tensor] | None = None,
     start: Mapping[str, torch.Tensor] | None = None,
     teacher: nn.Module | None = None,
+    own: OwnTraining = NOTHING,
     slowdown: float = 1.0,
     say: Callable[[str], None],
     notify: Callable[[], None],
@@ -77,6 +80,7 @@ def fit(
         origin: pretrained weights by name, for `regularization.l2_sp`; None: those the stage begins from.
         start: weights by name that the first stage began from, for `train.averaging.wise_ft`.
         teacher: what `train.distillation.teacher` names, from the student's images to logits.
+        own: the loss, callbacks and loggers that a program handed in.
         slowdown: share of all rates to train with; in a refit as the stage that it repeats ended.
         say: prints a line for people.
         notify: called when what the curves hold is there to stay, for the state after it is on disk.
@@ -94,9 +98,9 @@ def fit(
     before = copy.deepcopy(classifier.state_dict())
     device, compute = next(classifier.parameters()).device, Compute.of(plan.hardware)
     folding = fold(classifier.backbone, size_pixels=plan.view.size_pixels, device=device, precision=compute.precision)
-    recovery = Recovery()
+    recovery, listeners = Recovery(), Listeners(own, is_watched=val is not None, say=say)
     while True:
-        module = _make_module(plan, index, classifier, train, origin, teacher, folding, say)
+        module = _make_module(plan, index, classifier, train, origin, teacher, folding, own, say)
         module.slowdown = slowdown * recovery.factor
         keeper = Keeper(plan, index, train, val, checkpoint, curves, members=members, say=say, notify=notify)
         keeper.mixture = _make_mixture(plan, index, start)
@@ -107,16 +111,14 @@ def fit(
         if keeper.is_finished or not stage.epochs:
             break
         try:
-            _run_trainer(plan, stage.epochs, module, train, keeper, checkpoint if done is not None else None)
+            _run_trainer(plan, stage.epochs, module, train, keeper, listeners, checkpoint if done else None)
             break
         except DivergenceError as fault:
             recovery.times = max(recovery.times, int(module.slowdown < slowdown))  # tried before a kill
             say(recovery.after(str(fault), lr=stage.lr_head))
             if len(train) < WINDOW and checkpoint.exists():
                 say(f"an epoch of fewer than {WINDOW} steps may spoil weights unseen, so the stage begins anew")
-                for member in read_members(members):
-                    member.path.unlink()
-                checkpoint.unlink()
+                _forget(checkpoint, members)
         classifier.load_state_dict(before)
         good = torch.load(checkpoint, weights_only=True)["keeper"]["epoch"] if checkpoint.exists() else -2
         curves.forget_after(keeper.label, good)
@@ -127,6 +129,12 @@ def fit(
     state = {name: value.contiguous() for name, value in classifier.state_dict().items()}
     write_whole(weights, lambda path: save_file(state, path))
     say(f"stage {index + 1} ({stage.name}): {keeper.verdict()}")
+
+
+def _forget(checkpoint: Path, members: Path) -> None:
+    for member in read_members(members):
+        member.path.unlink()
+    checkpoint.unlink()
 
 
 def _open(classifier: Classifier, plan: Plan, index: int, steps_per_epoch: int) -> None:
@@ -151,6 +159,7 @@ def _make_module(
     origin: Mapping[str, torch.Tensor] | None,
     teacher: nn.Module | None,
     folding: Callable[[], AbstractContextManager[None]],
+    own: OwnTraining,
     say: Callable[[str], None],
 ) -> Finetuning:
     stage, spec, averaging = plan.stages[index], plan.train, plan.train.averaging
@@ -164,13 +173,7 @@ def _make_module(
     counts = train.labels.bincount(minlength=len(plan.classes)).tolist()
     augment = plan.augment
     step = Step(
-        loss=make_loss(
-            spec.imbalance.kind,
-            counts,
-            smoothing=plan.regularization.label_smoothing,
-            gamma=spec.imbalance.gamma,
-            beta=spec.imbalance.beta,
-        ),
+        loss=_loss(plan, counts) if own.loss is None else loss_by_image(own.loss),
         factor=lambda step: plateau.factor * rate_factor(
             stage.schedule,
             step,
@@ -197,6 +200,11 @@ def _make_module(
         micro_batch=plan.hardware.micro_batch or None,
         warn=say,
     )
+
+
+def _loss(plan: Plan, counts: Sequence[int]) -> Loss:
+    imbalance, smoothing = plan.train.imbalance, plan.regularization.label_smoothing
+    return make_loss(imbalance.kind, counts, smoothing=smoothing, gamma=imbalance.gamma, beta=imbalance.beta)
 
 
 def _make_mixture(plan: Plan, index: int, start: Mapping[str, torch.Tensor] | None) -> StartMixture | None:
@@ -227,7 +235,13 @@ def _seed(text: str) -> int:
 
 
 def _run_trainer(
-    plan: Plan, epochs: int, module: Finetuning, train: Batches, keeper: Keeper, checkpoint: Path | None
+    plan: Plan,
+    epochs: int,
+    module: Finetuning,
+    train: Batches,
+    keeper: Keeper,
+    listeners: Listeners,
+    checkpoint: Path | None,
 ) -> None:
     quieten("pytorch_lightning", logging.ERROR)
     with warnings.catch_warnings():
@@ -241,13 +255,10 @@ def _run_trainer(
             devices=1,
             precision=PRECISIONS[compute.precision],  # type: ignore[arg-type]
             max_epochs=epochs,
-            callbacks=[keeper],
+            callbacks=listeners.around(keeper),
             plugins=[PlainFile()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             num_sanity_val_steps=0,
+            **listeners.options,
         )
         handler = signal.getsignal(signal.SIGINT)
         try:

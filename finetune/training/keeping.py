@@ -1,4 +1,4 @@
-"""Keeping: what is measured, chosen and written after each epoch of a stage."""
+"""Keeping: what is measured and chosen after each epoch of a stage, and the state that is written."""
 
 import contextlib
 import hashlib
@@ -48,7 +48,7 @@ class PlainFile(TorchCheckpointIO):
 
 
 class Keeper(pl.Callback):
-    """Seeds each epoch, measures val, keeps the weights to be shipped, and writes the state after each epoch.
+    """Seeds each epoch, measures val, and keeps the weights to be shipped; writes the state when it is told to.
 
     Without val, in a refit, nothing is measured and the last epoch is kept.
     """
@@ -81,6 +81,8 @@ class Keeper(pl.Callback):
         self.epoch, self.is_finished, self.start_top1, self.start_dead = -1, False, 0.0, 0.0
         self.mixture: StartMixture | None = None
         """With the start of the training, where what ships is one."""
+        self.has_listeners = False
+        """Whether callbacks or loggers want to know what is measured."""
         self.label = f"{index + 1}-{stage.name}"
         self._began = 0.0
 
@@ -126,7 +128,7 @@ class Keeper(pl.Callback):
             )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Measure, keep the best, write the state, and stop if nothing more is to be had."""
+        """Measure, keep the best, and stop if nothing more is to be had."""
         assert isinstance(module, Finetuning)
         self.epoch = trainer.current_epoch
         seconds, totals = time.perf_counter() - self._began, module.take_totals()
@@ -144,9 +146,19 @@ class Keeper(pl.Callback):
             self._keep_end(module, values)
         else:
             self._judge(module, self.val, values)
+        trainer.should_stop |= self.is_finished
+
+    def finish(self, module: Finetuning) -> None:
+        """The stage ends with this epoch, whoever stopped it; without val its weights are kept."""
+        if not self.is_finished and self.val is None:
+            with self._shipped(module):
+                self._keep(module.classifier)
+        self.is_finished = True
+
+    def write(self, trainer: pl.Trainer) -> None:
+        """The whole state, from which a killed training goes on."""
         write_whole(self.checkpoint, lambda path: trainer.save_checkpoint(path))
         self.notify()
-        trainer.should_stop = self.is_finished
 
     def _judge(self, module: Finetuning, val: Batches, values: dict[str, float]) -> None:
         """Measure val after an epoch, and what follows for the rates and for going on."""
@@ -171,6 +183,8 @@ class Keeper(pl.Callback):
     def _tell(self, module: Finetuning, values: dict[str, float], more: dict[str, float]) -> None:
         """Values to the curves and, but for `more`, to people."""
         self.curves.append(self.label, self.epoch, module.steps_done, {**values, **more})
+        if self.epoch >= 0 and self.has_listeners:
+            module.log_dict({**values, **more, "stage": float(self.index + 1)})
         epochs = self.plan.stages[self.index].epochs
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         where = f"epoch {self.epoch + 1}/{epochs}" if self.epoch >= 0 else "start"

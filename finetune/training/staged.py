@@ -20,6 +20,7 @@ from finetune.recipe.plan import Images, Plan
 from finetune.recipe.runs import RunFolder
 from finetune.recipe.schedules import whole_epochs
 from finetune.training.fitting import fit
+from finetune.training.own import OwnTraining
 from finetune.training.starting import Vary, make_batches, make_classifier, training_batches
 from finetune.training.watching import Curves
 
@@ -41,7 +42,7 @@ def train_stages(
     dataset: Dataset,
     backbone: Backbone,
     *,
-    vary: Vary | None,
+    own: OwnTraining,
     teach: Callable[[Images], nn.Module | None],
     say: Say,
     notify: Callable[[], None],
@@ -53,7 +54,7 @@ def train_stages(
         plan: of the run, with one stage or more.
         dataset: its images.
         backbone: pretrained; changed in place.
-        vary: the user's own change of training images.
+        own: what a program handed in.
         teach: gives the teacher for stages on these images, where the plan names one.
         say: prints a line for people.
         notify: called when what the curves hold is there to stay.
@@ -62,10 +63,10 @@ def train_stages(
         RunError: if training diverges, and does so again at a lower rate.
     """
     if not plan.is_refit:
-        return _train_on("train", run, plan, dataset, backbone, vary, teach, say, notify)
+        return _train_on("train", run, plan, dataset, backbone, own, teach, say, notify)
     pristine = copy.deepcopy(backbone)
-    _train_on("train", run, plan, dataset, backbone, vary, teach, say, notify)
-    return _train_on("labelled", run, plan, dataset, pristine, vary, teach, say, notify)
+    _train_on("train", run, plan, dataset, backbone, own, teach, say, notify)
+    return _train_on("labelled", run, plan, dataset, pristine, own, teach, say, notify)
 
 
 def _train_on(
@@ -74,7 +75,7 @@ def _train_on(
     plan: Plan,
     dataset: Dataset,
     backbone: Backbone,
-    vary: Vary | None,
+    own: OwnTraining,
     teach: Callable[[Images], nn.Module | None],
     say: Say,
     notify: Callable[[], None],
@@ -83,7 +84,7 @@ def _train_on(
     origin = None
     if plan.regularization.l2_sp:
         origin = {f"backbone.{name}": value.clone() for name, value in backbone.state_dict().items()}
-    train, val = _batches(on, plan, dataset, vary)
+    train, val = _batches(on, plan, dataset, own.vary)
     counts = train.labels.bincount(minlength=len(plan.classes)).tolist()
     probe = one_probe(load_file(run.file("probe.safetensors")), is_held_out=on == "train")
     classifier = make_classifier(plan, backbone, probe, counts)
@@ -108,6 +109,7 @@ def _train_on(
             origin=origin,
             start=start,
             teacher=teacher,
+            own=own,
             slowdown=slowdown,
             say=say,
             notify=notify,
