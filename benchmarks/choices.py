@@ -183,7 +183,7 @@ def compare_softening(shared: Path, work: Path) -> None:
 
 
 def compare_scales(shared: Path, work: Path) -> None:
-    from finetune.features import probing, survey
+    from finetune.features import logistic, probing, survey
 
     for name, per_class in (("flowers5", 5), ("flowers5", 20), ("sign_digits", 5), ("sign_digits", 20),
                             ("sign_digits", 50), ("malaria", 50), ("ants_bees", 20), ("cifar10_20k", 5)):  # fmt: skip
@@ -191,7 +191,7 @@ def compare_scales(shared: Path, work: Path) -> None:
         seen, row = survey.look(recipe), []
         parts = [(seen.features(role), seen.dataset.labels(role)) for role in ("train", "val", "test")]
         features, labels = (torch.cat([parts[0][k], parts[1][k]]) for k in (0, 1))
-        for probing.SHRUNK_IMAGES in (0.0, 30.0, 100.0, 1000.0, 1e12):
+        for logistic.SHRUNK_IMAGES in (0.0, 30.0, 100.0, 1000.0, 1e12):
             right = [
                 (probing.fit_probe(features, labels, num_classes=CLASSES[name], l2=l2).logits(parts[2][0]).argmax(1)
                  == parts[2][1]).double().mean()

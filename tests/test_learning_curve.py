@@ -10,7 +10,7 @@ import finetune as ft
 from finetune.features import learning_curve
 from finetune.features.depths import cross_validate
 from finetune.features.learning_curve import measure_curve, nested_parts, weigh_laws
-from finetune.features.probing import fit_probe, probe_path
+from finetune.features.probing import fit_probe, guess_near
 from finetune.recipe.measures import LearningCurveFacts
 from finetune.reporting.curve import curve_figure, curve_sentence
 
@@ -54,8 +54,8 @@ def test_the_forecast_for_twice_the_images_holds_the_truth_and_follows_it():
         curves.append(measured(features[half], labels[half], seed=seed))
         for rows, kept in ((half, now), (half | True, then)):
             l2 = PENALTY * int(half.sum()) / int(rows.sum())
-            probe = probe_path(features[rows], labels[rows], num_classes=4, grid=(l2,))[l2]
-            kept.append(float((probe.logits(judges).argmax(1) == truth).double().mean()))
+            guessed = guess_near(features[rows], labels[rows], judges, num_classes=4, l2=l2)
+            kept.append(float((guessed == truth).double().mean()))
     covered = [curve.twice.low <= right <= curve.twice.high for curve, right in zip(curves, then, strict=True)]
     assert sum(covered) >= 0.9 * len(covered)
     gain = sum(then) / len(then) - sum(now) / len(now)
@@ -159,11 +159,11 @@ def test_many_images_and_classes_get_fewer_and_smaller_parts(monkeypatch):
 def test_the_penalty_is_that_of_all_images(monkeypatch):
     asked = []
 
-    def ask(features, labels, *, num_classes, grid):
-        asked.append((len(labels), *grid))
-        return probe_path(features, labels, num_classes=num_classes, grid=grid)
+    def ask(features, labels, judges, *, num_classes, l2):
+        asked.append((len(labels), l2))
+        return guess_near(features, labels, judges, num_classes=num_classes, l2=l2)
 
-    monkeypatch.setattr(learning_curve, "probe_path", ask)
+    monkeypatch.setattr(learning_curve, "guess_near", ask)
     features, labels = draw(32, torch.Generator().manual_seed(0))
     measured(features, labels)
     assert [num * l2 for num, l2 in asked] == pytest.approx([128 * PENALTY] * 14)

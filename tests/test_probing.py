@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from finetune.features.probing import EXCESS, L2_GRID, fit_probe, knn_predict, probe_path, scale_of, sweep_probe
+from finetune.features.logistic import EXCESS, scale_of
+from finetune.features.penalties import L2_GRID
+from finetune.features.probing import fit_probe, guess_near, knn_predict, sweep_probe
 from finetune.models.heads import make_head
 from finetune.process import SHARED_PRODUCTS, threads_for
 
@@ -164,40 +166,15 @@ def test_a_class_without_images_keeps_its_column_and_disturbs_no_other():
 def test_the_sweep_finds_the_penalty_that_separate_exact_fits_find(n, d):
     features, labels = _blobs(n, d, 4)
     val_features, val_labels = _blobs(100, d, 4, seed=1)
-    probe, rows = sweep_probe(features, labels, val_features, val_labels, num_classes=4)
+    probe, choice = sweep_probe(features, labels, val_features, val_labels, num_classes=4)
     exact = {
         l2: float(F.cross_entropy(fit_probe(features, labels, num_classes=4, l2=l2).logits(val_features), val_labels))
         for l2 in L2_GRID
     }
-    tried = [row["l2"] for row in rows]
-    assert tried == list(L2_GRID)[-len(tried) :]  # from the strongest, until two in a row were worse than the best
-    assert len(tried) == len(L2_GRID) or tried.index(probe.l2) == 2
-    assert probe.l2 == min(exact, key=exact.__getitem__)
-    assert [row["l2"] for row in rows if row["chosen"]] == [probe.l2]
-    for row in rows[1:]:
-        assert row["val_log_loss"] == pytest.approx(exact[row["l2"]], rel=0.02)
-    chosen = next(row for row in rows if row["chosen"])
-    assert chosen["val_log_loss"] == pytest.approx(exact[probe.l2], rel=1e-4)
-    assert chosen["train_log_loss"] == pytest.approx(float(F.cross_entropy(probe.logits(features), labels)), rel=1e-6)
+    assert probe.l2 == choice.l2 == min(exact, key=exact.__getitem__)
     assert probe.gradient_norm <= 1e-6
-
-
-def test_the_sweep_says_when_the_best_penalty_lies_at_an_edge():
-    features, labels = _blobs(200, 20, 4)
-    val = _blobs(100, 20, 4, seed=1)
-    features, val = features / torch.logspace(-2, 2, 20), (val[0] / torch.logspace(-2, 2, 20), val[1])
-    _, inside = sweep_probe(features, labels, *val, num_classes=4, grid=[1e-5, 0.03, 100.0])
-    _, edge = sweep_probe(features, labels, *val, num_classes=4, grid=[1.0, 100.0, 1000.0])
-    _, alone = sweep_probe(features, labels, *val, num_classes=4, grid=[1.0])
-    assert [row["at_edge"] for row in inside] == [False, False, False]
-    assert [row["at_edge"] for row in edge] == [True, False, False]
-    assert [row["at_edge"] for row in alone] == [False]
-
-
-def test_of_equal_penalties_the_stronger_is_chosen():
-    features, labels = torch.zeros(12, 3), torch.arange(12) % 2  # nothing to learn: all penalties are equal
-    probe, _ = sweep_probe(features, labels, features, labels, num_classes=2, grid=[0.1, 10.0, 1.0])
-    assert probe.l2 == 10.0
+    assert probe.objective == pytest.approx(fit_probe(features, labels, num_classes=4, l2=probe.l2).objective, rel=1e-7)
+    assert choice.losses[probe.l2] / 100 == pytest.approx(exact[probe.l2], rel=1e-3)
 
 
 @pytest.fixture
@@ -211,16 +188,17 @@ def two_threads():
 def test_small_problems_are_solved_with_one_thread(monkeypatch):
     """Waiting threads cost several times the processor time of the sweep itself."""
     used = []
-    cross_entropy, log_softmax = F.cross_entropy, torch.Tensor.log_softmax
-    monkeypatch.setattr(F, "cross_entropy", lambda *rest: used.append(torch.get_num_threads()) or cross_entropy(*rest))
-    monkeypatch.setattr(
-        torch.Tensor, "log_softmax", lambda *rest: used.append(torch.get_num_threads()) or log_softmax(*rest)
-    )
+
+    def seen(original):
+        return lambda *rest, **options: used.append(torch.get_num_threads()) or original(*rest, **options)
+
+    monkeypatch.setattr(F, "cross_entropy", seen(F.cross_entropy))
+    monkeypatch.setattr(torch.Tensor, "log_softmax", seen(torch.Tensor.log_softmax))
     features, labels = _blobs(60, 8, 3)
     for solve in (
         lambda: fit_probe(features, labels, num_classes=3, l2=1.0),
         lambda: sweep_probe(features, labels, features, labels, num_classes=3),
-        lambda: probe_path(features, labels, num_classes=3),
+        lambda: guess_near(features, labels, features, num_classes=3, l2=1.0),
     ):
         used.clear()
         solve()

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from finetune.features.probing import L2_GRID, TEMPERATURE, probe_path, scale_of
+from finetune.features.logistic import scale_of, solver_threads
+from finetune.features.penalties import L2_GRID, Part, choose_penalty
+from finetune.features.probing import TEMPERATURE
 from finetune.recipe.facts import DepthFacts, ProfileFacts, Proportion
 from finetune.scores.intervals import wilson
 
@@ -66,27 +68,26 @@ def cross_validate(
         folds: parts that the images are divided into; fewer where images are fewer.
 
     Raises:
-        ValueError: as `sweep_probe`, or if there are fewer than two images.
+        ValueError: as `choose_penalty`, or if there are fewer than two images.
     """
     if len(labels) < 2:
         raise ValueError(f"cross-validation needs at least two images, got {len(labels)}.")
     folds = min(folds, len(labels))
     fold = assign_folds(labels, seed=seed, folds=folds)
-    losses = {l2: 0.0 for l2 in grid}
-    predictions = {l2: torch.zeros_like(labels) for l2 in grid}
-    for part in range(folds):
-        out = fold == part
-        path = probe_path(features[~out], labels[~out], num_classes=num_classes, grid=grid)
-        for l2, probe in path.items():
-            logits = probe.logits(features[out])
-            losses[l2] += float(F.cross_entropy(logits, labels[out], reduction="sum"))
-            predictions[l2][out] = logits.argmax(1)
-    best = min(losses, key=losses.__getitem__)
+    outs = [fold == part for part in range(folds)]
+    predictions = torch.zeros_like(labels)
+    with solver_threads(features, num_classes):
+        parts = [
+            Part(features[~out], labels[~out], (features[out], labels[out]), num_classes=num_classes) for out in outs
+        ]
+        choice = choose_penalty(parts, grid)
+        for part, out in zip(parts, outs, strict=True):
+            predictions[out] = part.predict(choice.l2)
     return CrossValidated(
-        l2=best,
-        predictions=predictions[best],
-        log_loss=losses[best] / len(labels),
-        at_edge=len(losses) > 1 and best in (min(losses), max(losses)),
+        l2=choice.l2,
+        predictions=predictions,
+        log_loss=choice.losses[choice.l2] / len(labels),
+        at_edge=choice.at_edge,
     )
 
 
@@ -181,10 +182,9 @@ def measure_profile(
             found = cross_validate(features, labels, num_classes=num_classes, seed=seed, grid=DEPTH_GRID)
             right = found.predictions == labels
         else:
-            path = probe_path(features, labels, num_classes=num_classes, grid=DEPTH_GRID)
-            answers = [probe.logits(val[0][k]) for probe in path.values()]
-            best = min(answers, key=lambda logits: float(F.cross_entropy(logits, val[1])))
-            right = best.argmax(1) == val[1]
+            with solver_threads(features, num_classes):
+                part = Part(features, labels, (val[0][k], val[1]), num_classes=num_classes)
+                right = part.predict(choose_penalty([part], DEPTH_GRID).l2) == val[1]
         ridge, _ = ridge_left_out(features, labels, num_classes=num_classes)
         near = neighbours_left_out(features, labels, num_classes=num_classes, k=min(NEIGHBOURS, len(labels) - 1))
         hits.append(right)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune.features.probing import probe_path
+from finetune.features.probing import guess_near
 from finetune.recipe.imbalance import hides_classes
 from finetune.recipe.measures import CurvePoint, LearningCurveFacts, Measure
 
@@ -195,8 +195,8 @@ def _judge(
         judges, truth = (features, labels) if val is None else val
         known = labels[inside]
         scaled = l2 * len(labels) / len(known)
-        probe = probe_path(features[inside], known, num_classes=num_classes, grid=(scaled,))[scaled]
-        wrong = (probe.logits(judges).argmax(1) != truth).double()
+        guessed = guess_near(features[inside], known, judges, num_classes=num_classes, l2=scaled)
+        wrong = (guessed != truth).double()
         answers.append(wrong.masked_fill(inside, torch.nan) if val is None else wrong)
     table = torch.stack(answers)  # (P, M)
     images = sum(int(inside.sum()) for inside in parts) / len(parts)

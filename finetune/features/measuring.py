@@ -27,7 +27,7 @@ from finetune.features.chirality import measure_chirality, sided_classes
 from finetune.features.depths import FOLDS, NEIGHBOURS, cross_validate, measure_profile, neighbours_left_out, proportion
 from finetune.features.extraction import look_at_all
 from finetune.features.learning_curve import measure_curve
-from finetune.features.probing import L2_GRID, Probe, fit_probe, knn_predict, sweep_probe
+from finetune.features.probing import Probe, fit_probe, knn_predict, sweep_probe
 from finetune.features.similarity import (
     measure_control,
     measure_distances,
@@ -55,7 +55,7 @@ from finetune.recipe.shelf import cache_folder
 from finetune.scores.intervals import paired_difference
 from finetune.scores.metrics import balanced_accuracy, macro_f1
 
-FORMAT = "11"
+FORMAT = "12"
 """Part of the key; raised when what is measured, or how, changes."""
 LEAST_VAL = 100
 """With fewer val images, penalties are chosen by cross-validation on the training images."""
@@ -189,8 +189,8 @@ def _probe(material: Material) -> tuple[Probe, Findings]:
     left_out: tuple[Proportion | None, Proportion | None] = (None, None)
     train, val = ((material.features(rows), labels) for rows, labels in parts.values())
     if len(val[1]) >= LEAST_VAL:
-        probe, sweep = sweep_probe(*train, *val, num_classes=num_classes)
-        chosen_by, at_edge = "val", any(row["at_edge"] for row in sweep)
+        probe, choice = sweep_probe(*train, *val, num_classes=num_classes)
+        chosen_by, at_edge = "val", choice.at_edge
         right = probe.logits(val[0]).argmax(1) == val[1]
         curve = measure_curve(
             *train, num_classes=num_classes, l2=probe.l2, seed=material.seed, right=right, val=(val[0], val[1])
@@ -217,7 +217,7 @@ def _probe(material: Material) -> tuple[Probe, Findings]:
             val=proportion(logits.argmax(1) == val[1]),
             log_loss=float(F.cross_entropy(logits, val[1])),
             l2=probe.l2,
-            l2_at_edge=at_edge and probe.l2 in (min(L2_GRID), max(L2_GRID)),
+            l2_at_edge=at_edge,
             chosen_by=chosen_by,
             left_out=left_out[0],
             balanced_accuracy=balanced_accuracy(said, val[1]),

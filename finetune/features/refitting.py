@@ -24,7 +24,7 @@ from finetune.models.heads import HELD_OUT
 from finetune.recipe.runs import write_whole
 from finetune.recipe.shelf import cache_folder
 
-FORMAT = "2"
+FORMAT = "3"
 """Part of the key; raised when what is solved, or how, changes."""
 MOST_ANSWERS = 10_000
 """Images that are answered by a probe of the other folds; more would tell no more of a temperature."""
