@@ -115,10 +115,10 @@ def train(folder: Path, card_folder: Path, pixels: int, per_class: int, tuned: b
 
 def tuned_batches(paths: list, labels: list, card: dict, pixels: int):
     """Decoded images kept in memory, and the same augmentation as the tool's."""
+    from finetune.config.card import View
     from finetune.data.augmentation import Augmentation
     from finetune.data.items import Item
     from finetune.data.loading import Batches, ImageStore
-    from finetune.recipe.cards import View
 
     view = View(
         size_pixels=pixels,

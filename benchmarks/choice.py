@@ -92,9 +92,9 @@ def measure_cell(cell: Cell, shared: Path, work: Path) -> list[dict[str, object]
     import torch.nn.functional as F
 
     import finetune as ft
-    from finetune.features.ranking import rank_backbones
+    from finetune.config.backbone_names import read_zoo
     from finetune.features.survey import look
-    from finetune.recipe.shelf import read_zoo
+    from finetune.model_selection.ranking import rank_backbones
 
     table = cell_table(cell.set, cell.per_class, cell.seed, shared, work)
     wishes = [f"data.root={table}", f"seed={cell.seed}", "data.split.val=0.167", "data.split.calibration=0",

@@ -142,8 +142,8 @@ def compare_epochs(shared: Path, work: Path) -> None:
     """Keep every epoch, and ask of each what val and test say of it; a row per cell."""
     from finetune.compute import PLAIN
     from finetune.data.loading import Batches
-    from finetune.evaluation.loading import load_final
     from finetune.features.survey import look
+    from finetune.inference.loading import load_final
     from finetune.training.module import measure_loss
     from finetune.training.snapshots import load_member, read_members
     from finetune.training.watching import is_clearly_higher
@@ -171,12 +171,12 @@ def compare_epochs(shared: Path, work: Path) -> None:
 
 
 def compare_softening(shared: Path, work: Path) -> None:
-    from finetune.training import starting
+    from finetune.training import setup
 
     for name in ("sign_digits", "cifar10_20k", "flowers5"):
         row = []
         for strategy in ("full", "partial"):
-            for starting.PROBE_SOFTENING in (0.0, 0.1, 0.3, 1.0):
+            for setup.PROBE_SOFTENING in (0.0, 0.1, 0.3, 1.0):
                 wishes = [f"train.strategy={strategy}", "head.init=probe"]
                 row.append(percent(train(name, 20, wishes, shared, work).read_json("scores.json")))
         print(f"| `{name}`, 20 | {' | '.join(row)} |", flush=True)
@@ -202,9 +202,9 @@ def compare_scales(shared: Path, work: Path) -> None:
 
 
 def compare_whitening(shared: Path, work: Path) -> None:
-    from finetune.features.depths import neighbours_left_out
+    from finetune.features.layer_profile import neighbours_left_out
     from finetune.features.survey import look
-    from finetune.scores.projection import fit_projection
+    from finetune.metrics.projection import fit_projection
 
     for name in ("ants_bees", "sign_digits", "malaria", "flowers5"):
         recipe = advice.cell_recipe(

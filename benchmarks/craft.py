@@ -119,14 +119,14 @@ def run_plain(name: str, seed: int, shared: Path) -> dict:
 def run_ours(name: str, seed: int, shared: Path, work: Path, more: list[str]) -> list[tuple[str, dict]]:
     """The job as a user runs it; its result and, of the same job, the probe's."""
     import finetune as ft
-    from finetune.recipe import staging
+    from finetune.planning import stages
 
-    own = staging.BUDGETS["cpu"]
+    own = stages.BUDGETS["cpu"]
     budget = next((int(word.partition("=")[2]) for word in more if word.startswith("budget=")), own)
-    staging.BUDGETS["cpu"] = budget
+    stages.BUDGETS["cpu"] = budget
     more = [word for word in more if not word.startswith("budget=")]
     run = ft.train(recipe_for(name, seed, shared, more), runs=work / "runs", say=lambda text: None)
-    staging.BUDGETS["cpu"] = own
+    stages.BUDGETS["cpu"] = own
     scores, plan = run.read_json("scores.json"), run.plan
     images = sum(stage.epochs for stage in plan.stages) * sum(run.read_json("facts.json")["counts"]["train"])
     found = []

@@ -62,8 +62,8 @@ class Series:
         return ft.train(recipe, runs=runs, say=lambda text: None)
 
     def average(self, members: list):
-        from finetune.combining import ensemble
-        from finetune.recipe.runs import RunFolder
+        from finetune.ensembling import ensemble
+        from finetune.runs.folder import RunFolder
 
         runs = self.folder / "ensemble"
         done = sorted(path.parent for path in runs.glob("*/scores.json"))

@@ -166,8 +166,8 @@ def run_variant(recipe, seen, probe):
     import torch
 
     import finetune as ft
-    from finetune.training.fitting import fit
-    from finetune.training.starting import make_batches, make_classifier
+    from finetune.training.fit import fit
+    from finetune.training.setup import make_batches, make_classifier
     from finetune.training.watching import Curves
 
     plan = ft.make_plan(recipe, seen.facts)
@@ -214,7 +214,7 @@ def run_variant(recipe, seen, probe):
 
 def answer(classifier, dataset, role, plan):
     """Probabilities (N, K) of the images of a role that are judged, in the centre view."""
-    from finetune.evaluation.prediction import predict_probabilities
+    from finetune.inference.predict import predict_probabilities
 
     return predict_probabilities(classifier, dataset.store, dataset.indices(role)[_some(dataset, role)], plan, "center")
 
@@ -229,7 +229,7 @@ def _some(dataset, role) -> slice:
 
 
 def _scores(probabilities, labels) -> dict[str, str]:
-    from finetune.scores.metrics import expected_calibration_error, log_loss
+    from finetune.metrics.classification import expected_calibration_error, log_loss
 
     top1 = float((probabilities.argmax(1) == labels).double().mean())
     ece = expected_calibration_error(probabilities, labels)

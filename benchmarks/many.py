@@ -51,8 +51,8 @@ def own_megabytes() -> float:
 
 def plan_once(root: Path) -> None:
     """Plan in this process and print what it cost."""
+    from finetune.config.reading import load_recipe
     from finetune.preparing import plan
-    from finetune.recipe.reading import load_recipe
 
     peak, is_done = [0.0], threading.Event()
 

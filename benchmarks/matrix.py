@@ -1,7 +1,7 @@
 """The matrix of the advice, fitted to the native grid, and what following it costs.
 
     python benchmarks/matrix.py            # seconds; prints the fit and writes results/matrix.md
-    python benchmarks/matrix.py --write    # also the table in finetune/recipe/matrix.py
+    python benchmarks/matrix.py --write    # also the table in finetune/planning/matrix.py
 
 Every cell of `results/grid.csv` in which a strategy was trained at the default rate says what that strategy, as it
 would ship, gained over the probe. The gains at the nodes of the matrix are those that fit the cells best while
@@ -28,8 +28,8 @@ import numpy as np
 from rows import read_rows
 from scipy.optimize import minimize
 
-from finetune.recipe import matrix
-from finetune.recipe.matrix import ERRORS, ORDER, SIMILARITIES, SIZES, Place
+from finetune.planning import matrix
+from finetune.planning.matrix import ERRORS, ORDER, SIMILARITIES, SIZES, Place
 
 HERE = Path(__file__).resolve().parent
 GRID, TABLE = HERE / "results" / "grid.csv", HERE / "results" / "matrix.md"
@@ -374,7 +374,7 @@ def write_module(found: Matrix) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="the table in finetune/recipe/matrix.py")
+    parser.add_argument("--write", action="store_true", help="the table in finetune/planning/matrix.py")
     parser.add_argument("--ships", nargs="+", default=SHIPS, help="beginnings of the columns of what ships")
     arguments = parser.parse_args()
     cells = read_cells(arguments.ships)

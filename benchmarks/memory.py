@@ -39,11 +39,11 @@ def run(size: int, work: Path) -> dict[str, float]:
     """One training in this process; what it took."""
     import finetune as ft
     from finetune import pipeline
-    from finetune.training import keeping
+    from finetune.training import checkpoints
 
     found: dict[str, float] = {}
     times: list[float] = []
-    start, end, give_back = keeping.Keeper.on_train_epoch_start, keeping.Keeper.on_train_epoch_end, (
+    start, end, give_back = checkpoints.Keeper.on_train_epoch_start, checkpoints.Keeper.on_train_epoch_end, (
         pipeline.give_back_memory
     )  # fmt: skip
 
@@ -60,7 +60,7 @@ def run(size: int, work: Path) -> dict[str, float]:
         give_back()
         forget_peak()
 
-    keeping.Keeper.on_train_epoch_start, keeping.Keeper.on_train_epoch_end = on_start, on_end  # type: ignore[method-assign]
+    checkpoints.Keeper.on_train_epoch_start, checkpoints.Keeper.on_train_epoch_end = on_start, on_end  # type: ignore[method-assign]
     pipeline.give_back_memory = next_part
     wishes = [f"backbone={BACKBONE}", f"data.image_size={PIXELS}"]
     wishes += ["train.strategy=full", f"train.epochs={EPOCHS}", "train.batch_size=64", "train.batch_norm=frozen"]

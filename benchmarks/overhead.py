@@ -25,8 +25,8 @@ def prepare(shared: Path) -> tuple[Any, Any, Any, Any]:
     """The plan, a maker of classifiers, and batches."""
     import finetune as ft
     from finetune.features.survey import look
-    from finetune.recipe.planning import make_plan
-    from finetune.training.starting import make_batches, make_classifier
+    from finetune.planning.planner import make_plan
+    from finetune.training.setup import make_batches, make_classifier
 
     wishes = [f"data.root={shared / 'data' / 'sign_digits'}", f"backbone={BACKBONE}", f"data.image_size={PIXELS}"]
     wishes += ["train.strategy=full", "data.invariances=[]", f"train.epochs={EPOCHS}", "data.max_train_per_class=80"]
@@ -44,11 +44,11 @@ def prepare(shared: Path) -> tuple[Any, Any, Any, Any]:
 
 def time_fit(plan: Any, classifier: Any, train: Any, val: Any) -> tuple[float, float]:
     """Seconds of the steps alone, and of everything."""
-    from finetune.training import fitting, keeping
+    from finetune.training import checkpoints, fit
     from finetune.training.watching import Curves
 
     times: list[float] = []
-    start, end = keeping.Keeper.on_train_epoch_start, keeping.Keeper.on_train_epoch_end
+    start, end = checkpoints.Keeper.on_train_epoch_start, checkpoints.Keeper.on_train_epoch_end
 
     def on_start(keeper: Any, trainer: Any, module: Any) -> None:
         start(keeper, trainer, module)
@@ -58,15 +58,15 @@ def time_fit(plan: Any, classifier: Any, train: Any, val: Any) -> tuple[float, f
         times.append(time.process_time())
         end(keeper, trainer, module)
 
-    keeping.Keeper.on_train_epoch_start, keeping.Keeper.on_train_epoch_end = on_start, on_end  # type: ignore[method-assign]
+    checkpoints.Keeper.on_train_epoch_start, checkpoints.Keeper.on_train_epoch_end = on_start, on_end  # type: ignore[method-assign]
     began = time.process_time()
     try:
         with tempfile.TemporaryDirectory() as name:
             here = Path(name)
-            fitting.fit(plan, 0, classifier, train, val, here, Curves(here / "curves.csv"), members=here,
+            fit.fit(plan, 0, classifier, train, val, here, Curves(here / "curves.csv"), members=here,
                         say=lambda text: None, notify=lambda: None)  # fmt: skip
     finally:
-        keeping.Keeper.on_train_epoch_start, keeping.Keeper.on_train_epoch_end = start, end  # type: ignore[method-assign]
+        checkpoints.Keeper.on_train_epoch_start, checkpoints.Keeper.on_train_epoch_end = start, end  # type: ignore[method-assign]
     return sum(times), time.process_time() - began
 
 

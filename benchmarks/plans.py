@@ -52,12 +52,12 @@ def compare_extraction(shared: Path) -> dict[str, float]:
     import torch
 
     from finetune.compute import PLAIN
+    from finetune.config.backbone_names import read_zoo
     from finetune.data.loading import normalize
     from finetune.features.extraction import BATCH, look_at_all
     from finetune.models.backbones import load_backbone
     from finetune.models.frozen import FrozenBackbone
     from finetune.process import tune_process
-    from finetune.recipe.shelf import read_zoo
 
     os.environ["FINETUNE_ZOO"] = str(shared / "zoo")
     tune_process()

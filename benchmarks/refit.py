@@ -98,8 +98,8 @@ def judge_tuned(recipe, seen, plan, work):
     """The same of a network, whose refit is judged by the temperature of the one before."""
     import finetune as ft
     from finetune.evaluation.held_out import role_fitting
-    from finetune.evaluation.loading import load_final, load_held_out
-    from finetune.evaluation.prediction import predict_probabilities
+    from finetune.inference.loading import load_final, load_held_out
+    from finetune.inference.predict import predict_probabilities
 
     run = ft.train(recipe, runs=work / "runs", say=lambda text: None)
     held, refit = (
@@ -113,11 +113,11 @@ def judge_tuned(recipe, seen, plan, work):
 
 def scores(answers, labels, fitting) -> dict[str, str]:
     """Of one model on test, raw and at the temperature of `fitting`."""
-    from finetune.evaluation.prediction import temper
-    from finetune.recipe.planning import LEAST_CALIBRATION
-    from finetune.scores.calibration import fit_temperature, log_probabilities
-    from finetune.scores.conformal import fit_threshold, prediction_set
-    from finetune.scores.metrics import expected_calibration_error, log_loss
+    from finetune.inference.predict import temper
+    from finetune.metrics.calibration import fit_temperature, log_probabilities
+    from finetune.metrics.classification import expected_calibration_error, log_loss
+    from finetune.metrics.conformal import fit_threshold, prediction_set
+    from finetune.planning.planner import LEAST_CALIBRATION
 
     temperature, threshold = 1.0, 1.0
     if len(fitting.labels) >= LEAST_CALIBRATION:
@@ -193,7 +193,7 @@ def table(results: Path) -> str:
 
 def gap(rows: list[dict[str, str]], name: str, scale: float, digits: int) -> str:
     """The mean difference over pairs of a set and a backbone, with its 95 % interval."""
-    from finetune.scores.comparison import aggregate_seeds
+    from finetune.metrics.significance import aggregate_seeds
 
     pairs: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:

@@ -20,7 +20,7 @@ import numpy as np
 from rows import read_rows
 from scipy.stats import t
 
-from finetune.scores.intervals import paired_difference
+from finetune.metrics.intervals import paired_difference
 
 HERE = Path(__file__).resolve().parent
 GRID, TABLE = HERE / "results" / "grid.csv", HERE / "results" / "ships.md"

@@ -36,8 +36,8 @@ def judge(run, seen) -> list[dict]:
     import torch
     import torch.nn.functional as F
 
-    from finetune.evaluation.loading import load_final
-    from finetune.evaluation.prediction import predict_probabilities
+    from finetune.inference.loading import load_final
+    from finetune.inference.predict import predict_probabilities
     from finetune.training.snapshots import load_member, read_members
 
     classifier, labels = load_final(run), seen.dataset.labels("test")

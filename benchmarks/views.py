@@ -39,10 +39,10 @@ def prepare(root: Path) -> tuple[dict[str, Any], Any, list[int]]:
 
     import finetune as ft
     from finetune.data.loading import ImageStore
-    from finetune.evaluation.viewing import Viewer
     from finetune.features.survey import look
+    from finetune.inference.tta_views import Viewer
     from finetune.models.classifier import Classifier
-    from finetune.recipe.planning import make_plan
+    from finetune.planning.planner import make_plan
 
     wishes = [f"data.root={root}", f"backbone={BACKBONE}", f"data.image_size={PIXELS}", "train.strategy=full"]
     recipe = ft.load_recipe(None, [*wishes, "data.invariances=[hflip]"])

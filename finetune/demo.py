@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from finetune.config.backbone_names import cache_folder, default_backbone
+from finetune.config.reading import load_recipe
 from finetune.pipeline import Summary, summarize, train
 from finetune.preparing import say_on_stderr
-from finetune.recipe.reading import load_recipe
-from finetune.recipe.runs import runs_folder
-from finetune.recipe.shelf import cache_folder, default_backbone
-from finetune.reporting.terminal import percent
+from finetune.reporting.text import percent
+from finetune.runs.folder import runs_folder
 
 LABELLED_PER_CLASS = 30
 """Digits of each class that the user has labelled; val and calibration are cut from them."""

@@ -6,16 +6,16 @@ It is used as it is and never kept; the plan names it, and a run that goes on is
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from finetune.config.own import OwnThing, describe, qualified_name
+from finetune.config.plan import Plan
+from finetune.config.recipe import DataSpec, Recipe
 from finetune.data.torch_datasets import Handed, digest_contents, open_datasets
 from finetune.errors import RecipeError
 from finetune.models.own import NOTHING, Given, Model, Network, open_network
-from finetune.recipe.own import OwnThing, describe, qualified_name
-from finetune.recipe.plan import Plan
-from finetune.recipe.schema import DataSpec, Recipe
 from finetune.saying import every_few_seconds
 from finetune.training.own import NOTHING as NO_TRAINING
 from finetune.training.own import OwnLoss, OwnTraining
-from finetune.training.starting import Vary
+from finetune.training.setup import Vary
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,16 +19,25 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from finetune.compute import Compute, give_back_memory
+from finetune.config.addresses import Login, split_login
+from finetune.config.backbone_names import name_backbone, short_name
+from finetune.config.facts import Ranking
+from finetune.config.own import refuse_other_things
+from finetune.config.plan import Plan
+from finetune.config.reading import Wish, as_recipe, recipe_text
+from finetune.config.recipe import Recipe
+from finetune.config.scores import Scores
+from finetune.config.section import Section
 from finetune.data.torch_datasets import Handed
 from finetune.errors import FinetuneError, RecipeError, RunError
-from finetune.evaluation.evaluation import evaluate_run
+from finetune.evaluation.evaluate import evaluate_run
 from finetune.evaluation.page_images import seen_images, stored_images
-from finetune.evaluation.teaching import find_teacher, load_teacher
-from finetune.evaluation.whole_model import keep_model
 from finetune.features.answers import probe_answers
 from finetune.features.refitting import probe_tensors
 from finetune.features.survey import Survey, look
 from finetune.handing_in import Own, hand_in
+from finetune.inference.teacher import find_teacher, load_teacher
+from finetune.inference.whole_model import keep_model
 from finetune.models.classifier import Classifier
 from finetune.models.own import Model
 from finetune.preparing import (
@@ -41,14 +50,12 @@ from finetune.preparing import (
     with_whole_root,
 )
 from finetune.process import as_guest
-from finetune.recipe.addresses import Login, split_login
-from finetune.recipe.distillation import name_teacher
-from finetune.recipe.facts import Ranking
-from finetune.recipe.own import refuse_other_things
-from finetune.recipe.plan import Plan
-from finetune.recipe.plan_files import as_plan
-from finetune.recipe.reading import Wish, as_recipe, recipe_text
-from finetune.recipe.resumption import (
+from finetune.reporting.html import write_report
+from finetune.reporting.text import facts_text, plan_text, scores_text
+from finetune.run import Run
+from finetune.runs.folder import Clock, RunFolder, append, faults_told, find_run, runs_folder, sweep, write_whole
+from finetune.runs.plan_files import as_plan
+from finetune.runs.resume import (
     another_wish,
     moved_to,
     read_decided,
@@ -58,19 +65,12 @@ from finetune.recipe.resumption import (
     refuse_other_beginning,
     refuse_other_own,
 )
-from finetune.recipe.runs import Clock, RunFolder, append, faults_told, find_run, runs_folder, sweep, write_whole
-from finetune.recipe.schema import Recipe
-from finetune.recipe.scores import Scores
-from finetune.recipe.section import Section
-from finetune.recipe.shelf import name_backbone, short_name
-from finetune.reporting.report import write_report
-from finetune.reporting.terminal import facts_text, plan_text, scores_text
-from finetune.run import Run
+from finetune.runs.teacher import name_teacher
 from finetune.saying import every_few_seconds
+from finetune.tracking.tracker import Tracker, Unsent, default_uri, send_remaining
 from finetune.training.optimization import check_optimizer
 from finetune.training.own import OwnLoss
-from finetune.training.starting import Vary
-from finetune.training.tracking import Tracker, Unsent, default_uri, send_remaining
+from finetune.training.setup import Vary
 from finetune.training.watching import Curves, rewind
 
 

@@ -6,32 +6,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.config.backbone_names import name_backbone
+from finetune.config.facts import Facts, Ranking
+from finetune.config.plan import Plan
+from finetune.config.reading import Wish, as_recipe
+from finetune.config.recipe import Recipe
+from finetune.config.section import Section
 from finetune.data.dataset import Dataset
 from finetune.data.items import ROLES
 from finetune.data.torch_datasets import Handed
 from finetune.errors import DataError, RecipeError, names_beside, nearest
-from finetune.evaluation.teaching import find_teacher
-from finetune.evaluation.viewing import refuse_views
-from finetune.features.ranking import choose_backbone
 from finetune.features.survey import Survey, look, survey_part
 from finetune.handing_in import hand_in
+from finetune.inference.teacher import find_teacher
+from finetune.inference.tta_views import refuse_views
+from finetune.model_selection.pilot import run_pilot
+from finetune.model_selection.ranking import choose_backbone
 from finetune.models.classifier import refuse_layers
 from finetune.models.own import NOTHING, Given, Model
-from finetune.piloting import run_pilot
+from finetune.planning.conflicts import refuse_teacher
+from finetune.planning.plan_faults import refuse_misfit
+from finetune.planning.planner import make_plan
 from finetune.process import as_guest
-from finetune.recipe.conflicts import refuse_teacher
-from finetune.recipe.facts import Facts, Ranking
-from finetune.recipe.plan import Plan
-from finetune.recipe.plan_faults import refuse_misfit
-from finetune.recipe.planning import make_plan
-from finetune.recipe.reading import Wish, as_recipe
-from finetune.recipe.schema import Recipe
-from finetune.recipe.section import Section
-from finetune.recipe.shelf import name_backbone
 from finetune.saying import every_few_seconds
 from finetune.training.optimization import check_optimizer
 from finetune.training.own import OwnLoss
-from finetune.training.starting import Vary
+from finetune.training.setup import Vary
 
 Say = Callable[[str], None]
 
@@ -155,7 +155,7 @@ def survey(
 @as_guest()
 def show_images(recipe: Recipe, path: Path, say: Say = say_on_stderr) -> Path:
     """Write a picture of what training by `recipe` will see of its images; `path`, a PNG file."""
-    from finetune.training.starting import draw_training_views
+    from finetune.training.setup import draw_training_views
 
     teacher = find_teacher(recipe.train.distillation.teacher)
     recipe, _ = with_backbone(recipe, say)

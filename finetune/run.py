@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import nn
 
-from finetune.evaluation.loading import load_final
-from finetune.evaluation.whole_model import hand_network
+from finetune.inference.loading import load_final
+from finetune.inference.whole_model import hand_network
 from finetune.models.own import Model
 from finetune.process import as_guest
-from finetune.recipe.runs import RunFolder
+from finetune.runs.folder import RunFolder
 
 
 class Run(RunFolder):

@@ -24,7 +24,7 @@ def _one_thread():
 @pytest.fixture(scope="session", autouse=True)
 def _scores_are_read_back():
     """Whatever run a test makes, its scores.json says what the value that is read from it says, byte for byte."""
-    from finetune.recipe.runs import RunFolder
+    from finetune.runs.folder import RunFolder
 
     write = RunFolder.write_text
 

@@ -1,7 +1,7 @@
 """Scores as runs leave them, made of a few numbers."""
 
-from finetune.recipe.measures import Measure, Proportion
-from finetune.recipe.scores import AgainstProbe, ByRole, ClassScore, Scores, SplitScores
+from finetune.config.measures import Measure, Proportion
+from finetune.config.scores import AgainstProbe, ByRole, ClassScore, Scores, SplitScores
 
 
 def measure(value, n=153, half=0.03):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from finetune.config.recipe import HeadSpec
 from finetune.errors import RecipeError
 from finetune.models.activations import Maxout, make_activation
 from finetune.models.initialization import initialize
-from finetune.recipe.activations import ACTIVATIONS, OFFERED, judge_activation
-from finetune.recipe.schema import HeadSpec
+from finetune.planning.activations import ACTIVATIONS, OFFERED, judge_activation
 
 SELU_SCALE, SELU_ALPHA = 1.0507009873554805, 1.6732632423543772
 PLACES = torch.linspace(-10, 10, 2000, dtype=torch.float64)
@@ -265,5 +265,5 @@ def test_every_verdict_is_one_sentence():
 
 
 def test_verdicts_need_no_torch():
-    code = "import sys, finetune.recipe.activations; assert not {'torch', 'numpy'} & set(sys.modules)"
+    code = "import sys, finetune.planning.activations; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from finetune.config.card import Card
 from finetune.errors import BackboneError
-from finetune.models.adapters import LowRankLinear, add_lora, merge_lora
 from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
-from finetune.recipe.cards import Card
+from finetune.models.lora import LowRankLinear, add_lora, merge_lora
 
 IMAGES = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(1))
 

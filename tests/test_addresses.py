@@ -3,8 +3,7 @@
 import pytest
 import yaml
 
-from finetune.errors import RecipeError
-from finetune.recipe.addresses import (
+from finetune.config.addresses import (
     Login,
     hide_logins,
     join_login,
@@ -12,7 +11,8 @@ from finetune.recipe.addresses import (
     split_login,
     uri_from_environment,
 )
-from finetune.recipe.reading import load_recipe
+from finetune.config.reading import load_recipe
+from finetune.errors import RecipeError
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from PIL import Image
 
 import finetune as ft
 from finetune.errors import RecipeError, RunError
-from finetune.evaluation.prediction import predict_probabilities
+from finetune.inference.predict import predict_probabilities
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["data.image_size=32", "train.strategy=probe", "tracking.enabled=false"]

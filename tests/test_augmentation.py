@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
+from finetune.config.card import View
 from finetune.data.augmentation import PRESETS, Augmentation
 from finetune.data.changes import ColorShift
 from finetune.data.decoding import center_crop
@@ -17,7 +18,6 @@ from finetune.data.domains import COLOUR, CROP_AREA, DOMAINS
 from finetune.data.items import Item
 from finetune.data.loading import Batches, ImageStore
 from finetune.data.normalization import fit_color_basis
-from finetune.recipe.cards import View
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (50, 64, 3), dtype=np.uint8)
 

@@ -8,13 +8,13 @@ import torch
 from test_planning import make_facts
 from torch import nn
 
+from finetune.config.reading import load_recipe
 from finetune.models.backbones import load_backbone
 from finetune.models.batch_norm import exact_statistics, moving_norms, pooled_statistics
 from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
-from finetune.recipe.planning import make_plan
-from finetune.recipe.reading import load_recipe
-from finetune.training.averaging import WeightAverage
+from finetune.planning.planner import make_plan
+from finetune.training.weight_averaging import WeightAverage
 
 KINDS = pytest.mark.parametrize(("kind", "decay"), [("ema", 0.9), ("swa", None)])
 

@@ -15,10 +15,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from finetune.config.card import Card, read_card
 from finetune.errors import BackboneError
 from finetune.models import weights
 from finetune.models.backbones import load_backbone
-from finetune.recipe.cards import Card, read_card
 
 ARCHITECTURES = (
     "test_resnet", "test_efficientnet", "test_convnext", "test_vit", "test_vit3", "test_vit_relpos", "test_byobnet",

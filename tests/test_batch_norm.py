@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from finetune.config.backbone_names import read_zoo
 from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
-from finetune.recipe.shelf import read_zoo
 
 BATCH = 12
 

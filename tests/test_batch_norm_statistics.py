@@ -13,7 +13,7 @@ from finetune.models.backbones import load_backbone
 from finetune.models.batch_norm import exact_statistics, moving_norms, pooled_statistics, set_momentum
 from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
-from finetune.recipe.batch_norm import momentum_for, small_batch_warning
+from finetune.planning.batch_norm import momentum_for, small_batch_warning
 
 HOWS = pytest.mark.parametrize("renew", [pooled_statistics, exact_statistics])
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from scipy import optimize
 
-from finetune.scores.calibration import apply_temperature, fit_temperature, log_probabilities
-from finetune.scores.metrics import decide
+from finetune.metrics.calibration import apply_temperature, fit_temperature, log_probabilities
+from finetune.metrics.classification import decide
 
 
 def _calibrated(n=5000, num_classes=6, seed=0):

@@ -6,9 +6,9 @@ import pytest
 import timm
 import yaml
 
+from finetune.config.card import ARCH_KWARGS, read_card
 from finetune.errors import BackboneError
 from finetune.models.backbones import load_backbone
-from finetune.recipe.cards import ARCH_KWARGS, read_card
 
 PLAIN = {
     "name": "own", "arch": "test_resnet", "num_classes": 3, "input_size": [3, 32, 32], "mean": [0.5] * 3,

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.config.backbone_names import read_zoo
+from finetune.config.reading import load_recipe
 from finetune.data.decoding import center_crop, decode
 from finetune.data.loading import normalize
 from finetune.data.sources import open_source, read_bytes
-from finetune.features.chirality import LEAST_IMAGES, measure_chirality, sided_classes
+from finetune.features.flip_test import LEAST_IMAGES, measure_chirality, sided_classes
 from finetune.features.viewing import choose_view
 from finetune.models.backbones import load_backbone
-from finetune.recipe.reading import load_recipe
-from finetune.recipe.shelf import read_zoo
 
 pytestmark = pytest.mark.technique("T147")
 

@@ -82,7 +82,7 @@ def test_a_recipe_is_copied_once(tmp_path):
 
 @pytest.mark.technique("T001")
 def test_a_card_is_added_verified_and_found_damaged(tmp_path):
-    from finetune.recipe.shelf import shipped
+    from finetune.config.backbone_names import shipped
 
     source = shutil.copytree(shipped("zoo") / "tiny_resnet18.cifar10", tmp_path / "mine")
     card = (source / "card.yaml").read_text().replace("name: tiny_resnet18.cifar10", "name: mine")

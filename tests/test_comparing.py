@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import finetune as ft
+from finetune.config.plan import Reason
+from finetune.config.recipe import ScheduleSpec
 from finetune.errors import RunError
-from finetune.evaluation.comparing import compare, selection_flags
-from finetune.recipe.plan import Reason
-from finetune.recipe.runs import RunFolder
-from finetune.recipe.schema import ScheduleSpec
+from finetune.evaluation.compare import compare, selection_flags
+from finetune.metrics.intervals import paired_difference
+from finetune.metrics.significance import aggregate_seeds, images_needed, mcnemar
 from finetune.reporting.comparison_text import comparison_text
-from finetune.scores.comparison import aggregate_seeds, images_needed, mcnemar
-from finetune.scores.intervals import paired_difference
+from finetune.runs.folder import RunFolder
 
 CLASSES = ("disc", "square", "stripes")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from finetune.scores.comparison import (
+from finetune.metrics.significance import (
     adjust,
     aggregate_seeds,
     images_needed,

@@ -6,8 +6,8 @@ import torch
 import finetune as ft
 from finetune import preparing
 from finetune.compute import Compute, Machine
+from finetune.config.recipe import HardwareSpec
 from finetune.errors import RecipeError, RunError
-from finetune.recipe.schema import HardwareSpec
 
 OFFERS = {
     "cpu": Machine(device="cpu", cores=4, has_bf16=False, has_fp16=False, can_fork=True),

@@ -6,12 +6,12 @@ import pytest
 from test_planning import make_facts
 
 import finetune as ft
+from finetune.config.facts import TeacherFacts
+from finetune.config.own import OwnThing
+from finetune.config.recipe import recipe_keys
 from finetune.errors import RecipeError
-from finetune.recipe.case import Case
-from finetune.recipe.conflicts import AFTER_ADVICE, CONFLICTS, LBFGS_NEEDS, refuse_after_advice
-from finetune.recipe.facts import TeacherFacts
-from finetune.recipe.own import OwnThing
-from finetune.recipe.schema import recipe_keys
+from finetune.planning.case import Case
+from finetune.planning.conflicts import AFTER_ADVICE, CONFLICTS, LBFGS_NEEDS, refuse_after_advice
 
 FACTS = make_facts().model_copy(update={"labelled": (600, 600, 600)})
 TEACHER = TeacherFacts(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.scores.conformal import (
+from finetune.metrics.conformal import (
     EVERYTHING,
     describe,
     expected_range,

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune.config.card import View
 from finetune.data import contact_sheet
 from finetune.data.augmentation import Augmentation
 from finetune.data.contact_sheet import draw_contact_sheet, write_contact_sheet
 from finetune.data.decoding import center_crop
-from finetune.recipe.cards import View
 
 VIEW = View(size_pixels=128, shorter_pixels=140, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
 IMAGES = [np.random.default_rng(seed).integers(0, 256, (140, 160 + seed, 3), dtype=np.uint8) for seed in range(3)]

@@ -13,14 +13,14 @@ import finetune as ft
 from finetune.data.augmentation import Augmentation
 from finetune.data.normalization import fit_color_basis
 from finetune.errors import RecipeError, RunError
-from finetune.evaluation.loading import load_final
-from finetune.evaluation.prediction import predict_probabilities
 from finetune.features.survey import look
+from finetune.inference.loading import load_final
+from finetune.inference.predict import predict_probabilities
 from finetune.models.heads import PROBE_SOFTENING
 from finetune.models.regularization import FractionalMaxPool
-from finetune.recipe.planning import make_plan
-from finetune.recipe.schedules import rate_factor
-from finetune.training import starting
+from finetune.planning.lr_schedules import rate_factor
+from finetune.planning.planner import make_plan
+from finetune.training import setup
 from finetune.training.snapshots import read_members
 
 SMALL = [
@@ -46,8 +46,8 @@ def moved(run):
     """Names of the tensors in which the first and the last state of the network differ."""
     plan = run.plan
     recipe = ft.load_recipe(run.file("recipe.yaml"))
+    from finetune.config.backbone_names import read_zoo
     from finetune.models.backbones import load_backbone
-    from finetune.recipe.shelf import read_zoo
 
     before = load_backbone(plan.backbone, zoo=read_zoo(), pretrained=recipe.pretrained).state_dict()
     after = load_file(run.final_weights())
@@ -56,9 +56,9 @@ def moved(run):
 
 def measured_as(monkeypatch, means, *, spread):
     """Val says these mean losses of the start and each epoch, whatever it is shown; images differ by `spread`."""
-    from finetune.training import keeping
+    from finetune.training import checkpoints
 
-    told, own = iter(enumerate(means)), keeping.measure_loss
+    told, own = iter(enumerate(means)), checkpoints.measure_loss
 
     def measure(*args, **kwargs):
         found, (number, mean) = own(*args, **kwargs), next(told)
@@ -66,7 +66,7 @@ def measured_as(monkeypatch, means, *, spread):
         losses = mean + spread * (noise - noise.mean())
         return dataclasses.replace(found, loss=mean, chosen_by=mean, losses=losses.double(), top1=0.9)
 
-    monkeypatch.setattr(keeping, "measure_loss", measure)
+    monkeypatch.setattr(checkpoints, "measure_loss", measure)
 
 
 @pytest.mark.technique("T179")
@@ -315,7 +315,7 @@ def test_a_training_that_explodes_goes_back_once_and_then_ends_with_advice(shape
 @pytest.mark.slow
 def test_a_state_written_just_before_a_divergence_is_not_trusted(shapes, tmp_path, monkeypatch, window, begins_anew):
     """Seen on few images, one step per epoch: the weights were spoilt before the loss could show it."""
-    from finetune.training import fitting
+    from finetune.training import fit
     from finetune.training.module import DivergenceError, Finetuning
 
     def refuse(module, loss):
@@ -323,7 +323,7 @@ def test_a_state_written_just_before_a_divergence_is_not_trusted(shapes, tmp_pat
             raise DivergenceError("as asked")
 
     monkeypatch.setattr(Finetuning, "refuse_epoch", refuse)
-    monkeypatch.setattr(fitting, "WINDOW", window)
+    monkeypatch.setattr(fit, "WINDOW", window)
     said, members = [], []
 
     def say(line):
@@ -474,8 +474,8 @@ def test_principal_colours_are_those_of_training_images_alone(shapes, monkeypatc
         shown.extend(rows)
         return fit_color_basis(store, rows, **rest)
 
-    monkeypatch.setattr(starting, "fit_color_basis", fit)
-    assert starting.make_augmentation(plan, seen.dataset) is not None
+    monkeypatch.setattr(setup, "fit_color_basis", fit)
+    assert setup.make_augmentation(plan, seen.dataset) is not None
     assert {seen.dataset.roles[index] for index in shown} == {"train"} and len(shown) == len(
         seen.dataset.indices("train")
     )

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 import finetune as ft
+from finetune.config.card import View
+from finetune.config.recipe import DataSpec
 from finetune.data.dataset import Dataset
 from finetune.data.sources import open_source
+from finetune.ensembles.members import open_again, refuse_other_images
 from finetune.errors import DataError, RunError
-from finetune.evaluation.members import open_again, refuse_other_images
 from finetune.features.survey import look
-from finetune.recipe.cards import View
-from finetune.recipe.schema import DataSpec
 
 VIEW = View(size_pixels=32, shorter_pixels=32, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
 

@@ -6,8 +6,7 @@ from itertools import pairwise
 import pytest
 from made_scores import make_scores, split_scores
 
-from finetune.recipe.advice import UNMEASURED
-from finetune.recipe.facts import (
+from finetune.config.facts import (
     ChiralityFacts,
     DepthFacts,
     Facts,
@@ -18,16 +17,17 @@ from finetune.recipe.facts import (
     ShiftFacts,
     SimilarityFacts,
 )
-from finetune.recipe.matrix import ORDER, Place, choose_at
-from finetune.recipe.plan import Advice, Plan, Reason
-from finetune.recipe.planning import make_plan as plan_of
-from finetune.recipe.reading import load_recipe
-from finetune.recipe.runs import RunFolder
-from finetune.recipe.schema import TrainSpec
+from finetune.config.plan import Advice, Plan, Reason
+from finetune.config.reading import load_recipe
+from finetune.config.recipe import TrainSpec
+from finetune.planning.advisor import UNMEASURED
+from finetune.planning.matrix import ORDER, Place, choose_at
+from finetune.planning.planner import make_plan as plan_of
 from finetune.reporting.decision import ForecastRow, decide, depth_figure, forecast_rows, shift_figure
+from finetune.reporting.html import render_report
 from finetune.reporting.matrix_figure import COLUMNS, ROWS, grid_figure
-from finetune.reporting.report import render_report
-from finetune.reporting.sentences import (
+from finetune.reporting.text import facts_text, forecasts_text, grid_text, plan_text, profile_text
+from finetune.reporting.wording import (
     chirality_sentence,
     depth_sentence,
     duration,
@@ -35,7 +35,7 @@ from finetune.reporting.sentences import (
     memory,
     similarity_rows,
 )
-from finetune.reporting.terminal import facts_text, forecasts_text, grid_text, plan_text, profile_text
+from finetune.runs.folder import RunFolder
 
 NASTY = '<b>&"'
 

@@ -8,10 +8,13 @@ from conftest import draw_shapes
 from PIL import Image
 
 from finetune.compute import PLAIN
+from finetune.config.backbone_names import read_zoo
+from finetune.config.facts import ProfileFacts
 from finetune.data.decoding import center_crop, decode
 from finetune.data.sources import open_source, read_bytes
-from finetune.features import depths as depths_module
-from finetune.features.depths import (
+from finetune.features import layer_profile as depths_module
+from finetune.features.extraction import look_at_all
+from finetune.features.layer_profile import (
     FOLDS,
     assign_folds,
     cross_validate,
@@ -19,13 +22,10 @@ from finetune.features.depths import (
     neighbours_left_out,
     ridge_left_out,
 )
-from finetune.features.extraction import look_at_all
 from finetune.features.logistic import scale_of
 from finetune.features.probing import TEMPERATURE, fit_probe
 from finetune.models.backbones import load_backbone
 from finetune.models.frozen import FrozenBackbone
-from finetune.recipe.facts import ProfileFacts
-from finetune.recipe.shelf import read_zoo
 
 SHAPES = pytest.mark.parametrize(("n", "d"), [(60, 9), (30, 80)], ids=["N > D", "N < D"])
 

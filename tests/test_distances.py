@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.scores.distances import (
+from finetune.metrics.distances import (
     GAMMA,
     Gaussian,
     class_prototypes,

@@ -12,23 +12,23 @@ from test_training import STAGE, ShortOfMemory, TinyBackbone, tiny_classifier
 from torch import nn
 
 import finetune as ft
-from finetune.combining import ensemble as combine
+from finetune.config.card import View
+from finetune.config.decided import Rule
+from finetune.config.imbalance import KIND
+from finetune.config.plan import read_plan
 from finetune.data.loading import normalize
+from finetune.ensembling import ensemble as combine
 from finetune.errors import BackboneError, RecipeError, RunError
-from finetune.evaluation.loading import load_final
-from finetune.evaluation.teaching import load_teacher
+from finetune.inference.loading import load_final
+from finetune.inference.teacher import load_teacher
 from finetune.pipeline import evaluate
 from finetune.preparing import plan, show_images
-from finetune.recipe.cards import View
-from finetune.recipe.decided import Rule
-from finetune.recipe.distillation import inherit_imbalance, read_teacher
-from finetune.recipe.imbalance import KIND
-from finetune.recipe.plan import read_plan
-from finetune.recipe.runs import RunFolder
-from finetune.reporting.terminal import plan_text, scores_text
-from finetune.training.distilling import Distillation, Teacher, make_distillation, soft_losses
+from finetune.reporting.text import plan_text, scores_text
+from finetune.runs.folder import RunFolder
+from finetune.runs.teacher import inherit_imbalance, read_teacher
+from finetune.training.distillation import Distillation, Teacher, make_distillation, soft_losses
 from finetune.training.losses import log_priors, make_loss
-from finetune.training.mixing import Mixing
+from finetune.training.mixup import Mixing
 from finetune.training.module import Finetuning, Step
 from finetune.training.optimization import make_optimizer
 
@@ -524,7 +524,7 @@ def test_a_probe_was_never_balanced_and_members_that_differ_are_not_followed(poo
 
 
 def test_an_advised_probe_is_refused_where_a_teacher_is_named(shapes, pool, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.recipe.planning.advise", lambda facts, prefer: pool[0].plan.advice.model_copy(
+    monkeypatch.setattr("finetune.planning.planner.advise", lambda facts, prefer: pool[0].plan.advice.model_copy(
         update={"strategy": "probe"}
     ))  # fmt: skip
     wishes = [*SMALL, *FULL, *taught(pool[0]), "train.strategy=null"]

@@ -15,13 +15,13 @@ from test_faults import command
 
 import finetune as ft
 from finetune import cli, pipeline
+from finetune.config.reading import as_recipe, load_recipe
 from finetune.data.splits import refuse_idle
 from finetune.errors import BackboneError, DataError, RunError
-from finetune.evaluation.elsewhere import evaluate_elsewhere
-from finetune.evaluation.serving import hold
+from finetune.evaluation.other_data import evaluate_elsewhere
+from finetune.inference.batch_predict import hold
+from finetune.model_selection.zoo import add_card
 from finetune.preparing import say_on_stderr
-from finetune.recipe.reading import as_recipe, load_recipe
-from finetune.zoo import add_card
 
 TINY = ["backbone=tiny_resnet18.cifar10", "data.image_size=32", "train.strategy=probe", "tracking.enabled=false"]
 

@@ -8,19 +8,19 @@ import torch
 from test_planning import make_facts
 
 import finetune as ft
-from finetune.combining import ensemble
+from finetune.config.measures import Measure
+from finetune.config.scores import AgainstOrdinary
+from finetune.ensembling import ensemble
 from finetune.errors import RecipeError
-from finetune.evaluation import draws
-from finetune.evaluation.draws import compare_draws, draw, draws_sentence, entropy
-from finetune.evaluation.loading import load_final
-from finetune.evaluation.prediction import draw_in_batches
-from finetune.evaluation.viewing import Viewer
+from finetune.evaluation import mc_dropout
+from finetune.evaluation.mc_dropout import compare_draws, draw, draws_sentence, entropy
 from finetune.features.survey import look
+from finetune.inference.loading import load_final
+from finetune.inference.predict import draw_in_batches
+from finetune.inference.tta_views import Viewer
+from finetune.metrics.classification import log_loss
 from finetune.models.regularization import sample_predictions
-from finetune.recipe.measures import Measure
-from finetune.recipe.planning import make_plan
-from finetune.recipe.scores import AgainstOrdinary
-from finetune.scores.metrics import log_loss
+from finetune.planning.planner import make_plan
 
 WISHES = [
     "data.image_size=32",
@@ -56,7 +56,7 @@ def seen(run):
 
 def drawn_from(rows, monkeypatch):
     """`draw` of a head that says `rows` (S, B, K)."""
-    monkeypatch.setattr(draws, "draw_in_batches", lambda *rest: iter([rows]))
+    monkeypatch.setattr(mc_dropout, "draw_in_batches", lambda *rest: iter([rows]))
     facts = make_facts()
     plan = make_plan(ft.load_recipe(None, ["train.strategy=full"]), facts)
     return draw(None, None, [], plan)

@@ -12,16 +12,16 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms import v2
 
 import finetune as ft
+from finetune.config.card import read_card
+from finetune.config.other_data import FittedTemperature
+from finetune.config.scores import Temperature
 from finetune.data.loading import ImageStore
 from finetune.data.sources import open_source
 from finetune.errors import BackboneError, DataError, RecipeError, RunError
-from finetune.evaluation.elsewhere import evaluate_backbone, evaluate_elsewhere, source_view_logits
-from finetune.evaluation.views import view_names
+from finetune.evaluation.other_data import evaluate_backbone, evaluate_elsewhere, source_view_logits
+from finetune.inference.tta import view_names
 from finetune.models.backbones import load_backbone
-from finetune.recipe.cards import read_card
-from finetune.recipe.elsewhere import FittedTemperature
-from finetune.recipe.runs import RunFolder
-from finetune.recipe.scores import Temperature
+from finetune.runs.folder import RunFolder
 
 SIZE = 48
 NAMES = ("disc, circle", "square", "stripes, bars", "ring", "5", "crane, bird", "crane, machine")
@@ -270,6 +270,6 @@ def test_a_backbone_without_a_classifier_and_other_views_are_refused(zoo, shapes
     with pytest.raises(RecipeError, match="'dozen' is not for a source classifier; take center, five, ten"):
         evaluate_backbone("tiny", shapes, views="dozen")
     backbone = load_backbone("tiny", zoo={"tiny": read_card(zoo / "card.yaml")}, pretrained=False)
-    monkeypatch.setattr("finetune.evaluation.elsewhere.load_backbone", lambda name, zoo: backbone)
+    monkeypatch.setattr("finetune.evaluation.other_data.load_backbone", lambda name, zoo: backbone)
     with pytest.raises(BackboneError, match="no source classifier"):
         evaluate_backbone("tiny", shapes)

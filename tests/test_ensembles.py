@@ -11,14 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import finetune as ft
-from finetune.combining import ensemble as combine
-from finetune.errors import BackboneError, RunError
-from finetune.evaluation.averages import Ensemble
-from finetune.evaluation.ensembles import make_ensemble, score_members, selection_note
-from finetune.evaluation.loading import load_ensemble, load_final
-from finetune.evaluation.members import find_candidates, selection_sentence
-from finetune.evaluation.prediction import predict_probabilities
-from finetune.evaluation.soups import (
+from finetune.ensembles.build import make_ensemble, score_members, selection_note
+from finetune.ensembles.members import find_candidates, selection_sentence
+from finetune.ensembles.soups import (
     ALPHAS,
     Score,
     greedy_soup,
@@ -28,12 +23,17 @@ from finetune.evaluation.soups import (
     sweep,
     uniform_soup,
 )
+from finetune.ensembling import ensemble as combine
+from finetune.errors import BackboneError, RunError
 from finetune.features.survey import look
+from finetune.inference.ensemble_model import Ensemble
+from finetune.inference.loading import load_ensemble, load_final
+from finetune.inference.predict import predict_probabilities
+from finetune.metrics.calibration import log_probabilities
+from finetune.metrics.selection import average
 from finetune.models.batch_norm import pooled_statistics
-from finetune.recipe.runs import RunFolder
-from finetune.scores.calibration import log_probabilities
-from finetune.scores.selection import average
-from finetune.training.starting import make_batches
+from finetune.runs.folder import RunFolder
+from finetune.training.setup import make_batches
 
 SMALL = [
     "data.image_size=32",
@@ -216,7 +216,7 @@ def test_val_chooses_members_greedily_and_the_run_says_so(pool, seen, tmp_path):
 
 
 def test_how_often_a_member_was_taken_is_its_weight(pool, seen, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.evaluation.ensembles.greedy_selection", lambda *rest, **options: (1, 0, 1))
+    monkeypatch.setattr("finetune.ensembles.build.greedy_selection", lambda *rest, **options: (1, 0, 1))
     made = ensemble(pool[:2], tmp_path, "greedy", dataset=seen.dataset)
     assert [one.weight for one in made.membership.members] == pytest.approx([1 / 3, 2 / 3])
     both = torch.stack([said_by(load_final(run), run, seen) for run in pool[:2]])

@@ -22,13 +22,13 @@ from safetensors.torch import load_file, save_file
 
 import finetune as ft
 from finetune import pipeline, preparing
+from finetune.config.recipe import Recipe, recipe_keys
 from finetune.data import decoding, loading
 from finetune.errors import FinetuneError
 from finetune.features.viewing import measure_machine
-from finetune.recipe import matrix
-from finetune.recipe.schema import Recipe, recipe_keys
-from finetune.training import fitting
-from finetune.training.tracking import default_uri
+from finetune.planning import matrix
+from finetune.tracking.tracker import default_uri
+from finetune.training import fit
 
 BASE = (
     "data.root={images} backbone=small_resnet data.image_size=32 data.invariances=[] augment.preset=none "
@@ -505,7 +505,7 @@ def test_workers_and_kept_images_change_the_work_and_not_the_weights(place, monk
 
 def test_statistics_of_batch_norm_move_by_the_share_that_the_steps_of_an_epoch_ask_for(place, monkeypatch):
     steps, plain = [], weights_of(place.run(["train.batch_norm=train"]))
-    monkeypatch.setattr(fitting, "momentum_for", lambda asked: steps.append(asked) or 0.5)
+    monkeypatch.setattr(fit, "momentum_for", lambda asked: steps.append(asked) or 0.5)
     moved = weights_of(place.run_anew(["train.batch_norm=train"], is_judged=False))
     assert steps == [-(-sum(ft.survey(place.recipe([])).counts["train"]) // 8)]
     assert any("running_mean" in name and moved[name] != plain[name] for name in plain)

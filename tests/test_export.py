@@ -11,9 +11,9 @@ import torch
 
 import finetune as ft
 from finetune.errors import RunError
-from finetune.evaluation.loading import load_final
 from finetune.export import timm_folder
 from finetune.export.timm_folder import export_timm
+from finetune.inference.loading import load_final
 
 SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=1", "tracking.enabled=false"]
 

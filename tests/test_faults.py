@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 import finetune as ft
 from finetune import cli, compute, demo, pipeline
+from finetune.config.backbone_names import cache_folder, read_zoo
 from finetune.data.decoding import ImageFacts
 from finetune.errors import DataError, RecipeError, RunError, explain_os_error, os_error_behind
 from finetune.features.cache import FeatureCache
 from finetune.preparing import extract
-from finetune.recipe import runs as runs_module
-from finetune.recipe.runs import RunFolder, append, write_whole
-from finetune.recipe.shelf import cache_folder, read_zoo
-from finetune.training.keeping import PlainFile
+from finetune.runs import folder as runs_module
+from finetune.runs.folder import RunFolder, append, write_whole
+from finetune.training.checkpoints import PlainFile
 
 SMALL = [
     "data.image_size=32",
@@ -182,7 +182,7 @@ def test_what_the_machine_refuses_is_one_paragraph_and_code_2_and_a_bug_is_code_
         code, said = command(monkeypatch, capsys, "recipes", "copy", "quick", target)
         assert code == 2, said
         assert said.startswith(f"finetune: {Path(target).parent}: ") and len(said.strip().splitlines()) == 1
-    monkeypatch.setattr("finetune.recipe.shelf.list_recipes", lambda: Path("/ours/alone").read_text())
+    monkeypatch.setattr("finetune.config.backbone_names.list_recipes", lambda: Path("/ours/alone").read_text())
     code, said = command(monkeypatch, capsys, "recipes", "list")
     assert code == 3 and "this is our bug" in said
 

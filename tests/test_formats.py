@@ -12,7 +12,7 @@ from finetune.data import formats
 from finetune.data.decoding import BadImage, decode
 from finetune.data.formats import SUFFIXES, format_of, readable_formats, why_unreadable
 from finetune.errors import DataError
-from finetune.features.ranking import _Images
+from finetune.model_selection.ranking import _Images
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
 

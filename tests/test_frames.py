@@ -13,6 +13,8 @@ from PIL import Image
 
 import finetune as ft
 from finetune.cli import main
+from finetune.config.card import View
+from finetune.config.recipe import DataSpec
 from finetune.data import digests as digesting
 from finetune.data import frames
 from finetune.data.dataset import Dataset
@@ -24,16 +26,14 @@ from finetune.data.sources import open_source
 from finetune.data.splits import cut_split
 from finetune.data.training_range import RangeMeter
 from finetune.errors import DataError
-from finetune.evaluation.averages import Ensemble
-from finetune.evaluation.elsewhere import evaluate_elsewhere
-from finetune.evaluation.loading import load_final
+from finetune.evaluation.other_data import evaluate_elsewhere
 from finetune.evaluation.page_images import stored_images
-from finetune.evaluation.serving import predict_stream
-from finetune.evaluation.viewing import MixedViewer, Viewer, open_viewer
-from finetune.features.ranking import _Images
 from finetune.features.survey import look
-from finetune.recipe.cards import View
-from finetune.recipe.schema import DataSpec
+from finetune.inference.batch_predict import predict_stream
+from finetune.inference.ensemble_model import Ensemble
+from finetune.inference.loading import load_final
+from finetune.inference.tta_views import MixedViewer, Viewer, open_viewer
+from finetune.model_selection.ranking import _Images
 
 SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=1", "train.strategy=full"]
 SMALL += ["tracking.enabled=false", "data.split.refit=false", "data.split.calibration=0"]

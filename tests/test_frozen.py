@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from finetune.config.card import Card
 from finetune.models import frozen as frozen_module
 from finetune.models.backbones import Backbone, load_backbone
 from finetune.models.frozen import FrozenBackbone, pool
-from finetune.recipe.cards import Card
 
 FUSED = (
     "test_resnet", "test_efficientnet", "test_byobnet", "resnetv2_50", "regnetx_002", "mobilenetv3_small_050",

@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 import finetune as ft
+from finetune.config.recipe import DataSpec
 from finetune.errors import DataError
-from finetune.evaluation.elsewhere import _count_seen
+from finetune.evaluation.other_data import _count_seen
 from finetune.evaluation.page_images import stored_images
-from finetune.features.ranking import _Images
-from finetune.recipe.schema import DataSpec
+from finetune.model_selection.ranking import _Images
 
 GIVEN = {"train": ("Lager A",), "test": ("Lager B",)}
 

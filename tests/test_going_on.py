@@ -9,14 +9,14 @@ import yaml
 from safetensors.torch import load_file
 
 import finetune as ft
+from finetune.config.backbone_names import read_zoo, short_name
+from finetune.config.card import read_card
 from finetune.errors import BackboneError, RecipeError, RunError
-from finetune.evaluation.loading import load_final
+from finetune.inference.loading import load_final
 from finetune.models.backbones import load_backbone
 from finetune.preparing import plan
-from finetune.recipe.cards import read_card
-from finetune.recipe.resumption import another_wish, record_root
-from finetune.recipe.runs import RunFolder
-from finetune.recipe.shelf import read_zoo, short_name
+from finetune.runs.folder import RunFolder
+from finetune.runs.resume import another_wish, record_root
 
 SMALL = [
     "data.image_size=32",
@@ -65,8 +65,8 @@ def child(first, others, runs):
 @pytest.fixture
 def no_zoo(monkeypatch, tmp_path):
     """A machine without a single backbone."""
-    monkeypatch.setattr("finetune.recipe.shelf.zoo_folders", lambda: [])
-    monkeypatch.setattr("finetune.recipe.shelf.shipped", lambda name: tmp_path / "nothing")
+    monkeypatch.setattr("finetune.config.backbone_names.zoo_folders", lambda: [])
+    monkeypatch.setattr("finetune.config.backbone_names.shipped", lambda name: tmp_path / "nothing")
     assert not read_zoo()
 
 

@@ -9,13 +9,13 @@ import yaml
 from safetensors.torch import save_file
 
 import finetune as ft
+from finetune.config.card import ARCH, Card, read_card
 from finetune.errors import BackboneError
-from finetune.evaluation.serving import predict
+from finetune.inference.batch_predict import predict
 from finetune.models.backbones import load_backbone
 from finetune.models.image_sizes import nearest_size, size_unit
 from finetune.models.input_size import TRAINABLE_PIXELS, fit_size
 from finetune.preparing import plan
-from finetune.recipe.cards import ARCH, Card, read_card
 
 VIT = ("vit_tiny_patch16_224", {"img_size": 64, "depth": 1, "embed_dim": 24, "num_heads": 2}, 64)
 SWIN = (

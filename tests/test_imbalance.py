@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from finetune.config.card import View
+from finetune.config.imbalance import KIND, decide_imbalance, hides_classes, uneven
 from finetune.data.augmentation import Augmentation
 from finetune.data.loading import Batches, ImageStore, draw_evenly
 from finetune.data.sources import open_source
-from finetune.recipe.cards import View
-from finetune.recipe.imbalance import KIND, decide_imbalance, hides_classes, uneven
 
 VIEW = View(size_pixels=8, shorter_pixels=10, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
 SIZES = [20, 7, 2]

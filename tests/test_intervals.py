@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import optimize, stats
 
-from finetune.scores.intervals import (
+from finetune.metrics.intervals import (
     bootstrap_mean,
     mean_of_differences,
     mean_of_f1,

@@ -11,7 +11,7 @@ from contextlib import closing
 
 import pytest
 
-from finetune.training.ledger import CurveReader
+from finetune.tracking.state import CurveReader
 
 pytestmark = pytest.mark.slow
 

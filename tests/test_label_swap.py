@@ -6,15 +6,15 @@ import torch
 from PIL import Image
 
 import finetune as ft
+from finetune.config.card import View
+from finetune.config.recipe import DataSpec
 from finetune.data.augmentation import Augmentation
 from finetune.data.loading import Batches, ImageStore
 from finetune.data.sources import open_source
 from finetune.errors import RecipeError
-from finetune.evaluation.views import average_views, unmirror, view_crops, view_names
 from finetune.features.survey import look
-from finetune.recipe.cards import View
-from finetune.recipe.schema import DataSpec
-from finetune.training.starting import make_batches
+from finetune.inference.tta import average_views, unmirror, view_crops, view_names
+from finetune.training.setup import make_batches
 
 pytestmark = pytest.mark.technique("T147")
 VIEW = View(size_pixels=32, shorter_pixels=36, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -3,9 +3,9 @@
 import pytest
 from test_planning import make_facts
 
-from finetune.recipe.ladder import next_experiment
-from finetune.recipe.planning import make_plan
-from finetune.recipe.reading import load_recipe
+from finetune.config.reading import load_recipe
+from finetune.planning.next_step import next_experiment
+from finetune.planning.planner import make_plan
 
 
 def plan_of(*wishes):

@@ -7,11 +7,11 @@ import torch
 from markupsafe import Markup
 
 import finetune as ft
+from finetune.config.measures import LearningCurveFacts
 from finetune.features import learning_curve
-from finetune.features.depths import cross_validate
+from finetune.features.layer_profile import cross_validate
 from finetune.features.learning_curve import measure_curve, nested_parts, weigh_laws
 from finetune.features.probing import fit_probe, guess_near
-from finetune.recipe.measures import LearningCurveFacts
 from finetune.reporting.curve import curve_figure, curve_sentence
 
 PENALTY = 0.1
@@ -201,7 +201,7 @@ def test_plan_and_report_hold_it(shapes, tmp_path, capsys):
     from typer.testing import CliRunner
 
     from finetune.cli import app
-    from finetune.reporting.terminal import facts_text
+    from finetune.reporting.text import facts_text
 
     wishes = [str(shapes), "data.image_size=32", "train.strategy=probe", "tracking.enabled=false"]
     planned = CliRunner().invoke(app, ["plan", *wishes, "--json"])

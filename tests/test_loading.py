@@ -6,12 +6,12 @@ import torch
 import torchvision.transforms.v2.functional as F
 from PIL import Image
 
+from finetune.config.card import View
 from finetune.data.augmentation import Augmentation
 from finetune.data.decoding import center_crop
 from finetune.data.loading import Batches, ImageStore, normalize, num_batches
 from finetune.data.sources import open_source
 from finetune.errors import DataError
-from finetune.recipe.cards import View
 
 VIEW = View(
     size_pixels=16, shorter_pixels=20, interpolation="bilinear", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)

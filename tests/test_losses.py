@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from finetune.config.plan import Stage
 from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
-from finetune.recipe.plan import Stage
 from finetune.training.losses import class_weights, log_priors, make_loss
 from finetune.training.optimization import decay_penalty, group_parameters
 

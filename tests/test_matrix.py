@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from finetune.recipe import matrix
-from finetune.recipe.matrix import ERRORS, ORDER, SIMILARITIES, SIZES, STEP, Place, choose, choose_at, gain_at
+from finetune.planning import matrix
+from finetune.planning.matrix import ERRORS, ORDER, SIMILARITIES, SIZES, STEP, Place, choose, choose_at, gain_at
 
 NODES = list(itertools.product(SIZES, SIMILARITIES, ERRORS))
 TRAINED = pytest.mark.parametrize("strategy", ["partial", "full"])

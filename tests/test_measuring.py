@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 
 import finetune as ft
-from finetune.features import chirality, measuring, survey
+from finetune.config.backbone_names import cache_folder
+from finetune.features import flip_test, measuring, survey
 from finetune.features.survey import look
-from finetune.recipe.shelf import cache_folder
 
 SMALL = ["data.image_size=32", "tracking.enabled=false", "data.split.refit=false"]
 PROBE, FULL = "train.strategy=probe", "train.strategy=full"
@@ -195,7 +195,7 @@ def test_neither_names_nor_order_of_files_matter(tmp_path, monkeypatch, most):
     """Classes that cannot be told apart, so that any other sample or fold would be another number."""
     for name in ("PROFILE_IMAGES", "CONTROL_IMAGES", "SHIFT_IMAGES", "MIRROR_IMAGES", "RESPONSE_IMAGES"):
         monkeypatch.setattr(measuring, name, most)
-    monkeypatch.setattr(chirality, "LEAST_IMAGES", 10)
+    monkeypatch.setattr(flip_test, "LEAST_IMAGES", 10)
     random = np.random.default_rng(0)
     for name in ("one", "other"):
         for turn in ("plain", "turned"):

@@ -5,10 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.recipe.scores import SplitScores
-from finetune.scores import metrics
-from finetune.scores.intervals import wilson
-from finetune.scores.metrics import (
+from finetune.config.scores import SplitScores
+from finetune.metrics import classification
+from finetune.metrics.classification import (
     balanced_accuracy,
     calibration_error,
     confusion,
@@ -21,6 +20,7 @@ from finetune.scores.metrics import (
     score_predictions,
     top_k_accuracy,
 )
+from finetune.metrics.intervals import wilson
 
 
 def _predictions(n=400, num_classes=7, seed=0):
@@ -165,7 +165,7 @@ def test_calibration_error_is_biased_upward_for_small_n():
 
 @pytest.mark.parametrize("overconfidence", [0.0, 0.1, 0.2])
 def test_the_interval_of_the_calibration_error_covers_the_truth_despite_its_bias(monkeypatch, overconfidence):
-    monkeypatch.setattr(metrics.bootstrap, "__defaults__", (200,))
+    monkeypatch.setattr(classification.bootstrap, "__defaults__", (200,))
     intervals = [calibration_error(*_confidences(150, overconfidence, seed), seed) for seed in range(100)]
     assert np.mean([each.low <= overconfidence <= each.high for each in intervals]) >= 0.85
     assert all(0 <= each.low <= each.value <= each.high <= 1 for each in intervals)

@@ -8,22 +8,22 @@ from PIL import Image
 from torch import nn
 
 import finetune as ft
-from finetune.combining import ensemble as combine
 from finetune.data.loading import ImageStore
+from finetune.ensembles.build import make_ensemble, score_members
+from finetune.ensembling import ensemble as combine
 from finetune.errors import RunError
-from finetune.evaluation import viewing
-from finetune.evaluation.averages import Ensemble
-from finetune.evaluation.comparing import compare
-from finetune.evaluation.elsewhere import evaluate_elsewhere
-from finetune.evaluation.ensembles import make_ensemble, score_members
-from finetune.evaluation.loading import load_ensemble, load_final
-from finetune.evaluation.prediction import predict_in_batches, predict_probabilities
-from finetune.evaluation.serving import predict, predict_stream
-from finetune.evaluation.viewing import MixedViewer, Viewer, open_viewer
+from finetune.evaluation.compare import compare
+from finetune.evaluation.other_data import evaluate_elsewhere
 from finetune.features.survey import look
-from finetune.recipe.distillation import read_teacher
-from finetune.scores.calibration import log_probabilities
-from finetune.scores.selection import average
+from finetune.inference import tta_views
+from finetune.inference.batch_predict import predict, predict_stream
+from finetune.inference.ensemble_model import Ensemble
+from finetune.inference.loading import load_ensemble, load_final
+from finetune.inference.predict import predict_in_batches, predict_probabilities
+from finetune.inference.tta_views import MixedViewer, Viewer, open_viewer
+from finetune.metrics.calibration import log_probabilities
+from finetune.metrics.selection import average
+from finetune.runs.teacher import read_teacher
 
 SMALL = [
     "train.batch_size=16",
@@ -137,9 +137,9 @@ def test_an_ensemble_of_one_larger_run_is_that_run_bit_for_bit(pool, seen, tmp_p
 
 def test_a_file_is_read_and_decoded_in_one_go_for_all_members(pool, seen, joined, monkeypatch):
     viewer, reads, sizes = open_viewer(load_final(joined), joined.plan, "ten"), [], []
-    read, decode = viewing.read_bytes, viewing.decode_sizes
-    monkeypatch.setattr(viewing, "read_bytes", lambda item: reads.append(item) or read(item))
-    monkeypatch.setattr(viewing, "decode_sizes", lambda data, wanted: sizes.append(wanted) or decode(data, wanted))
+    read, decode = tta_views.read_bytes, tta_views.decode_sizes
+    monkeypatch.setattr(tta_views, "read_bytes", lambda item: reads.append(item) or read(item))
+    monkeypatch.setattr(tta_views, "decode_sizes", lambda data, wanted: sizes.append(wanted) or decode(data, wanted))
     crops = viewer.read(seen.dataset.store, seen.dataset.indices("test")[0])
     assert isinstance(viewer, MixedViewer) and len(reads) == 1
     assert [[one.shorter_pixels for one in wanted] for wanted in sizes] == [[pool[0].plan.view.shorter_pixels, 60]]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torchvision.transforms import v2
 
 from finetune.training.losses import make_loss
-from finetune.training.mixing import Mixing
+from finetune.training.mixup import Mixing
 
 
 def numbered(count=64, height=6, width=7):

@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 import finetune as ft
+from finetune.config.card import View
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore
 from finetune.data.normalization import measure_constants
 from finetune.errors import RecipeError
-from finetune.recipe.cards import View
 
 VIEW = View(size_pixels=16, shorter_pixels=16, interpolation="bilinear", mean=(0.0,) * 3, std=(1.0,) * 3)
 

@@ -11,14 +11,14 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from finetune.config.decided import Rule
+from finetune.config.plan import Stage
+from finetune.config.recipe import OptimizerSpec, ScheduleSpec, TrainSpec
 from finetune.errors import RecipeError
+from finetune.metrics import calibration
 from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
-from finetune.recipe.decided import Rule
-from finetune.recipe.plan import Stage
-from finetune.recipe.schedules import rate_factor
-from finetune.recipe.schema import OptimizerSpec, ScheduleSpec, TrainSpec
-from finetune.scores import calibration
+from finetune.planning.lr_schedules import rate_factor
 from finetune.training.optimization import (
     DEFAULT,
     OWN,

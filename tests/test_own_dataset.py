@@ -12,12 +12,12 @@ from torchvision.datasets import FakeData, ImageFolder
 from torchvision.transforms import Compose, ToTensor
 
 import finetune as ft
+from finetune.config.recipe import DataSpec
 from finetune.data.dataset import Dataset
 from finetune.data.held import digest_picture, hold
 from finetune.data.sources import read_bytes
 from finetune.data.torch_datasets import digest_contents, open_datasets
 from finetune.errors import DataError, RecipeError, RunError
-from finetune.recipe.schema import DataSpec
 
 SMALL = ["data.image_size=32", "tracking.enabled=false"]
 PROBE = [*SMALL, "train.strategy=probe"]

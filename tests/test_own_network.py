@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import finetune as ft
+from finetune.config.backbone_names import default_backbone, read_zoo
 from finetune.errors import BackboneError, RecipeError, RunError
 from finetune.models.own import open_network
-from finetune.recipe.shelf import default_backbone, read_zoo
 
 SMALL = ["data.image_size=32", "tracking.enabled=false"]
 TRAINED = [

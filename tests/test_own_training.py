@@ -15,8 +15,8 @@ from torch.utils.data import Subset
 from torchvision.datasets import ImageFolder
 
 import finetune as ft
+from finetune.config.own import describe
 from finetune.errors import RecipeError, RunError
-from finetune.recipe.own import describe
 from finetune.training.callbacks import Listeners, Writer, checked
 from finetune.training.losses import make_loss
 from finetune.training.own import OwnTraining, loss_by_image

@@ -13,14 +13,14 @@ from test_planning import make_facts
 from test_training import ShortOfMemory, _module, tiny_classifier
 
 from finetune.compute import PLAIN
+from finetune.config.card import View
+from finetune.config.plan import read_plan
+from finetune.config.reading import load_recipe
 from finetune.errors import RecipeError
 from finetune.features.extraction import look_at, look_at_all
-from finetune.recipe.cards import View
-from finetune.recipe.plan import read_plan
-from finetune.recipe.planning import make_plan
-from finetune.recipe.reading import load_recipe
+from finetune.planning.planner import make_plan
 from finetune.training.losses import make_loss
-from finetune.training.mixing import Mixing
+from finetune.training.mixup import Mixing
 from finetune.training.module import Step
 
 IMAGES, LABELS = torch.randn(19, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(19) % 3

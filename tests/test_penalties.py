@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 from finetune.compute import PLAIN
+from finetune.config.backbone_names import read_zoo
 from finetune.data.decoding import center_crop, decode
 from finetune.data.sources import open_source, read_bytes
-from finetune.features.depths import assign_folds, cross_validate
 from finetune.features.extraction import look_at_all
+from finetune.features.layer_profile import assign_folds, cross_validate
 from finetune.features.logistic import LogisticProblem
 from finetune.features.penalties import L2_GRID, MOST_STEPS, Part, choose_penalty
 from finetune.features.probing import fit_probe, sweep_probe
 from finetune.models.backbones import load_backbone
 from finetune.models.frozen import FrozenBackbone
-from finetune.recipe.shelf import read_zoo
 
 
 def blobs(n, d, k, *, spread=0.5, seed=0):

@@ -7,13 +7,13 @@ import torch
 from test_planning import make_facts
 
 import finetune as ft
-from finetune import piloting
+from finetune.config.facts import PilotFacts, Proportion
 from finetune.errors import RecipeError
 from finetune.features.survey import look
-from finetune.piloting import run_pilot
+from finetune.model_selection import pilot
+from finetune.model_selection.pilot import run_pilot
+from finetune.planning.advisor import advise
 from finetune.preparing import plan
-from finetune.recipe.advice import advise
-from finetune.recipe.facts import PilotFacts, Proportion
 
 SMALL = ["data.image_size=32", "train.batch_size=16", "tracking.enabled=false"]
 
@@ -54,7 +54,7 @@ def test_the_worse_half_is_left_behind(piloted, shapes, monkeypatch, better):
     def trial(recipe, seen, strategy, seconds, number):
         return row(strategy, 0.9 if strategy == better else 0.7, number)
 
-    monkeypatch.setattr(piloting, "_try", trial)
+    monkeypatch.setattr(pilot, "_try", trial)
     facts = run_pilot(ft.load_recipe(str(shapes), SMALL), piloted[0], 60.0, quiet)
     assert [(one.strategy, one.round) for one in facts.pilot] == [("partial", 1), ("full", 1), (better, 2)]
 
@@ -69,7 +69,7 @@ def test_val_chooses_neither_the_schedule_nor_the_rate_beside_what_a_pilot_tries
 
     recipe = ft.load_recipe(str(shapes), SMALL)
     seen = look(recipe)
-    monkeypatch.setattr(piloting, "make_plan", note)
+    monkeypatch.setattr(pilot, "make_plan", note)
     run_pilot(recipe, seen, 20.0, quiet)
     assert {plan.train.strategy for plan in made} == {"partial", "full"}
     assert len({plan.stages[-1].schedule.model_dump_json() for plan in made}) == 1

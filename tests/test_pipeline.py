@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 import finetune as ft
 from finetune import pipeline
 from finetune.errors import BackboneError, DataError, RecipeError, RunError
+from finetune.metrics.calibration import fit_temperature, log_probabilities
 from finetune.models.heads import PROBE_SOFTENING
 from finetune.pipeline import summarize
 from finetune.preparing import extract, plan
-from finetune.recipe.runs import FILES, RunFolder
-from finetune.reporting.figures import percent
-from finetune.scores.calibration import fit_temperature, log_probabilities
+from finetune.reporting.svg import percent
+from finetune.runs.folder import FILES, RunFolder
 
 TINY = ["data.image_size=32", "train.batch_size=16"]
 SMALL = [*TINY, "train.epochs=3", "tracking.enabled=false", "data.split.refit=false"]
@@ -135,8 +135,8 @@ def test_the_same_recipe_gives_the_same_weights(shapes, tmp_path, full):
 @pytest.mark.technique("T072")
 def test_a_partial_run_leaves_the_lower_stages_bit_identical(shapes, tmp_path):
     run = start(shapes, tmp_path, "train.strategy=partial", "train.depth=1", "train.batch_norm=train")
+    from finetune.config.backbone_names import read_zoo
     from finetune.models.backbones import load_backbone
-    from finetune.recipe.shelf import read_zoo
 
     backbone = load_backbone(run.plan.backbone, zoo=read_zoo())
     top, kept = len(backbone.stages) - 1, torch.load(run.file("stages/1-partial/last.ckpt"), weights_only=True)

@@ -11,8 +11,8 @@ from torch.utils.data import TensorDataset
 
 import finetune as ft
 from finetune.errors import BackboneError, DataError, RecipeError, RunError
-from finetune.recipe.plan_faults import PLAN_FAULTS, refuse_misfit
-from finetune.recipe.runs import FILES, RunFolder
+from finetune.planning.plan_faults import PLAN_FAULTS, refuse_misfit
+from finetune.runs.folder import FILES, RunFolder
 
 SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=2", "tracking.enabled=false"]
 KINDS = {

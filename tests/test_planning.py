@@ -6,19 +6,9 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from finetune.errors import RecipeError
-from finetune.recipe.advice import (
-    SIMILAR,
-    SMALL_PER_CLASS,
-    advise,
-    expected_gain,
-    partial_depth,
-    similarity_of_probes,
-    similarity_of_shift,
-)
-from finetune.recipe.cards import View
-from finetune.recipe.decided import OF_STAGES, RATES
-from finetune.recipe.facts import (
+from finetune.config.card import View
+from finetune.config.decided import OF_STAGES, RATES
+from finetune.config.facts import (
     BackboneFacts,
     ChiralityFacts,
     DepthFacts,
@@ -32,11 +22,21 @@ from finetune.recipe.facts import (
     Proportion,
     SimilarityFacts,
 )
-from finetune.recipe.plan import Plan, Stage, read_plan
-from finetune.recipe.plan_files import load_plan
-from finetune.recipe.planning import make_plan
-from finetune.recipe.reading import load_recipe
-from finetune.recipe.schema import recipe_keys
+from finetune.config.plan import Plan, Stage, read_plan
+from finetune.config.reading import load_recipe
+from finetune.config.recipe import recipe_keys
+from finetune.errors import RecipeError
+from finetune.planning.advisor import (
+    SIMILAR,
+    SMALL_PER_CLASS,
+    advise,
+    expected_gain,
+    partial_depth,
+    similarity_of_probes,
+    similarity_of_shift,
+)
+from finetune.planning.planner import make_plan
+from finetune.runs.plan_files import load_plan
 
 
 def make_facts(

@@ -33,7 +33,7 @@ UNDOCUMENTED = (
     "torch.nn.utils.fusion",
     "torch.ao",
 )
-ASKING_ROOMS = ("models", "features", "training", "evaluation", "export")
+ASKING_ROOMS = ("models", "features", "training", "inference", "ensembles", "evaluation", "export")
 
 
 def listed(part: str) -> set[tuple[str, str]]:

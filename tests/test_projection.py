@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from finetune.scores.projection import EPSILON, fit_projection, leave_binary
+from finetune.metrics.projection import EPSILON, fit_projection, leave_binary
 
 
 def _features(n, d, *, seed=0, decay=1.0):

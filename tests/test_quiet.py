@@ -92,7 +92,7 @@ def test_no_verb_asks_for_anybody_else(watched, shapes):
 
 
 def test_the_ui_and_its_workers_ask_for_nobody_else(watched, tmp_path):
-    from finetune.training.mlflow_store import create_store, prepare_mlflow
+    from finetune.tracking.mlflow_store import create_store, prepare_mlflow
 
     env, hosts = watched
     with warnings.catch_warnings():

@@ -15,18 +15,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from finetune import zoo
 from finetune.cli import app
+from finetune.config.backbone_names import default_backbone, read_zoo, shipped
+from finetune.config.card import read_card
+from finetune.config.facts import Measure, Proportion, Ranking, RankRow
+from finetune.config.reading import load_recipe
 from finetune.data.splits import draw_sample
 from finetune.errors import BackboneError, DataError, RecipeError
-from finetune.features import ranking as ranking_module
-from finetune.features.ordering import Seen, explain, mean_z_scores, order_rows
-from finetune.features.ranking import choose_backbone, rank_backbones
 from finetune.features.survey import look
-from finetune.recipe.cards import read_card
-from finetune.recipe.facts import Measure, Proportion, Ranking, RankRow
-from finetune.recipe.reading import load_recipe
-from finetune.recipe.shelf import default_backbone, read_zoo, shipped
+from finetune.model_selection import ranking as ranking_module
+from finetune.model_selection import zoo
+from finetune.model_selection.ordering import Seen, explain, mean_z_scores, order_rows
+from finetune.model_selection.ranking import choose_backbone, rank_backbones
 from finetune.reporting.ranking_text import ranking_text
 
 MEASURES = ("leep", "nce", "logme", "h_score")

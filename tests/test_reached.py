@@ -20,7 +20,7 @@ HEAD = re.compile(r"For diagnosis, and called by nothing else yet: ((?:`\w+`(?:,
 ORDINARY = {"property", "cached_property", "classmethod", "staticmethod", "contextmanager", "cache"}
 """Decorators that leave it to our own code to call a method."""
 
-PROMISES = {"finetune.recipe.runs:FILES"}
+PROMISES = {"finetune.runs.folder:FILES"}
 """Lists for readers, to which tests hold what is done."""
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from finetune.config.backbone_names import list_recipes, recipe_summary
+from finetune.config.reading import load_recipe
+from finetune.config.recipe import Recipe
 from finetune.errors import RecipeError
-from finetune.recipe.reading import load_recipe
-from finetune.recipe.schema import Recipe
-from finetune.recipe.shelf import list_recipes, recipe_summary
 
 
 def write(tmp_path, text):

@@ -17,27 +17,27 @@ from conftest import draw_shapes
 from safetensors.torch import load_file
 
 import finetune as ft
-from finetune.combining import ensemble
+from finetune.config.plan import read_plan
+from finetune.ensembles.soups import load_start
+from finetune.ensembling import ensemble
 from finetune.errors import DataError, RecipeError, RunError
-from finetune.evaluation.loading import load_final, load_held_out
-from finetune.evaluation.prediction import predict_probabilities
-from finetune.evaluation.soups import load_start
-from finetune.evaluation.teaching import load_teacher
 from finetune.features import refitting
 from finetune.features.probing import fit_probe
 from finetune.features.refitting import cross_fit
 from finetune.features.survey import look
+from finetune.inference.loading import load_final, load_held_out
+from finetune.inference.predict import predict_probabilities
+from finetune.inference.teacher import load_teacher
+from finetune.metrics.calibration import fit_temperature
+from finetune.metrics.conformal import fit_threshold
 from finetune.models.heads import PROBE_SOFTENING
-from finetune.recipe.plan import read_plan
-from finetune.recipe.refit import LEAST_VAL, is_worth_refitting
-from finetune.recipe.resumption import another_wish
-from finetune.recipe.runs import RunFolder
-from finetune.reporting.terminal import plan_text, scores_text
-from finetune.scores.calibration import fit_temperature
-from finetune.scores.conformal import fit_threshold
+from finetune.planning.refit import LEAST_VAL, is_worth_refitting
+from finetune.reporting.text import plan_text, scores_text
+from finetune.runs.folder import RunFolder
+from finetune.runs.resume import another_wish
 from finetune.training import staged
+from finetune.training.setup import training_batches
 from finetune.training.staged import Kept, read_kept
-from finetune.training.starting import training_batches
 
 SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=2", "tracking.enabled=false"]
 FULL = ["train.strategy=full", "train.keep=best"]

@@ -15,12 +15,16 @@ from PIL import Image
 from test_planning import make_facts
 
 import finetune as ft
+from finetune.config.facts import BadFile
+from finetune.config.scores import AgainstProbe, ByRole, ClassScore, SplitScores
 from finetune.errors import RunError
-from finetune.recipe.facts import BadFile
-from finetune.recipe.planning import make_plan
-from finetune.recipe.scores import AgainstProbe, ByRole, ClassScore, SplitScores
-from finetune.reporting import figures
-from finetune.reporting.report import (
+from finetune.metrics.calibration import fit_temperature, log_probabilities
+from finetune.metrics.classification import score_predictions
+from finetune.metrics.shares import wilson
+from finetune.metrics.significance import answered_right
+from finetune.planning.planner import make_plan
+from finetune.reporting import svg
+from finetune.reporting.html import (
     _template,
     confused_pairs,
     draw_curves,
@@ -30,10 +34,6 @@ from finetune.reporting.report import (
     write_report,
 )
 from finetune.reporting.verdict import judge
-from finetune.scores.calibration import fit_temperature, log_probabilities
-from finetune.scores.comparison import answered_right
-from finetune.scores.metrics import score_predictions
-from finetune.scores.shares import wilson
 
 FLOWERS = ("daisy", "dandelion", "rose", "sunflower", "tulip")
 NASTY = '<b>&"'
@@ -242,15 +242,15 @@ def test_the_class_with_the_lowest_recall_is_named():
 
 
 def test_per_cent_never_rounds_up_to_perfect():
-    assert [figures.percent(v) for v in (1.0, 0.99999, 0.954, None, float("nan"))] == [
+    assert [svg.percent(v) for v in (1.0, 0.99999, 0.954, None, float("nan"))] == [
         "100 %",
         "> 99.9 %",
         "95.4 %",
         "–",
         "–",
     ]
-    assert figures.percent(0.99999, unit=False) == "100"  # the end of an interval may be rounded
-    assert figures.points(-0.0001) == "+0.0"
+    assert svg.percent(0.99999, unit=False) == "100"  # the end of an interval may be rounded
+    assert svg.points(-0.0001) == "+0.0"
 
 
 def test_the_page_needs_nothing_but_itself(page):
@@ -350,8 +350,8 @@ def test_names_are_text_and_never_markup(tmp_path, num_others):
 
 
 def test_a_figure_escapes_the_names_of_stages_and_series():
-    series = figures.Series(name=NASTY, points=((NASTY, 0.0, 1.0), (NASTY, 900.0, 2.0)))
-    panel = figures.line_panel([series], [(NASTY, 0.0, 900.0)], title=NASTY)
+    series = svg.Series(name=NASTY, points=((NASTY, 0.0, 1.0), (NASTY, 900.0, 2.0)))
+    panel = svg.line_panel([series], [(NASTY, 0.0, 900.0)], title=NASTY)
     ((_, attributes), *_) = Nesting(panel).seen
     assert attributes["aria-label"] == f"{NASTY} by step: {NASTY} from 1 to 2"
     assert "<b>" not in panel
@@ -366,8 +366,8 @@ def test_long_and_foreign_names_are_cut_in_figures_only(tmp_path):
 
 
 def test_wide_characters_count_twice():
-    assert figures.shorten("日本語日本語", 7) == "日本語…"
-    assert figures.shorten("short", 5) == "short"
+    assert svg.shorten("日本語日本語", 7) == "日本語…"
+    assert svg.shorten("short", 5) == "short"
 
 
 def test_a_probe_only_run_has_no_curves_and_no_second_column(tmp_path):
@@ -447,7 +447,7 @@ def test_a_failed_write_leaves_the_old_report_and_no_draft(tmp_path, monkeypatch
     def full_disk(descriptor):
         raise OSError("no space left")
 
-    monkeypatch.setattr("finetune.recipe.runs.os.fsync", full_disk)
+    monkeypatch.setattr("finetune.runs.folder.os.fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         write_report(run)
     assert (run / "report.html").read_bytes() == before
@@ -456,7 +456,7 @@ def test_a_failed_write_leaves_the_old_report_and_no_draft(tmp_path, monkeypatch
 
 def test_bins_hold_every_image_and_its_hit():
     probabilities = np.array([[0.95, 0.05], [0.92, 0.08], [0.4, 0.6], [np.nan, np.nan], [1.0, 0.0]])
-    low, high = figures.reliability_bins(probabilities, np.array([0, 1, 1, 0, 0]))
+    low, high = svg.reliability_bins(probabilities, np.array([0, 1, 1, 0, 0]))
     assert (low.count, low.right, low.edges) == (1, 1.0, (0.6, 0.7))
     assert (high.count, high.right, high.low, high.high) == (3, 2 / 3, wilson(2, 3).low, wilson(2, 3).high)
     assert high.confidence == pytest.approx((0.95 + 0.92 + 1.0) / 3)
@@ -464,7 +464,7 @@ def test_bins_hold_every_image_and_its_hit():
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.913, 0.988), (0, 1040), (3e-5, 4e-5), (-2, 3)])
 def test_ticks_are_few_and_inside(low, high):
-    ticks = figures.nice_ticks(low, high)
+    ticks = svg.nice_ticks(low, high)
     assert 2 <= len(ticks) <= 7
     assert min(ticks) >= low - 1e-9 and max(ticks) <= high + 1e-9
 
@@ -493,5 +493,5 @@ def test_values_of_a_plan_read_like_prose():
 
 
 def test_reporting_needs_no_torch():
-    code = "import sys, finetune.reporting.report; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
+    code = "import sys, finetune.reporting.html; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

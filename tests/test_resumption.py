@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 import finetune as ft
+from finetune.config.backbone_names import shipped
 from finetune.preparing import plan
-from finetune.recipe.runs import RunFolder
-from finetune.recipe.shelf import shipped
+from finetune.runs.folder import RunFolder
 
 SMALL = ["data.image_size=32", "train.batch_size=16", "tracking.enabled=false"]
 FULL = "train.strategy=full"

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from finetune.recipe.schedules import (
+from finetune.config.recipe import ScheduleSpec
+from finetune.planning.lr_schedules import (
     CYCLIC,
     MOST_DROPS,
     Plateau,
@@ -19,7 +20,6 @@ from finetune.recipe.schedules import (
     suggest_drops,
     whole_epochs,
 )
-from finetune.recipe.schema import ScheduleSpec
 
 NAMES = (
     *("constant", "step", "multistep", "exponential", "inverse", "linear", "cosine", "plateau", "one_cycle"),

@@ -6,9 +6,7 @@ import re
 import pytest
 from made_scores import against_probe, make_scores, measure, split_scores
 
-from finetune.errors import RunError
-from finetune.recipe.runs import RunFolder
-from finetune.recipe.scores import (
+from finetune.config.scores import (
     AgainstCenter,
     AgainstOrdinary,
     AgainstTeacher,
@@ -28,6 +26,8 @@ from finetune.recipe.scores import (
     ViewRow,
     ViewsGain,
 )
+from finetune.errors import RunError
+from finetune.runs.folder import RunFolder
 
 ENDS = {"difference": 0.01, "low": -0.02, "high": 0.03, "n": 153}
 TEMPERATURE = Temperature(

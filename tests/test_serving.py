@@ -16,14 +16,13 @@ import torch
 from PIL import Image
 
 import finetune as ft
+from finetune.config.scores import Conformal, Temperature
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore
 from finetune.data.tables import write_parquet
 from finetune.errors import DataError, RecipeError, RunError
-from finetune.evaluation import viewing
-from finetune.evaluation.loading import load_final
-from finetune.evaluation.prediction import predict_in_batches
-from finetune.evaluation.serving import (
+from finetune.inference import tta_views
+from finetune.inference.batch_predict import (
     Prediction,
     expand_names,
     find_images,
@@ -32,10 +31,11 @@ from finetune.evaluation.serving import (
     save_predictions,
     write_predictions,
 )
-from finetune.evaluation.viewing import BATCH, open_viewer
-from finetune.evaluation.views import average_views
-from finetune.recipe.scores import Conformal, Temperature
-from finetune.scores.conformal import prediction_set
+from finetune.inference.loading import load_final
+from finetune.inference.predict import predict_in_batches
+from finetune.inference.tta import average_views
+from finetune.inference.tta_views import BATCH, open_viewer
+from finetune.metrics.conformal import prediction_set
 
 WISHES = ["data.image_size=32", "train.batch_size=16", "train.epochs=1", "train.strategy=probe"]
 
@@ -113,7 +113,7 @@ def test_an_endless_stream_is_answered_as_it_comes(run, photo):
 
 
 def test_never_more_images_are_decoded_and_held_than_a_batch(run, photo, monkeypatch):
-    alive, most, original = weakref.WeakSet(), 0, viewing.decode_sizes
+    alive, most, original = weakref.WeakSet(), 0, tta_views.decode_sizes
 
     class Pixels(np.ndarray):
         __hash__ = object.__hash__
@@ -125,7 +125,7 @@ def test_never_more_images_are_decoded_and_held_than_a_batch(run, photo, monkeyp
         most = max(most, len(alive))
         return [pixels], facts
 
-    monkeypatch.setattr(viewing, "decode_sizes", watched)
+    monkeypatch.setattr(tta_views, "decode_sizes", watched)
     for _ in predict_stream(run, [photo] * 200):
         assert not alive  # gone before the first answer of a batch is given
     assert 0 < most <= BATCH

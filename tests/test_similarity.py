@@ -11,11 +11,11 @@ from torch import nn
 
 import finetune as ft
 from finetune.compute import PLAIN
+from finetune.config.backbone_names import read_zoo
+from finetune.config.card import Card
 from finetune.data.loading import normalize
 from finetune.features.similarity import _stage_shift, measure_control, measure_response, measure_shift, source_logits
 from finetune.models.backbones import Backbone, load_backbone
-from finetune.recipe.cards import Card
-from finetune.recipe.shelf import read_zoo
 
 
 def clouds(n, seed=0):

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
+from finetune.config.recipe import ScheduleSpec
 from finetune.errors import RunError
-from finetune.evaluation.views import average_views
+from finetune.inference.tta import average_views
 from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
-from finetune.recipe.schedules import cycle_ends, rate_factor
-from finetune.recipe.schema import ScheduleSpec
+from finetune.planning.lr_schedules import cycle_ends, rate_factor
 from finetune.training.snapshots import keep_newest, load_member, read_members, save_member
 
 PEAK = 0.05

@@ -12,16 +12,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import finetune as ft
-from finetune import zoo
+from finetune.config.backbone_names import default_backbone, shipped
+from finetune.config.card import read_card
+from finetune.config.reading import load_recipe
 from finetune.errors import BackboneError, DataError
-from finetune.features.ranking import rank_backbones
 from finetune.features.similarity import measure_distances
 from finetune.features.source_statistics import SourceStatistics, measure_statistics
-from finetune.recipe.cards import read_card
-from finetune.recipe.reading import load_recipe
-from finetune.recipe.shelf import default_backbone, shipped
+from finetune.metrics.distances import class_prototypes, fit_gaussian
+from finetune.model_selection import zoo
+from finetune.model_selection.ranking import rank_backbones
 from finetune.reporting.ranking_text import ranking_text
-from finetune.scores.distances import class_prototypes, fit_gaussian
 
 QUIET = {"say": lambda text: None}
 

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from test_planning import make_facts
 
+from finetune.config.reading import load_recipe
 from finetune.features.probing import fit_probe
 from finetune.models.backbones import load_backbone
-from finetune.recipe.planning import make_plan
-from finetune.recipe.reading import load_recipe
+from finetune.planning.planner import make_plan
 from finetune.training.losses import log_priors, make_loss
-from finetune.training.starting import make_classifier, soften_probe
+from finetune.training.setup import make_classifier, soften_probe
 
 RATIOS = pytest.mark.parametrize("ratio", [1, 3, 10, 30, 100])
 LARGEST = 400

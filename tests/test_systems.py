@@ -10,12 +10,12 @@ import torch
 
 import finetune
 from finetune import compute
+from finetune.config.card import View
+from finetune.config.recipe import DataSpec
 from finetune.data import loading
 from finetune.data.augmentation import Augmentation
 from finetune.data.dataset import Dataset
 from finetune.data.loading import Batches
-from finetune.recipe.cards import View
-from finetune.recipe.schema import DataSpec
 
 ROOT = Path(finetune.__file__).parent
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.name != "compute.py"]

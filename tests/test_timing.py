@@ -6,15 +6,15 @@ import torch
 from test_planning import make_facts
 
 from finetune.compute import PLAIN
+from finetune.config.backbone_names import default_backbone, read_zoo
+from finetune.config.facts import TeacherFacts, TimingFacts
+from finetune.config.reading import load_recipe
 from finetune.features import timing
 from finetune.features.timing import NORMS, time_training
 from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
-from finetune.recipe.facts import TeacherFacts, TimingFacts
-from finetune.recipe.forecasts import EPOCH_SECONDS, START_SECONDS, predict_memory, predict_seconds
-from finetune.recipe.planning import make_plan
-from finetune.recipe.reading import load_recipe
-from finetune.recipe.shelf import default_backbone, read_zoo
+from finetune.planning.cost import EPOCH_SECONDS, START_SECONDS, predict_memory, predict_seconds
+from finetune.planning.planner import make_plan
 
 CROPS = np.random.default_rng(0).integers(0, 255, (10, 32, 32, 3), dtype=np.uint8)
 

@@ -19,10 +19,12 @@ from contextlib import closing, suppress
 import pytest
 from made_scores import make_scores, split_scores
 
+from finetune.config.measures import Measure, Proportion
 from finetune.process import QUIET
-from finetune.recipe.measures import Measure, Proportion
-from finetune.training import ledger, mlflow_store, tracking
-from finetune.training.tracking import Tracker, default_uri, send_remaining, ui_command
+from finetune.tracking import mlflow_store
+from finetune.tracking import state as state_module
+from finetune.tracking import tracker as tracker_module
+from finetune.tracking.tracker import Tracker, default_uri, send_remaining, ui_command
 
 HEADER = "stage,epoch,step,name,value\n"
 
@@ -47,7 +49,7 @@ def _elsewhere(tmp_path, monkeypatch):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(tracking, "GATHER_SECONDS", 0.01)
+    monkeypatch.setattr(tracker_module, "GATHER_SECONDS", 0.01)
     yield
     assert list(folder.iterdir()) == []
 
@@ -118,8 +120,8 @@ def free_port():
 
 
 def test_importing_the_module_costs_neither_mlflow_nor_torch():
-    code = "import sys, finetune.training.tracking; print({'mlflow', 'torch', 'sqlalchemy'} & set(sys.modules))"
-    root = tracking.__file__.rsplit("/finetune/", 1)[0]
+    code = "import sys, finetune.tracking.tracker; print({'mlflow', 'torch', 'sqlalchemy'} & set(sys.modules))"
+    root = tracker_module.__file__.rsplit("/finetune/", 1)[0]
     answer = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"
 
@@ -254,9 +256,9 @@ def test_a_sender_killed_before_or_after_any_of_its_steps_leaves_each_row_once(t
     mlflow_store.prepare_mlflow()
     from mlflow import MlflowClient
 
-    monkeypatch.setattr(tracking, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(tracker_module, "CHUNK_ROWS", 4)
     steps = [(MlflowClient, name) for name in ("create_run", "log_batch", "set_terminated")]
-    steps += [(ledger.SentState, "save")]
+    steps += [(state_module.SentState, "save")]
     left = [0, False]  # steps until the kill, and whether it comes after the step
 
     def deadly(method):
@@ -437,7 +439,7 @@ def test_off_does_nothing_and_an_untracked_folder_has_nothing_to_send(run):
 
 def test_a_half_written_line_is_read_when_it_is_whole(tmp_path):
     (tmp_path / "curves.csv").write_text(HEADER + "head,0,1,val/loss,0.5\nhead,0,2,val/lo")
-    curves = ledger.CurveReader(tmp_path)
+    curves = state_module.CurveReader(tmp_path)
     assert [(row.step, row.value) for row in curves.new_rows()] == [(1, 0.5)]
     append(tmp_path, "ss,0.25\nhead,,,damaged,\nhead,1,3,val/loss,nan\n")
     assert [(row.number, row.step) for row in curves.new_rows()] == [(1, 2), (3, 3)]
@@ -462,7 +464,7 @@ def test_the_environment_is_lent_and_the_users_own_patience_wins(run, empty_stor
 FOLLOW = """
     import sys, time
     from pathlib import Path
-    from finetune.training.tracking import Tracker, default_uri
+    from finetune.tracking.tracker import Tracker, default_uri
     folder = Path(sys.argv[1])
     tracker = Tracker(folder, uri=default_uri(folder.parent), experiment="e", run_name="r", tags={}, warn=print)
     tracker.start()
@@ -473,7 +475,7 @@ FOLLOW = """
 
 
 def follow(folder, how):
-    root = tracking.__file__.rsplit("/finetune/", 1)[0]
+    root = tracker_module.__file__.rsplit("/finetune/", 1)[0]
     command = [sys.executable, "-c", textwrap.dedent(FOLLOW), str(folder), how]
     return subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -576,7 +578,7 @@ def test_the_ui_shows_the_runs_of_the_embedded_store_and_their_files(run):
 
 def test_each_value_of_each_stage_is_a_parameter_of_its_own():
     plan = {"seed": 0, "stages": [{"lr_head": 0.1}, {"schedule": {"name": "cosine"}}], "reasons": [{"key": "seed"}]}
-    told = dict(ledger.flatten_plan(plan))
+    told = dict(state_module.flatten_plan(plan))
     assert told == {
         "seed": "0",
         "stages.0.lr_head": "0.1",

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from finetune.process import quiet_environment
-from finetune.training.ledger import CurveReader
+from finetune.tracking.state import CurveReader
 
 pytestmark = pytest.mark.slow
 

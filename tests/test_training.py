@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from finetune.config.decided import Rule
+from finetune.config.plan import Stage
+from finetune.config.recipe import ScheduleSpec
 from finetune.errors import RunError
 from finetune.models.classifier import Classifier
-from finetune.recipe.decided import Rule
-from finetune.recipe.plan import Stage
-from finetune.recipe.schedules import rate_factor
-from finetune.recipe.schema import ScheduleSpec
+from finetune.planning.lr_schedules import rate_factor
 from finetune.training.losses import make_loss
 from finetune.training.module import Finetuning, Step, is_out_of_memory
 from finetune.training.optimization import gradient_norm, group_parameters, make_optimizer, set_rates

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from sklearn.covariance import ledoit_wolf_shrinkage
 
-from finetune.scores.transferability import (
+from finetune.metrics.transferability import (
     _best_ratio,
     _evidence,
     _spectrum,

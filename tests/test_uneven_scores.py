@@ -8,16 +8,16 @@ from made_scores import make_scores
 from test_decision import make_profile
 from test_planning import make_facts
 
-from finetune.recipe.elsewhere import RunElsewhere, RunFittedOn, Seen
-from finetune.recipe.facts import Measure
-from finetune.recipe.scores import AgainstProbe
+from finetune.config.facts import Measure
+from finetune.config.other_data import RunElsewhere, RunFittedOn, Seen
+from finetune.config.scores import AgainstProbe
+from finetune.metrics.classification import score_predictions
+from finetune.metrics.significance import answered_right
 from finetune.reporting.decision import depth_figure
-from finetune.reporting.sentences import baseline, lost_classes, measure_rows
-from finetune.reporting.terminal import elsewhere_text, facts_text, scores_text
+from finetune.reporting.text import elsewhere_text, facts_text, scores_text
 from finetune.reporting.verdict import judge
-from finetune.scores.comparison import answered_right
-from finetune.scores.metrics import score_predictions
-from finetune.training.ledger import final_values
+from finetune.reporting.wording import baseline, lost_classes, measure_rows
+from finetune.tracking.state import final_values
 
 CLASSES = ("healthy", "sick")
 UNEVEN, EVEN = (31, 2), (17, 16)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from finetune.models.activation_statistics import dead_share, judge_units, measure_gradients, measure_units
 from finetune.models.activity import GRID
 from finetune.models.backbones import load_backbone
-from finetune.models.units import dead_share, judge_units, measure_gradients, measure_units
 
 FIXTURES = {
     "tanh, too small": (nn.Tanh, 0.01, "collapses"),

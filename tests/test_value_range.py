@@ -8,18 +8,18 @@ import pytest
 from PIL import Image
 
 import finetune as ft
+from finetune.config.backbone_names import read_zoo
 from finetune.data.decoding import decode, read_levels
 from finetune.data.sources import open_source
 from finetune.data.value_range import FULL_RANGE, Levels, choose_range, levels_of, to_eight_bits
+from finetune.ensembles.members import open_again
 from finetune.errors import RecipeError
-from finetune.evaluation.elsewhere import _read_images, evaluate_elsewhere
-from finetune.evaluation.members import open_again
-from finetune.evaluation.serving import predict
-from finetune.features.ranking import _Images
+from finetune.evaluation.other_data import _read_images, evaluate_elsewhere
 from finetune.features.survey import look
+from finetune.inference.batch_predict import predict
+from finetune.model_selection.ranking import _Images
 from finetune.models.backbones import load_backbone
 from finetune.preparing import plan
-from finetune.recipe.shelf import read_zoo
 
 SMALL = ["data.image_size=32", "train.strategy=probe", "tracking.enabled=false"]
 COLOURS = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)

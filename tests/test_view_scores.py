@@ -7,16 +7,16 @@ import pytest
 import torch
 
 import finetune as ft
-from finetune.combining import ensemble
-from finetune.evaluation import view_scores
-from finetune.evaluation.comparing import compare
-from finetune.evaluation.loading import load_final
-from finetune.evaluation.prediction import predict_in_batches, predict_probabilities
-from finetune.evaluation.viewing import Viewer, open_viewer
-from finetune.evaluation.views import average_views, view_names
+from finetune.ensembling import ensemble
+from finetune.evaluation import per_view
+from finetune.evaluation.compare import compare
 from finetune.features.survey import look
-from finetune.recipe.runs import RunFolder
-from finetune.scores.metrics import log_loss
+from finetune.inference.loading import load_final
+from finetune.inference.predict import predict_in_batches, predict_probabilities
+from finetune.inference.tta import average_views, view_names
+from finetune.inference.tta_views import Viewer, open_viewer
+from finetune.metrics.classification import log_loss
+from finetune.runs.folder import RunFolder
 
 SMALL = [
     "data.image_size=32",
@@ -112,7 +112,7 @@ def test_no_image_is_looked_at_a_second_time_for_it(run, seen, tmp_path, monkeyp
 
 def test_more_than_the_bound_is_left_out_with_a_note_and_the_table_stays(run, tmp_path, monkeypatch):
     copy = copied(run, tmp_path)
-    monkeypatch.setattr(view_scores, "MOST_BYTES", 100)
+    monkeypatch.setattr(per_view, "MOST_BYTES", 100)
     scores = ft.evaluate(copy.path, say=quiet)
     assert "are not in predictions.npz: val" in scores.views_table_note
     assert scores.views_table == run.scores.views_table

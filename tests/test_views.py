@@ -13,16 +13,16 @@ from PIL import Image
 from torchvision.transforms import functional
 
 import finetune as ft
+from finetune.config.card import Card, View
 from finetune.data import loading
 from finetune.data.decoding import center_crop, decode, decode_sizes
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import open_source
 from finetune.errors import RecipeError, RunError
-from finetune.evaluation import viewing
-from finetune.evaluation.loading import load_final
-from finetune.evaluation.prediction import draw_in_batches, predict_in_batches, predict_probabilities
-from finetune.evaluation.viewing import Viewer, open_viewer
-from finetune.evaluation.views import (
+from finetune.inference import tta_views
+from finetune.inference.loading import load_final
+from finetune.inference.predict import draw_in_batches, predict_in_batches, predict_probabilities
+from finetune.inference.tta import (
     average_views,
     list_crops,
     permitted_views,
@@ -30,11 +30,11 @@ from finetune.evaluation.views import (
     view_crops,
     view_names,
 )
+from finetune.inference.tta_views import Viewer, open_viewer
+from finetune.metrics.classification import log_loss
 from finetune.models.backbones import load_backbone
 from finetune.models.classifier import Classifier
 from finetune.models.heads import make_head
-from finetune.recipe.cards import Card, View
-from finetune.scores.metrics import log_loss
 
 ONE_SCALE = ("center", "flip", "five", "ten")
 
@@ -368,13 +368,13 @@ def test_a_pass_of_many_crops_is_as_large_as_one_of_many_images(run, classifier,
     hook.remove()
     count = 30 * len(view_names(views))
     assert sum(passes) - count in (0, 1)  # one more where it was tried whether the size is taken
-    assert max(passes) == most and viewing.CROPS_PER_PASS["cpu"] == 64
+    assert max(passes) == most and tta_views.CROPS_PER_PASS["cpu"] == 64
 
 
 def test_a_pass_on_a_cpu_holds_no_more_pixels_than_one_of_training(run, classifier, store, monkeypatch):
     passes, rows = [], [index % len(store.items) for index in range(30)]
     whole = predict_views(classifier, store, rows, run.plan, "ten")
-    monkeypatch.setattr(viewing, "PASS_PIXELS", 8 * run.plan.view.size_pixels**2)
+    monkeypatch.setattr(tta_views, "PASS_PIXELS", 8 * run.plan.view.size_pixels**2)
     hook = classifier.backbone.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
     cut = predict_views(classifier, store, rows, run.plan, "ten")
     hook.remove()
@@ -419,7 +419,7 @@ def test_an_image_is_decoded_once_however_many_views_are_taken(run, classifier, 
         return decode_sizes(data, sizes)
 
     monkeypatch.setattr(loading, "decode_sizes", counted)
-    monkeypatch.setattr(viewing, "decode_sizes", counted)
+    monkeypatch.setattr(tta_views, "decode_sizes", counted)
     answers = predict_views(classifier, store, [0, 3, 5], run.plan, views)
     crops = list_crops(views, 32)
     assert answers.shape == (3, len(crops), 3)
@@ -431,7 +431,7 @@ def test_a_scale_made_from_the_largest_looks_as_if_decoded_alone(tmp_path):
     pixels = np.stack([127 + 120 * np.sin(x * k + y) for k in (1, 2, 3)], axis=2).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "smooth.png")
     data = (tmp_path / "smooth.png").read_bytes()
-    images = viewing._at_scales(*decode(data, shorter_pixels=160, interpolation="bicubic"), [160, 120, 64], "bicubic")
+    images = tta_views._at_scales(*decode(data, shorter_pixels=160, interpolation="bicubic"), [160, 120, 64], "bicubic")
     for scale, image in images.items():
         alone, _ = decode(data, shorter_pixels=scale, interpolation="bicubic")
         assert np.abs(image.astype(int) - alone).mean() < 1
@@ -442,7 +442,7 @@ def test_views_of_the_stores_scale_come_out_of_the_store(run, classifier, items,
     store = ImageStore(items, view, limit_bytes=10**8)
     store.get(0)
     monkeypatch.setattr(loading, "decode_sizes", None)  # would raise if it were called
-    monkeypatch.setattr(viewing, "decode_sizes", None)
+    monkeypatch.setattr(tta_views, "decode_sizes", None)
     for views in (*ONE_SCALE, "whole", f"five@{view.shorter_pixels}"):
         predict_views(classifier, store, [0], run.plan, views)
 

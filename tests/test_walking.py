@@ -5,8 +5,8 @@ from PIL import Image
 
 from finetune.data.sources import open_source
 from finetune.data.walking import Left, image_files
-from finetune.evaluation.serving import expand_names, find_images
 from finetune.features.source_statistics import _list_images
+from finetune.inference.batch_predict import expand_names, find_images
 
 JUNK = (".ipynb_checkpoints", "__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information")
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from finetune.config.recipe import ScheduleSpec
 from finetune.errors import RunError
-from finetune.recipe.schedules import cycle_ends
-from finetune.recipe.schema import ScheduleSpec
+from finetune.planning.lr_schedules import cycle_ends
 from finetune.training.watching import (
     RECOVERY_FACTOR,
     WINDOW,

@@ -7,10 +7,10 @@ from test_averaging import copy_of, is_same, make_classifier
 from test_craft import start
 from test_planning import make_facts
 
-from finetune.evaluation.soups import load_start
-from finetune.recipe.planning import make_plan
-from finetune.recipe.reading import load_recipe
-from finetune.recipe.wise_ft import SHARE
+from finetune.config.reading import load_recipe
+from finetune.ensembles.soups import load_start
+from finetune.planning.planner import make_plan
+from finetune.planning.wise_ft import SHARE
 from finetune.training.wise_ft import StartMixture
 
 PLAIN = ("train.strategy=partial", "train.epochs=2", "train.optimizer.lr=0.01", "augment.preset=none")

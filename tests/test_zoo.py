@@ -4,11 +4,11 @@ import os
 
 import pytest
 
+from finetune.config.backbone_names import default_backbone, read_zoo, shipped
+from finetune.config.card import read_card
 from finetune.data.decoding import ImageFacts
 from finetune.errors import BackboneError
-from finetune.recipe.cards import read_card
-from finetune.recipe.runs import RunFolder, write_whole
-from finetune.recipe.shelf import default_backbone, read_zoo, shipped
+from finetune.runs.folder import RunFolder, write_whole
 
 FACTS = ImageFacts(width=3, height=4, kind="rgb", is_rotated=False)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from finetune.recipe.measures import Measure
-from finetune.scores.intervals import bootstrap_mean, wilson
-from finetune.scores.metrics import log_losses
+from finetune.config.measures import Measure
+from finetune.metrics.classification import log_losses
+from finetune.metrics.intervals import bootstrap_mean, wilson
 
 
 class AnswersError(ValueError):

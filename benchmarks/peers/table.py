@@ -19,8 +19,8 @@ from run import HERE, PEERS, RESULTS
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rows import read_rows
 
-from finetune.recipe.measures import Measure
-from finetune.scores.intervals import paired_difference, wilson
+from finetune.config.measures import Measure
+from finetune.metrics.intervals import paired_difference, wilson
 
 PAGE = HERE.parents[1] / "docs" / "peers.md"
 OURS = "ours"

@@ -16,7 +16,7 @@ zoo_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Backbon
 @recipes_app.command("list")
 def recipes_list(as_json: Json = False) -> None:
     """Shipped recipes, a line each."""
-    from finetune.recipe.shelf import list_recipes, recipe_summary
+    from finetune.config.backbone_names import list_recipes, recipe_summary
 
     found = {name: recipe_summary(path) for name, path in list_recipes().items()}
     finish({"recipes": found}, as_json, "\n".join(f"{name:<18}  {line}" for name, line in found.items()))
@@ -34,8 +34,8 @@ def recipes_show(
     """A shipped recipe as it is written, or a picture of what training by it sees."""
     path = _shipped(name)
     if images is not None:
+        from finetune.config.reading import load_recipe
         from finetune.preparing import show_images
-        from finetune.recipe.reading import load_recipe
 
         drawn = show_images(load_recipe(path, [f"data.root={images}"]), sheet)
         finish({"sheet": str(drawn)}, as_json, str(drawn))
@@ -49,7 +49,7 @@ def recipes_copy(
     name: str, to: Annotated[Path | None, typer.Argument(help="A file; NAME.yaml here.")] = None, as_json: Json = False
 ) -> None:
     """Copy a shipped recipe, to be changed."""
-    from finetune.recipe.runs import write_whole
+    from finetune.runs.folder import write_whole
 
     path, target = _shipped(name), to or Path(f"{name}.yaml")
     if target.exists():
@@ -66,10 +66,10 @@ def recipes_check(
     as_json: Json = False,
 ) -> None:
     """Every fault of every recipe, with its line."""
+    from finetune.config.backbone_names import list_recipes
+    from finetune.config.reading import load_recipe
+    from finetune.config.recipe import Recipe
     from finetune.errors import RecipeError
-    from finetune.recipe.reading import load_recipe
-    from finetune.recipe.schema import Recipe
-    from finetune.recipe.shelf import list_recipes
 
     if schema:
         print(json.dumps(Recipe.model_json_schema(), indent=1))
@@ -93,7 +93,7 @@ def recipes_check(
 @zoo_app.command("list")
 def zoo_list(as_json: Json = False) -> None:
     """Cards at hand, a line each; any timm or torchvision name works without one."""
-    from finetune.zoo import ShownCard, list_cards
+    from finetune.model_selection.zoo import ShownCard, list_cards
 
     cards = list_cards()
     lines = [
@@ -109,7 +109,7 @@ def zoo_list(as_json: Json = False) -> None:
 @zoo_app.command("show")
 def zoo_show(name: str, as_json: Json = False) -> None:
     """All that is known of a backbone."""
-    from finetune.zoo import ShownCard, card_text, show_card
+    from finetune.model_selection.zoo import ShownCard, card_text, show_card
 
     card = show_card(name)
     finish(ShownCard.of(card), as_json, card_text(card).rstrip())
@@ -125,7 +125,7 @@ def zoo_add(
     as_json: Json = False,
 ) -> None:
     """Copy a backbone into the zoo, its hash verified."""
-    from finetune.zoo import ShownCard, add_card
+    from finetune.model_selection.zoo import ShownCard, add_card
 
     card = add_card(path, statistics=statistics)
     finish(ShownCard.of(card), as_json, f"{card.name} is now in {card.weights and card.weights.parent.parent}")
@@ -134,7 +134,7 @@ def zoo_add(
 @zoo_app.command("verify")
 def zoo_verify(as_json: Json = False) -> None:
     """Compare every card's hash with its weights."""
-    from finetune.zoo import verify_cards
+    from finetune.model_selection.zoo import verify_cards
 
     faults = verify_cards()
     finish(
@@ -154,16 +154,16 @@ def zoo_rank(
 ) -> None:
     """Which backbone suits the images: probe, transferability and cost, on training images alone."""
     recipe = read_wish(wish)
+    from finetune.model_selection.zoo import rank_cards
     from finetune.reporting.ranking_text import ranking_text
-    from finetune.zoo import rank_cards
 
     found = rank_cards(recipe, among=split_words(among), max_params=max_params, licences=split_words(licence))
     finish(found, as_json, ranking_text(found))
 
 
 def _shipped(name: str) -> Path:
+    from finetune.config.backbone_names import list_recipes
     from finetune.errors import RecipeError, nearest
-    from finetune.recipe.shelf import list_recipes
 
     recipes = list_recipes()
     if name not in recipes:

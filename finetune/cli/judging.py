@@ -26,18 +26,18 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Judge a finished run again, perhaps in other views or on other images; or a backbone as it comes."""
-    from finetune.recipe.schema import VIEWS_PATTERN
-    from finetune.reporting.terminal import scores_text
+    from finetune.config.recipe import VIEWS_PATTERN
+    from finetune.reporting.text import scores_text
 
     if (run is None) == (backbone is None) or (backbone is not None and data is None):
         raise RunError("name a run folder, or --backbone NAME with --data FOLDER.")
     if views is not None and not re.fullmatch(VIEWS_PATTERN, views):
         raise RunError(f"--views is {views!r}; it may be center, flip, five, ten, multiscale or a list of views.")
     if data is not None:
-        from finetune.evaluation.elsewhere import evaluate_backbone, evaluate_elsewhere
-        from finetune.recipe.elsewhere import BackboneElsewhere, RunElsewhere
-        from finetune.recipe.runs import RunFolder
-        from finetune.reporting.terminal import elsewhere_text
+        from finetune.config.other_data import BackboneElsewhere, RunElsewhere
+        from finetune.evaluation.other_data import evaluate_backbone, evaluate_elsewhere
+        from finetune.reporting.text import elsewhere_text
+        from finetune.runs.folder import RunFolder
 
         if backbone is not None:
             found: BackboneElsewhere | RunElsewhere = evaluate_backbone(backbone, data, views=views or "center")
@@ -56,7 +56,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Which run is better, as far as their test images can tell."""
-    from finetune.evaluation.comparing import compare as weigh
+    from finetune.evaluation.compare import compare as weigh
     from finetune.reporting.comparison_text import comparison_text
 
     found = weigh(runs)
@@ -72,8 +72,8 @@ def ensemble(
     runs: Runs = None,
 ) -> None:
     """Several runs, or several members of one, as one run that is judged like any other."""
-    from finetune.combining import ensemble as join
-    from finetune.reporting.terminal import scores_text
+    from finetune.ensembling import ensemble as join
+    from finetune.reporting.text import scores_text
 
     made = join(runs_to_join, how=how, members=members, average=average, runs=runs)
     scores = made.scores
@@ -94,9 +94,9 @@ def predict(
     """Class and probability of new images."""
     from dataclasses import asdict
 
-    from finetune.evaluation.serving import predict_stream, save_predictions
+    from finetune.inference.batch_predict import predict_stream, save_predictions
     from finetune.process import tune_process
-    from finetune.recipe.runs import RunFolder
+    from finetune.runs.folder import RunFolder
 
     tune_process()
     answers = _with_notes(predict_stream(RunFolder.open(run), images, top_k=top, coverage=sets))
@@ -144,7 +144,7 @@ def export(
 ) -> None:
     """The model as plain timm loads it, checked against the run: weights, config.json, classes and a card."""
     from finetune.export.timm_folder import export_timm
-    from finetune.recipe.runs import RunFolder
+    from finetune.runs.folder import RunFolder
 
     if to != "timm":
         raise RunError(f"--to is {to!r}; it may be timm.")
@@ -171,8 +171,8 @@ def ui(
     """Open the MLflow UI on the store beside the runs."""
     from finetune.compute import become
     from finetune.process import quiet_environment
-    from finetune.recipe.runs import runs_folder
-    from finetune.training.tracking import ui_command
+    from finetune.runs.folder import runs_folder
+    from finetune.tracking.tracker import ui_command
 
     folder = runs or runs_folder()
     if not (folder / "mlflow.db").exists():

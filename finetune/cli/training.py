@@ -88,7 +88,7 @@ def plan(
         finish(seen, as_json, f"part {part}: {seen.misses:,} images looked at, {seen.hits:,} known before")
         return
     from finetune.preparing import plan as decide
-    from finetune.reporting.terminal import facts_text, plan_text
+    from finetune.reporting.text import facts_text, plan_text
 
     facts, decided = decide(recipe, pilot_seconds=pilot)
     found = {"facts": facts.model_dump(mode="json"), "plan": decided.model_dump(mode="json")}

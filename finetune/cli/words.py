@@ -36,9 +36,9 @@ def read_wish(wish: list[str] | None, *, takes_plan: bool = False, **short: str 
         takes_plan: the source may be the file of a plan, which is then what they mean.
         short: values given by the short forms of overrides, by key with __ for each dot.
     """
+    from finetune.config.reading import load_recipe
     from finetune.errors import RecipeError
-    from finetune.recipe.plan_files import as_plan
-    from finetune.recipe.reading import load_recipe
+    from finetune.runs.plan_files import as_plan
 
     words = list(wish or [])
     overrides = [word for word in words if "=" in word and not Path(word).exists()]
@@ -60,7 +60,7 @@ def read_wish(wish: list[str] | None, *, takes_plan: bool = False, **short: str 
 
 
 def _is_key(word: str) -> bool:
-    from finetune.recipe.schema import recipe_keys
+    from finetune.config.recipe import recipe_keys
 
     return "." in word and word in recipe_keys() and not Path(word).exists()
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.recipe.cards import Card
-from finetune.recipe.runs import write_whole
+from finetune.config.card import Card
+from finetune.runs.folder import write_whole
 
 _USES = ("train", "val")
 """Roles whose images move the weights, and choose among them."""

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from finetune.config.card import INTERPOLATIONS
 from finetune.data.changes import CUTOUT_GREY, CheckedChange, ColorShift, OwnChange, cut_out
 from finetune.data.decoding import center_crop
 from finetune.data.domains import CROP_AREA, DOMAINS, Rules
 from finetune.process import QUIET, lend_environment, put_back_later
-from finetune.recipe.cards import INTERPOLATIONS
 
 PRESETS = ("none", "light", "medium", "heavy")
 INVARIANCES = ("hflip", "vflip", "rot90")

@@ -11,10 +11,10 @@ from textwrap import wrap
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from finetune.config.card import View
 from finetune.data.augmentation import Augmentation
 from finetune.data.decoding import center_crop
-from finetune.recipe.cards import View
-from finetune.recipe.runs import write_whole
+from finetune.runs.folder import write_whole
 
 SMALLEST_TILE, LARGEST_TILE = 128, 256
 """Pixels; smaller views are shown in whole multiples, so that every pixel is a square, larger ones reduced."""

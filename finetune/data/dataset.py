@@ -7,6 +7,9 @@ from dataclasses import asdict, replace
 import torch
 
 from finetune.compute import num_cores
+from finetune.config.card import View
+from finetune.config.facts import RangeFacts
+from finetune.config.recipe import DataSpec
 from finetune.data.decoding import BadImage
 from finetune.data.digests import digest_images
 from finetune.data.formats import Contents
@@ -18,9 +21,6 @@ from finetune.data.splits import Split, cut_split, labelled_rows, refuse_lost
 from finetune.data.training_range import RangeMeter
 from finetune.data.value_range import FULL_RANGE
 from finetune.errors import DataError
-from finetune.recipe.cards import View
-from finetune.recipe.facts import RangeFacts
-from finetune.recipe.schema import DataSpec
 
 BAD, ALL = "bad", "all"
 """The role of a file that cannot be read, and of every image where nothing is divided."""

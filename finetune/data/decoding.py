@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from finetune.config.card import View
 from finetune.data.bands import alpha_fault, band_fault, unknown_tiff
 from finetune.data.formats import readable_formats, why_unreadable
 from finetune.data.value_range import DEEP_MODES, FULL_RANGE, Levels, is_wide, levels_of, to_eight_bits, wide_values
-from finetune.recipe.cards import View
 
 MAX_PIXELS = 178_956_970
 """An image with more pixels than this, before or after resizing, is taken for a decompression bomb (PIL's limit)."""

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune.compute import num_cores
+from finetune.config.recipe import DataSpec
 from finetune.data.decoding import BadImage, count_frames
 from finetune.data.formats import format_of
 from finetune.data.items import Found, Item, Items
 from finetune.data.sources import Source, open_source, read_bytes
 from finetune.errors import DataError
-from finetune.recipe.schema import DataSpec
 
 SEVERAL = ("GIF", "TIFF", "WEBP", "PNG", "AVIF", "HEIF")
 """Formats whose files may hold several frames."""

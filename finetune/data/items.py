@@ -12,7 +12,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from finetune.recipe.section import ROLES
+from finetune.config.section import ROLES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

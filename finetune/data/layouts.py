@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune.config.backbone_names import is_run
 from finetune.data.split_names import Splits, few, is_generic, name_parts, role_of, unknown_split
 from finetune.data.walking import Left, files_below, holds_images, image_files, is_image, listed
 from finetune.errors import DataError, nearest
-from finetune.recipe.shelf import is_run
 
 TABLE_SUFFIXES = frozenset([".csv", ".tsv", ".jsonl", ".parquet"])
 MASK_WORDS = frozenset(

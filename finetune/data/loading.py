@@ -17,12 +17,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from finetune.compute import start_method
+from finetune.config.card import View
 from finetune.data.augmentation import Augmentation
 from finetune.data.decoding import BadImage, center_crop, decode_sizes, scaling
 from finetune.data.items import Item
 from finetune.data.sources import read_bytes
 from finetune.errors import DataError
-from finetune.recipe.cards import View
 
 _ORDER, _VIEW, _TURNS, _PASS = b"order", b"view", b"turns", b"pass"
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
-from finetune.recipe.runs import write_whole
+from finetune.runs.folder import write_whole
 
 KINDS = ("text", "number", "texts", "numbers")
 """What a column may hold: a text, a number, a list of texts, or numbers by text. Any of them may be None."""

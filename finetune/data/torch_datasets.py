@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from finetune.config.section import ROLES
 from finetune.data.decoding import DAMAGE, BadImage
 from finetune.data.held import as_picture, digest_picture, hold
 from finetune.data.items import Found, Item, Items
@@ -24,7 +25,6 @@ from finetune.data.labels import NO_MULTI_LABEL, spelling_warnings
 from finetune.data.sources import Source
 from finetune.data.split_names import few, role_of
 from finetune.errors import DataError, nearest
-from finetune.recipe.section import ROLES
 
 MapStyle = Dataset[Any] | Sequence[Any]
 """What has a length and gives (image, label) by number."""

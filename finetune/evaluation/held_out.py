@@ -10,14 +10,14 @@ from typing import Literal
 
 import torch
 
+from finetune.config.plan import Plan
+from finetune.config.scores import Refit
 from finetune.data.dataset import Dataset
-from finetune.evaluation.loading import load_final, load_held_out
+from finetune.inference.loading import load_final, load_held_out
+from finetune.metrics.answers import ProbeAnswers
 from finetune.models.classifier import Classifier
-from finetune.recipe.distillation import list_networks
-from finetune.recipe.plan import Plan
-from finetune.recipe.runs import RunFolder
-from finetune.recipe.scores import Refit
-from finetune.scores.answers import ProbeAnswers
+from finetune.runs.folder import RunFolder
+from finetune.runs.teacher import list_networks
 
 ROLES = ("val", "test", "calibration")
 What = Literal["model", "probe"]

@@ -10,7 +10,7 @@ from finetune.data.frames import open_images
 from finetune.data.items import Item
 from finetune.data.sources import read_bytes
 from finetune.errors import FinetuneError
-from finetune.recipe.runs import RunFolder
+from finetune.runs.folder import RunFolder
 
 Read = Callable[[str], bytes]
 """Name to bytes of an image file."""

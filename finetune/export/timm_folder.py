@@ -15,18 +15,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from finetune.config.section import Section
 from finetune.data.decoding import BadImage, center_crop
 from finetune.data.frames import open_images
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.split_names import few
 from finetune.errors import FinetuneError, RunError
-from finetune.evaluation.loading import load_final
+from finetune.inference.loading import load_final
 from finetune.models.backbones import TORCHVISION
 from finetune.models.classifier import Classifier
 from finetune.models.heads import LinearHead
 from finetune.process import as_guest
-from finetune.recipe.runs import RunFolder, write_whole
-from finetune.recipe.section import Section
+from finetune.runs.folder import RunFolder, write_whole
 
 TOLERANCE = 1e-4
 """Largest difference of a logit between the run and plain timm, in 32 bits."""

@@ -1,9 +1,9 @@
 """The answers of the probe of a plan, from the features that the survey kept."""
 
+from finetune.config.plan import Plan
 from finetune.errors import RunError
 from finetune.features.survey import Survey
-from finetune.recipe.plan import Plan
-from finetune.scores.answers import ProbeAnswers
+from finetune.metrics.answers import ProbeAnswers
 
 _JUDGED = ("val", "test", "calibration")
 

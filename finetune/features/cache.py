@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from finetune.config.backbone_names import cache_folder
 from finetune.data.decoding import ImageFacts, facts_row
-from finetune.recipe.runs import write_whole
-from finetune.recipe.shelf import cache_folder
+from finetune.runs.folder import write_whole
 
 FORMAT = "3"
 """Part of the key; raised when what is stored, or how it is computed, changes."""

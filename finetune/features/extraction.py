@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from finetune.compute import Compute, num_cores
+from finetune.config.card import View
 from finetune.data.decoding import KINDS, BadImage, ImageFacts, center_crop, decode, facts_row, scaling
 from finetune.data.items import Item
 from finetune.data.loading import ImageStore, normalize
 from finetune.data.sources import read_bytes
 from finetune.features.cache import FeatureCache
 from finetune.models.frozen import FrozenBackbone
-from finetune.recipe.cards import View
-from finetune.recipe.passes import PASS_PIXELS
+from finetune.planning.micro_batch import PASS_PIXELS
 
 BATCH = 64
 """Images looked at together."""

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from finetune.config.card import View
+from finetune.config.facts import PerClass, RangeFacts
 from finetune.data.decoding import BEYOND, FRAMES, KINDS, ROTATED
 from finetune.data.items import Item, Items
 from finetune.data.splits import Split, labelled_rows
 from finetune.features.extraction import ImageTable
-from finetune.recipe.cards import View
-from finetune.recipe.facts import PerClass, RangeFacts
 
 
 def image_facts(seen: ImageTable, items: Items) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+from finetune.config.imbalance import hides_classes
+from finetune.config.measures import CurvePoint, LearningCurveFacts, Measure
 from finetune.features.probing import guess_near
-from finetune.recipe.imbalance import hides_classes
-from finetune.recipe.measures import CurvePoint, LearningCurveFacts, Measure
 
 SIZES, LEAST_PER_CLASS = 3, 2
 """Sizes of parts, each half of the next, and images per class that the smallest have on average."""

@@ -19,13 +19,32 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from finetune.compute import Compute
+from finetune.config.backbone_names import cache_folder
+from finetune.config.card import View
+from finetune.config.facts import (
+    ChiralityFacts,
+    Findings,
+    NeighbourFacts,
+    ProbeFacts,
+    ProfileFacts,
+    Proportion,
+    SimilarityFacts,
+)
+from finetune.config.imbalance import hides_classes
 from finetune.data.decoding import center_crop
 from finetune.data.loading import ImageStore
 from finetune.data.splits import draw_sample
 from finetune.features.cache import FeatureCache
-from finetune.features.chirality import measure_chirality, sided_classes
-from finetune.features.depths import FOLDS, NEIGHBOURS, cross_validate, measure_profile, neighbours_left_out, proportion
 from finetune.features.extraction import look_at_all
+from finetune.features.flip_test import measure_chirality, sided_classes
+from finetune.features.layer_profile import (
+    FOLDS,
+    NEIGHBOURS,
+    cross_validate,
+    measure_profile,
+    neighbours_left_out,
+    proportion,
+)
 from finetune.features.learning_curve import measure_curve
 from finetune.features.probing import Probe, fit_probe, knn_predict, sweep_probe
 from finetune.features.similarity import (
@@ -36,24 +55,12 @@ from finetune.features.similarity import (
     source_logits,
 )
 from finetune.features.timing import time_training
+from finetune.metrics.classification import balanced_accuracy, macro_f1
+from finetune.metrics.intervals import paired_difference
 from finetune.models.backbones import Backbone
 from finetune.models.frozen import FrozenBackbone
-from finetune.recipe.advice import partial_depth, similarity_of_probes, similarity_of_shift
-from finetune.recipe.cards import View
-from finetune.recipe.facts import (
-    ChiralityFacts,
-    Findings,
-    NeighbourFacts,
-    ProbeFacts,
-    ProfileFacts,
-    Proportion,
-    SimilarityFacts,
-)
-from finetune.recipe.imbalance import hides_classes
-from finetune.recipe.runs import write_whole
-from finetune.recipe.shelf import cache_folder
-from finetune.scores.intervals import paired_difference
-from finetune.scores.metrics import balanced_accuracy, macro_f1
+from finetune.planning.advisor import partial_depth, similarity_of_probes, similarity_of_shift
+from finetune.runs.folder import write_whole
 
 FORMAT = "12"
 """Part of the key; raised when what is measured, or how, changes."""

@@ -16,13 +16,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from finetune.config.backbone_names import cache_folder
 from finetune.data.splits import draw_sample, labelled_rows
-from finetune.features.depths import FOLDS, assign_folds
+from finetune.features.layer_profile import FOLDS, assign_folds
 from finetune.features.measuring import PROBE_BYTES, Material
 from finetune.features.probing import Probe, fit_probe
 from finetune.models.heads import HELD_OUT
-from finetune.recipe.runs import write_whole
-from finetune.recipe.shelf import cache_folder
+from finetune.runs.folder import write_whole
 
 FORMAT = "3"
 """Part of the key; raised when what is solved, or how, changes."""

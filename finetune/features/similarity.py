@@ -16,18 +16,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from finetune.compute import Compute, exact, own_draws
+from finetune.config.card import View
+from finetune.config.facts import Measure, Proportion, ResponseFacts, ShiftFacts
 from finetune.data.loading import normalize
 from finetune.errors import BackboneError
-from finetune.features.depths import DEPTH_GRID, cross_validate, proportion
 from finetune.features.extraction import look_at_all
+from finetune.features.layer_profile import DEPTH_GRID, cross_validate, proportion
+from finetune.metrics.distances import ROWS_PER_COMPONENT, Gaussian, class_prototypes, emd_similarity, frechet_to
+from finetune.metrics.intervals import percentiles
 from finetune.models.backbones import Backbone
 from finetune.models.frozen import FrozenBackbone
 from finetune.models.layers import BatchNorm
 from finetune.models.weights import check_sha256
-from finetune.recipe.cards import View
-from finetune.recipe.facts import Measure, Proportion, ResponseFacts, ShiftFacts
-from finetune.scores.distances import ROWS_PER_COMPONENT, Gaussian, class_prototypes, emd_similarity, frechet_to
-from finetune.scores.intervals import percentiles
 
 BATCH = 32
 RESAMPLES = 200

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from finetune.compute import Compute, Precision
+from finetune.config.card import Card
+from finetune.config.recipe import DataSpec, HardwareSpec
 from finetune.data.dataset import ALL, Dataset
 from finetune.data.items import Found, Items
 from finetune.data.sources import Source, open_source
@@ -22,12 +24,10 @@ from finetune.data.walking import is_image, listed
 from finetune.errors import BackboneError, DataError
 from finetune.features.cache import FeatureCache
 from finetune.features.extraction import extract
+from finetune.metrics.distances import class_prototypes, fit_gaussian
 from finetune.models.backbones import load_backbone
 from finetune.models.frozen import FrozenBackbone
-from finetune.recipe.cards import Card
-from finetune.recipe.runs import write_whole
-from finetune.recipe.schema import DataSpec, HardwareSpec
-from finetune.scores.distances import class_prototypes, fit_gaussian
+from finetune.runs.folder import write_whole
 
 LEAST_IMAGES = 50
 """Statistics of fewer images are mostly chance."""

@@ -12,6 +12,11 @@ from typing import Any
 import torch
 
 from finetune.compute import Compute
+from finetune.config.backbone_names import read_zoo
+from finetune.config.facts import BadFile, Facts, Findings, RangeFacts
+from finetune.config.opening import Opening, opening_of
+from finetune.config.plan import Plan
+from finetune.config.recipe import Recipe
 from finetune.data.ancestry import overlap_warnings
 from finetune.data.dataset import Dataset
 from finetune.data.items import ROLES
@@ -38,12 +43,7 @@ from finetune.models.classifier import Classifier
 from finetune.models.frozen import FrozenBackbone
 from finetune.models.input_size import fit_size
 from finetune.models.own import NOTHING, Given
-from finetune.recipe.facts import BadFile, Facts, Findings, RangeFacts
-from finetune.recipe.opening import Opening, opening_of
-from finetune.recipe.plan import Plan
-from finetune.recipe.refit import is_cross_fitted
-from finetune.recipe.schema import Recipe
-from finetune.recipe.shelf import read_zoo
+from finetune.planning.refit import is_cross_fitted
 
 GRADIENT_BATCH = 32
 """Images of each batch on which gradients are compared, where surgical fine-tuning asks for them."""

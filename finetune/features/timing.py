@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetune.compute import Compute
+from finetune.config.card import View
+from finetune.config.facts import TimingFacts
 from finetune.data.loading import normalize
 from finetune.models.backbones import Backbone
 from finetune.models.classifier import Classifier
 from finetune.models.folding import fold
-from finetune.recipe.cards import View
-from finetune.recipe.facts import TimingFacts
 
 SECONDS = 1.0
 """About what the timing of one depth may take; larger networks are timed on fewer images."""

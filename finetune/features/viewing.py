@@ -4,14 +4,14 @@ import os
 from dataclasses import asdict
 
 from finetune.compute import Machine
+from finetune.config.addresses import uri_from_environment
+from finetune.config.card import View
+from finetune.config.facts import BackboneFacts, MachineFacts
+from finetune.config.recipe import DataSpec
 from finetune.data.value_range import FULL_RANGE
 from finetune.errors import RecipeError
 from finetune.models.backbones import Backbone
 from finetune.models.layers import BatchNorm
-from finetune.recipe.addresses import uri_from_environment
-from finetune.recipe.cards import View
-from finetune.recipe.facts import BackboneFacts, MachineFacts
-from finetune.recipe.schema import DataSpec
 
 _OVERRIDES = ("image_size", "crop_pct", "interpolation", "mean", "std")
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from finetune.errors import RecipeError
-from finetune.recipe.activations import OFFERED, judge_activation
+from finetune.planning.activations import OFFERED, judge_activation
 
 LEAKY_SLOPE = 0.01
 """Slope of leaky ReLU below zero."""
@@ -54,7 +54,7 @@ def make_activation(
     https://arxiv.org/abs/1710.05941.
 
     Args:
-        name: a name of `finetune.recipe.activations`.
+        name: a name of `finetune.planning.activations`.
         num_units: units or channels before it; `prelu` learns one slope for each, or a single one with 1.
         slope: of `leaky_relu` below zero.
         alpha: what `elu` levels off at, below zero.

@@ -17,13 +17,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from finetune.config.backbone_names import card_at
+from finetune.config.card import OWN, Card
 from finetune.errors import BackboneError, nearest
 from finetune.models.image_sizes import set_image_size
 from finetune.models.modes import evaluating
 from finetune.models.stages import divide_into_stages, num_parameters
 from finetune.models.weights import fetch_from_hub, fetch_from_url, load_strictly, read_card_weights, read_checkpoint
-from finetune.recipe.cards import OWN, Card
-from finetune.recipe.shelf import card_at
 
 TORCHVISION = "torchvision/"
 _OF_A_RUN = "backbone.model."

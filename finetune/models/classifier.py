@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from finetune.errors import BackboneError, RecipeError, nearest
-from finetune.models.adapters import LowRankLinear
 from finetune.models.backbones import Backbone
 from finetune.models.layers import BatchNorm, Convolution, InstanceNorm
+from finetune.models.lora import LowRankLinear
 
 BATCH_NORM = ("frozen", "statistics", "train")
 ONLY = ("all", "norms", "biases", "lora")

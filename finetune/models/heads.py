@@ -138,7 +138,7 @@ def make_head(
         num_classes: K.
         kind: `linear`; `mlp`, with one hidden layer; `cosine`.
         hidden: units of the hidden layer of `mlp`.
-        activation: of that layer; a name of `finetune.recipe.activations`.
+        activation: of that layer; a name of `finetune.planning.activations`.
         init: of the last layer, all biases 0: `zero`; `small` (normal, std 0.01), `uniform`, `xavier` or `kaiming`, as
             `initialize` does them; `model` (as `arch_rule` does it, else as torch does); `probe` (the `weight` and
             `bias` of a solved probe on raw features: Kumar et al., ICLR 2022, https://arxiv.org/abs/2202.10054).

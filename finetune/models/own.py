@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune.config.card import INTERPOLATIONS, OWN, Card
+from finetune.config.own import qualified_name
 from finetune.data.sources import Source
 from finetune.errors import BackboneError, nearest
 from finetune.models.backbones import Backbone, take_classifier
-from finetune.recipe.cards import INTERPOLATIONS, OWN, Card
-from finetune.recipe.own import qualified_name
 
 _KNOWN_CODE = ("torch", "timm", "torchvision")
 _UNFIT = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)

@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from finetune.config.backbone_names import zoo_folders
+from finetune.config.card import Card
 from finetune.errors import BackboneError
-from finetune.recipe.cards import Card
-from finetune.recipe.runs import write_whole
-from finetune.recipe.shelf import zoo_folders
+from finetune.runs.folder import write_whole
 
 CONNECT_SECONDS = 5
 """How long a server may take to answer before we call it out of reach."""

@@ -3,9 +3,9 @@
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from finetune.recipe.comparison import ComparedRun, Comparison, GroupPair, RunPair, SeedGroup
-from finetune.recipe.measures import Measure
-from finetune.reporting.terminal import WIDTH, percent
+from finetune.config.comparison import ComparedRun, Comparison, GroupPair, RunPair, SeedGroup
+from finetune.config.measures import Measure
+from finetune.reporting.text import WIDTH, percent
 
 MOST_PAIRS = 20
 """Pairs that are told; those of the run with the highest accuracy come first."""

@@ -9,8 +9,8 @@ from html import escape
 
 from markupsafe import Markup
 
-from finetune.recipe.measures import LearningCurveFacts
-from finetune.reporting.figures import (
+from finetune.config.measures import LearningCurveFacts
+from finetune.reporting.svg import (
     draw_line,
     draw_svg,
     draw_text,

@@ -11,9 +11,10 @@ from html import escape
 
 from markupsafe import Markup
 
-from finetune.recipe.facts import DepthFacts, Facts, ProfileFacts, ShiftFacts
-from finetune.recipe.plan import Advice, Forecast, Plan
-from finetune.reporting.figures import (
+from finetune.config.facts import DepthFacts, Facts, ProfileFacts, ShiftFacts
+from finetune.config.plan import Advice, Forecast, Plan
+from finetune.reporting.matrix_figure import grid_figure
+from finetune.reporting.svg import (
     column_widths,
     draw_legend,
     draw_line,
@@ -24,8 +25,7 @@ from finetune.reporting.figures import (
     points,
     shorten,
 )
-from finetune.reporting.matrix_figure import grid_figure
-from finetune.reporting.sentences import (
+from finetune.reporting.wording import (
     Baseline,
     baseline,
     chirality_sentence,

@@ -1,7 +1,7 @@
 """The map of the matrix as characters: which strategy is taken where, and where these data stand."""
 
-from finetune.recipe.matrix import ORDER
-from finetune.recipe.plan import Advice
+from finetune.config.plan import Advice
+from finetune.planning.matrix import ORDER
 from finetune.reporting.matrix_figure import decades_for, fields, where
 
 SIGNS = {"probe": ".", "partial": "+", "full": "#"}

@@ -8,9 +8,10 @@ import math
 
 from markupsafe import Markup
 
-from finetune.recipe.matrix import ORDER, Place, Prefer, choose_at
-from finetune.recipe.plan import Advice
-from finetune.reporting.figures import draw_line, draw_svg, draw_text, is_number
+from finetune.config.plan import Advice
+from finetune.config.section import Prefer
+from finetune.planning.matrix import ORDER, Place, choose_at
+from finetune.reporting.svg import draw_line, draw_svg, draw_text, is_number
 
 COLUMNS, ROWS = 24, 12
 """Fields of the map."""

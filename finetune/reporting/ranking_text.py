@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 
-from finetune.recipe.facts import Ranking, RankRow
+from finetune.config.facts import Ranking, RankRow
 
 WIDTH = 100
 NAMED = 3

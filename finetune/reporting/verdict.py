@@ -7,10 +7,10 @@ class.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetune.recipe.measures import Measure
-from finetune.recipe.scores import ClassScore, Scores, SplitScores
-from finetune.reporting.figures import interval_text, percent, points, shorten
-from finetune.reporting.sentences import is_uneven, lost_classes, majority_sentence
+from finetune.config.measures import Measure
+from finetune.config.scores import ClassScore, Scores, SplitScores
+from finetune.reporting.svg import interval_text, percent, points, shorten
+from finetune.reporting.wording import is_uneven, lost_classes, majority_sentence
 
 FEW_IMAGES = 100
 _PROBE_ONLY = (

@@ -17,7 +17,7 @@ from pytorch_lightning import callbacks as known
 from pytorch_lightning.loggers import Logger
 
 from finetune.errors import RecipeError, RunError
-from finetune.training.keeping import Keeper
+from finetune.training.checkpoints import Keeper
 from finetune.training.module import Finetuning
 from finetune.training.own import OwnTraining
 

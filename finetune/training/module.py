@@ -20,17 +20,17 @@ from torch import nn
 
 from finetune.compute import Compute, exact, free_gpu_memory
 from finetune.errors import RunError
+from finetune.metrics.calibration import fit_temperature
 from finetune.models.batch_norm import uses_batch_statistics
 from finetune.models.classifier import Classifier
 from finetune.models.modes import evaluating
-from finetune.recipe.schedules import Plateau
-from finetune.scores.calibration import fit_temperature
-from finetune.training.averaging import WeightAverage
-from finetune.training.distilling import Distillation
+from finetune.planning.lr_schedules import Plateau
+from finetune.training.distillation import Distillation
 from finetune.training.losses import Loss
-from finetune.training.mixing import Mixing
+from finetune.training.mixup import Mixing
 from finetune.training.optimization import Anchor, gradient_norm, set_rates
 from finetune.training.watching import Divergence, update_ratio
+from finetune.training.weight_averaging import WeightAverage
 
 RATIO_EVERY = 10
 """Steps between two measurements of how far an update moves the weights: measuring copies them."""

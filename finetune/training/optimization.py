@@ -15,13 +15,13 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
 from finetune.compute import exact
+from finetune.config.decided import Rule
+from finetune.config.plan import Stage
+from finetune.config.recipe import OptimizerSpec
 from finetune.errors import RecipeError, nearest
 from finetune.models.classifier import Classifier
 from finetune.models.layers import BatchNorm
 from finetune.models.modes import modes_kept
-from finetune.recipe.decided import Rule
-from finetune.recipe.plan import Stage
-from finetune.recipe.schema import OptimizerSpec
 
 DEFAULT = "adamw"
 """The rule for any new problem."""

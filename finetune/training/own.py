@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from finetune.training.losses import Loss
-from finetune.training.starting import Vary
+from finetune.training.setup import Vary
 
 OwnLoss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits (B, K) and labels (B,), or targets (B, K) where images are mixed, to losses (B,) or their mean."""

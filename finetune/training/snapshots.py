@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from finetune.errors import RunError
-from finetune.recipe.runs import write_whole
+from finetune.runs.folder import write_whole
 
 Fact = float | int | str
 _NAME = re.compile(r"([a-z]+)-([0-9]+)")

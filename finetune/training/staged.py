@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from finetune.config.plan import Images, Plan
 from finetune.data.dataset import Dataset
 from finetune.data.loading import Batches
 from finetune.models.backbones import Backbone
 from finetune.models.classifier import Classifier
 from finetune.models.heads import one_probe
-from finetune.recipe.plan import Images, Plan
-from finetune.recipe.runs import RunFolder
-from finetune.recipe.schedules import whole_epochs
-from finetune.training.fitting import fit
+from finetune.planning.lr_schedules import whole_epochs
+from finetune.runs.folder import RunFolder
+from finetune.training.fit import fit
 from finetune.training.own import OwnTraining
-from finetune.training.starting import Vary, make_batches, make_classifier, training_batches
+from finetune.training.setup import Vary, make_batches, make_classifier, training_batches
 from finetune.training.watching import Curves
 
 Say = Callable[[str], None]

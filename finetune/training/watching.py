@@ -18,7 +18,7 @@ import torch
 from torch.nn.utils import get_total_norm
 
 from finetune.errors import RunError
-from finetune.recipe.runs import append, write_whole
+from finetune.runs.folder import append, write_whole
 
 COLUMNS = ("stage", "epoch", "step", "name", "value")
 WINDOW = 10
