@@ -150,7 +150,7 @@ def compare_epochs(shared: Path, work: Path) -> None:
 
     for per_class in (20, 50, 400):
         for name in advice.SETS:
-            wishes = ["train.strategy=partial", "train.keep=last", "train.averaging.keep_last=20"]
+            wishes = ["train.strategy=partial", "train.checkpoint=last", "train.averaging.keep_last=20"]
             run = train(name, per_class, wishes, shared, work)
             seen = look(advice.cell_recipe(name, BACKBONE, per_class, 0, shared, work, []))
             images = seen.dataset

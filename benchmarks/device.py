@@ -151,7 +151,7 @@ def speed(out: Path, notes: Notes, env: dict[str, str], dry: bool) -> None:
     for network in networks:
         bare = bare_speed(network, dry)
         words = ["train", str(images), f"backbone={network}", "pretrained=false", f"train.epochs={epochs}",
-                 "train.keep=last", "tracking.enabled=false", "data.split.val=0.05", "data.split.test=0.05",
+                 "train.checkpoint=last", "tracking.enabled=false", "data.split.val=0.05", "data.split.test=0.05",
                  "data.split.calibration=0", "data.invariances=[]"]  # fmt: skip
         code, said, seconds = finetune(words, env)
         if code:

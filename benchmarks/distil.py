@@ -42,7 +42,7 @@ class Series:
         self.results = arguments.results
         self.common = [f"data.root={arguments.shared / 'data' / name}", f"backbone={BACKBONE}"]
         self.common += [f"data.image_size={PIXELS}", f"data.max_train_per_class={PER_CLASS}", "data.split.seed=0"]
-        self.common += ["train.strategy=full", "train.keep=last", "tracking.enabled=false"]
+        self.common += ["train.strategy=full", "train.checkpoint=last", "tracking.enabled=false"]
 
     def is_known(self, variant: str, seed: int) -> bool:
         wanted = (self.name, str(self.time), variant, str(seed))

@@ -42,7 +42,7 @@ RATES = (1e-4, 3e-4, 1e-3)
 VARIANTS = {
     "partial": ["train.strategy=partial", "head.init=probe"],
     "probe_then_full": ["train.strategy=full", "head.init=probe"],
-    "norms": ["train.strategy=norms", "head.init=probe"],
+    "norms": ["train.strategy=norm_only", "head.init=probe"],
     "full": ["train.strategy=full", "head.init=zero"],
     "partial_ema": ["train.strategy=partial", "head.init=probe", "train.averaging.kind=ema"],
     "full_w20": ["train.strategy=full", "head.init=probe", "train.schedule.warmup_fraction=0.2"],

@@ -87,7 +87,7 @@ def run_all(shared: Path, work: Path) -> None:
                     f"seed={seed}",
                     "train.strategy=full",
                     f"train.epochs={EPOCHS}",
-                    "train.keep=last",
+                    "train.checkpoint=last",
                 ]
                 recipe = ft.load_recipe(None, [*common, "tracking.enabled=false", *wishes])
                 run = ft.train(recipe, runs=work / "runs", say=lambda text: None)

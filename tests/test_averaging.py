@@ -5,26 +5,16 @@ import math
 
 import pytest
 import torch
-from test_planning import make_facts
+from made_averages import copy_of, is_same, make_classifier
+from made_facts import make_facts
 from torch import nn
 
 from finetune.config.reading import load_recipe
-from finetune.models.backbones import load_backbone
 from finetune.models.batch_norm import exact_statistics, moving_norms, pooled_statistics
-from finetune.models.classifier import Classifier
-from finetune.models.heads import make_head
 from finetune.planning.planner import make_plan
 from finetune.training.weight_averaging import WeightAverage
 
 KINDS = pytest.mark.parametrize(("kind", "decay"), [("ema", 0.9), ("swa", None)])
-
-
-def make_classifier(name="test_resnet", *, batch_norm="train", stages=None):
-    torch.manual_seed(0)
-    backbone = load_backbone(name, zoo={}, pretrained=False)
-    classifier = Classifier(backbone, make_head(backbone.num_features, 3, init="small"))
-    classifier.freeze(len(backbone.stages) if stages is None else stages, batch_norm=batch_norm)
-    return classifier.train()
 
 
 def keep(model):
@@ -40,14 +30,6 @@ def walk(model, steps, *, size=0.02, seed=0):
                 if parameter.requires_grad:
                     parameter.add_(size * torch.randn(parameter.shape, generator=generator))
         yield {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def copy_of(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def is_same(model, state):
-    return all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 def assert_holds(average, expected, atol=1e-6):

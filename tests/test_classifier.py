@@ -177,7 +177,7 @@ def test_the_first_layer_can_be_held_while_everything_else_trains(name):
 
 
 @pytest.mark.parametrize("name", ARCHETYPES)
-@pytest.mark.parametrize("only", ["norms", "biases"])
+@pytest.mark.parametrize("only", ["norm_only", "bitfit"])
 def test_norms_or_biases_alone_train_everywhere(name, only):
     model = _classifier(name, len(STAGES[name]), only=only)
     with torch.no_grad():  # timm begins some branches at zero, through which no gradient passes
@@ -186,19 +186,19 @@ def test_norms_or_biases_alone_train_everywhere(name, only):
                 module.weight.fill_(1.0)
     norms = {key for key in _all(model) if any(part in key for part in NORMS[name])}
     biases = {key for key in _all(model) if key.endswith(".bias")}
-    assert _own(model) == (norms if only == "norms" else biases)
+    assert _own(model) == (norms if only == "norm_only" else biases)
     assert _moved_by_an_epoch(model) == set(model.trainable_names())
 
 
 def test_without_biases_of_convolutions_the_shifts_of_norms_are_the_biases():
-    model = _classifier("test_resnet", 5, only="biases")
+    model = _classifier("test_resnet", 5, only="bitfit")
     assert _own(model) == {key for key in _all(model) if key.endswith(".bias")} != set()
     norms = {key for key, module in model.backbone.model.named_modules() if isinstance(module, _BatchNorm)}
     assert {key.removesuffix(".bias") for key in _own(model)} == norms
 
 
 def test_norms_of_the_top_stages_alone_can_train():
-    model = _classifier("test_vit", 1, only="norms")
+    model = _classifier("test_vit", 1, only="norm_only")
     assert _own(model) == {f"{n}.{own}" for n in ("blocks.5.norm1", "blocks.5.norm2", "norm") for own in _AFFINE}
 
 
@@ -250,8 +250,8 @@ def test_layers_that_are_not_there_are_refused_with_the_nearest():
     ("k", "options", "match"),
     [
         (2, {"only": "lora"}, r"opened of test_resnet\S* has no low-rank matrices\. Call add_lora first"),
-        (2, {"only": "norms", "batch_norm": "statistics"}, r"no norms that train with batch_norm 'statistics'"),
-        (0, {"only": "biases"}, r"num_trainable_stages is 0; open some"),
+        (2, {"only": "norm_only", "batch_norm": "statistics"}, r"no norms that train with batch_norm 'statistics'"),
+        (0, {"only": "bitfit"}, r"num_trainable_stages is 0; open some"),
     ],
 )
 def test_a_kind_of_tensor_that_is_not_there_is_refused_and_nothing_changes(k, options, match):

@@ -23,7 +23,7 @@ CLASSES = ("disc", "square", "stripes")
 def finished(shapes, tmp_path_factory):
     """A real run, for the tests that change copies of it."""
     wishes = [f"data.root={shapes}", "data.image_size=32", "train.batch_size=16", "train.epochs=1"]
-    wishes += ["tracking.enabled=false", "data.split.refit=false", "train.strategy=full", "train.keep=best"]
+    wishes += ["tracking.enabled=false", "data.split.refit=false", "train.strategy=full", "train.checkpoint=best"]
     return ft.train(ft.load_recipe(None, wishes), runs=tmp_path_factory.mktemp("runs"), say=lambda text: None)
 
 
@@ -218,7 +218,7 @@ def test_the_text_fits_a_plain_terminal(judged):
 @pytest.mark.technique("T163")
 def test_what_looked_at_val_is_named(finished):
     flags = selection_flags(finished.plan)
-    assert [flag.partition(":")[0] for flag in flags] == ["probe", "train.keep", "train.patience"]
+    assert [flag.partition(":")[0] for flag in flags] == ["probe", "train.checkpoint", "train.patience"]
     assert "lowest loss on val" in flags[1]
     assert not any(
         flag.startswith("probe") for flag in selection_flags(finished.plan, probe_chosen_by="cross-validation")

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from test_planning import make_facts
+from made_facts import make_facts
 
 import finetune as ft
 from finetune.config.facts import TeacherFacts
@@ -39,7 +39,7 @@ CASES = [
     "regularization.fractional_pooling=true",
     "train.reinit=1 train.batch_norm=frozen",
     "train.reinit=1 pretrained=false",
-    "train.reinit=1 train.strategy=norms",
+    "train.reinit=1 train.strategy=norm_only",
     "train.reinit=2 train.depth=1",
     "train.reinit=1 train.layers=[layer4]",
     "train.reinit=1 head.init=probe",
@@ -61,10 +61,10 @@ CASES = [
     "head.kind=cosine head.init=zero",
     "head.kind=mlp head.init=probe",
     "head.kind=mlp head.activation=softmax",
-    "evaluate.draws=5",
-    "data.label_swap=[[a,z]]",
-    "data.label_swap=[[a,b],[a,c]]",
-    "data.label_swap=[[a,b]] data.invariances=[vflip,rot90]",
+    "evaluate.mc_samples=5",
+    "data.flip_label_pairs=[[a,z]]",
+    "data.flip_label_pairs=[[a,b],[a,c]]",
+    "data.flip_label_pairs=[[a,b]] data.invariances=[vflip,rot90]",
     ("train.strategy=probe", OWN_LOSS),
     ("train.imbalance.kind=focal", OWN_LOSS),
     ("regularization.label_smoothing=0.1", OWN_LOSS),
@@ -75,7 +75,7 @@ ADVISED = [
     ("train.layers=[layer4]", "full"),
     ("train.reinit=1", "probe"),
     ("train.distillation.teacher=runs/teacher", "probe"),
-    ("evaluate.draws=5 head.dropout=0.5", "probe"),
+    ("evaluate.mc_samples=5 head.dropout=0.5", "probe"),
 ]
 """Wishes, and what was advised."""
 NEEDS = [

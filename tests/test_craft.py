@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import SMALL, start
 from torch import nn
 
 import finetune as ft
@@ -22,19 +23,6 @@ from finetune.planning.lr_schedules import rate_factor
 from finetune.planning.planner import make_plan
 from finetune.training import setup
 from finetune.training.snapshots import read_members
-
-SMALL = [
-    "data.image_size=32",
-    "train.batch_size=16",
-    "train.epochs=3",
-    "tracking.enabled=false",
-    "data.split.refit=false",
-]
-
-
-def start(shapes, tmp_path, *wishes, say=lambda text: None, **rest):
-    recipe = ft.load_recipe(None, [f"data.root={shapes}", *SMALL, *wishes])
-    return ft.train(recipe, runs=tmp_path / "runs", say=say, **rest)
 
 
 def curve(run, name):
@@ -90,7 +78,7 @@ def test_the_last_epoch_is_kept_unless_an_earlier_one_was_clearly_better(
     monkeypatch.setattr(Finetuning, "refuse_epoch", lambda *args: None)
     measured_as(monkeypatch, means, spread=spread)
     said = []
-    wishes = ["train.strategy=full", "train.epochs=3", "train.patience=3", f"train.keep={keep}"]
+    wishes = ["train.strategy=full", "train.epochs=3", "train.patience=3", f"train.checkpoint={keep}"]
     start(shapes, tmp_path, *wishes, say=said.append)
     (verdict,) = [line for line in said if " epochs, kept " in line]
     assert ("the start" if kept == 0 else f"kept epoch {kept} ") in verdict
@@ -105,7 +93,7 @@ def test_a_resumed_run_knows_what_val_said_of_the_epoch_it_had_kept(shapes, tmp_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        start(shapes, tmp_path, "train.strategy=full", "train.epochs=3", "train.keep=settled", say=stop)
+        start(shapes, tmp_path, "train.strategy=full", "train.epochs=3", "train.checkpoint=settled", say=stop)
     (folder,) = (tmp_path / "runs").iterdir()
     ft.resume(folder, say=said.append)
     assert any("goes on after epoch 2" in line for line in said)
@@ -115,7 +103,7 @@ def test_a_resumed_run_knows_what_val_said_of_the_epoch_it_had_kept(shapes, tmp_
 def test_an_epoch_before_the_rate_has_fallen_is_no_settled_one(shapes, tmp_path, monkeypatch):
     measured_as(monkeypatch, [1.0, 0.5, 0.51, 0.52], spread=0.3)
     said = []
-    wishes = ["train.strategy=full", "train.epochs=9", "train.patience=2", "train.keep=settled"]
+    wishes = ["train.strategy=full", "train.epochs=9", "train.patience=2", "train.checkpoint=settled"]
     start(shapes, tmp_path, *wishes, say=said.append)
     assert any(line.startswith("stage 1 (full): 3 epochs, kept epoch 1 ") for line in said)
 
@@ -129,7 +117,7 @@ def test_an_epoch_before_the_rate_has_fallen_is_no_settled_one(shapes, tmp_path,
         ["train.strategy=partial", "regularization.l2_sp=0.01", "regularization.label_smoothing=0.1"],
         ["train.strategy=full", "train.optimizer.name=nesterov", "train.schedule.name=one_cycle"],
         ["train.strategy=full", "train.optimizer.name=timm/lamb", "train.schedule.name=plateau"],
-        ["train.strategy=full", "train.imbalance.kind=sampler", "train.choose=balanced"],
+        ["train.strategy=full", "train.imbalance.kind=sampler", "train.monitor=balanced"],
         ["train.strategy=full", "augment.policy=trivial", "augment.pca_color=0.1", "augment.crop=scale"],
     ],
     ids=lambda wishes: wishes[1].partition(".")[2],
@@ -183,12 +171,12 @@ train:
   averaging: {{kind: ema, ema_decay: 0.9, snapshots: 2, keep_last: 2, batch_norm: exact}}
   imbalance: {{kind: effective, beta: 0.99}}
   patience: 4
-  keep: best
-  choose: balanced
+  checkpoint: best
+  monitor: balanced
   clip_norm: 5.0
-  stop_ratio: 4.0
+  divergence_threshold: 4.0
   batch_norm: train
-evaluate: {{views: ten, draws: 3}}
+evaluate: {{views: ten, mc_samples: 3}}
 """
     path = tmp_path / "all.yaml"
     path.write_text(text)
@@ -211,7 +199,7 @@ evaluate: {{views: ten, draws: 3}}
 
 @pytest.mark.slow
 def test_gradual_training_opens_one_stage_of_the_backbone_after_the_other(shapes, tmp_path):
-    run = start(shapes, tmp_path, "train.strategy=gradual", "train.epochs=7", "train.keep=last")
+    run = start(shapes, tmp_path, "train.strategy=gradual", "train.epochs=7", "train.checkpoint=last")
     stages = run.plan.stages
     total = max(stage.trainable_stages for stage in stages)
     assert [stage.trainable_stages for stage in stages] == [*range(1, len(stages)), total]
@@ -224,7 +212,7 @@ def test_gradual_training_opens_one_stage_of_the_backbone_after_the_other(shapes
     assert opened == {len(lowest.stages) - 2, len(lowest.stages) - 1}
 
 
-@pytest.mark.parametrize(("strategy", "is_one"), [("norms", "norm"), ("biases", "bias")])
+@pytest.mark.parametrize(("strategy", "is_one"), [("norm_only", "norm"), ("bitfit", "bias")])
 def test_norms_and_biases_move_alone(shapes, tmp_path, strategy, is_one):
     run = start(shapes, tmp_path, f"train.strategy={strategy}")
     names = moved(run)
@@ -236,7 +224,7 @@ def test_norms_and_biases_move_alone(shapes, tmp_path, strategy, is_one):
 
 
 def test_surgery_trains_the_stage_with_the_largest_gradients_for_its_weights(shapes, tmp_path):
-    run = start(shapes, tmp_path, "train.strategy=surgical", "train.keep=last")
+    run = start(shapes, tmp_path, "train.strategy=surgical", "train.checkpoint=last")
     ratios = run.read_json("facts.json")["gradients"]
     stage = max(ratios, key=ratios.get)
     backbone = load_final(run).backbone
@@ -257,7 +245,7 @@ def test_fresh_stages_have_their_own_statistics_and_lower_ones_stay(shapes, tmp_
 @pytest.mark.slow
 @pytest.mark.technique("T161")
 def test_an_average_is_judged_and_shipped_and_the_raw_weights_are_shown_beside_it(shapes, tmp_path):
-    wishes = ["train.strategy=full", "train.keep=last", "train.averaging.wise_ft=1", "seed=3"]
+    wishes = ["train.strategy=full", "train.checkpoint=last", "train.averaging.wise_ft=1", "seed=3"]
     plain = start(shapes, tmp_path / "plain", *wishes)
     run = start(shapes, tmp_path / "ema", *wishes, "train.averaging.kind=ema", "train.averaging.ema_decay=0.8")
     assert curve(run, "val/raw_loss") == pytest.approx(curve(plain, "val/loss")[1:], rel=1e-6)  # training is the same
@@ -286,7 +274,7 @@ def test_snapshots_are_taken_where_the_rate_has_fallen_and_epochs_are_whole_cycl
 
 
 def test_the_last_epochs_are_kept_where_asked(shapes, tmp_path):
-    run = start(shapes, tmp_path, "train.strategy=full", "train.keep=last", "train.averaging.keep_last=2")
+    run = start(shapes, tmp_path, "train.strategy=full", "train.checkpoint=last", "train.averaging.keep_last=2")
     assert [member.name for member in read_members(run.file("snapshots"))] == ["last-2", "last-3"]
 
 
@@ -332,7 +320,7 @@ def test_a_state_written_just_before_a_divergence_is_not_trusted(shapes, tmp_pat
             (folder,) = (tmp_path / "runs").iterdir()
             members.append(len(read_members(folder / "snapshots")))
 
-    wishes = ["train.strategy=full", "train.epochs=5", "train.keep=last", "train.averaging.keep_last=2"]
+    wishes = ["train.strategy=full", "train.epochs=5", "train.checkpoint=last", "train.averaging.keep_last=2"]
     run = start(shapes, tmp_path, *wishes, say=say)
     assert members == [0] * (1 + begins_anew)  # none of the attempt that was given up
     assert any("goes on after epoch" in line for line in said) != begins_anew
@@ -383,7 +371,7 @@ def test_uneven_classes_change_loss_and_choice(shapes, tmp_path):
     recipe = ft.load_recipe(None, [f"data.root={few}", *SMALL, "train.strategy=full"])
     run = ft.train(recipe, runs=tmp_path / "runs", say=said.append)
     plan = run.plan
-    assert (plan.train.imbalance.kind, plan.train.choose) == ("inverse", "balanced")
+    assert (plan.train.imbalance.kind, plan.train.monitor) == ("inverse", "balanced")
     assert curve(run, "val/balanced_top1")
     assert curve(run, "train/loss")[0] < math.log(3)
 
@@ -408,7 +396,7 @@ def test_what_training_sees_is_drawn(shapes, tmp_path):
             "train.schedule.name=plateau",
             "train.schedule.patience=1",
             "augment.mixup=0.2",
-            "train.keep=settled",
+            "train.checkpoint=settled",
         ],
         pytest.param(
             ["train.averaging.snapshots=2", "regularization.l2_sp=0.01", "train.batch_norm=train"],
@@ -424,7 +412,7 @@ def test_what_training_sees_is_drawn(shapes, tmp_path):
     ids=["ema", "snapshots", "swa", "gradual", "dropout"],
 )
 def test_an_interrupted_training_ends_in_the_same_weights_whatever_its_craft(shapes, tmp_path, wishes):
-    wishes = ["train.strategy=full", "train.epochs=4", "train.keep=last", *wishes]
+    wishes = ["train.strategy=full", "train.epochs=4", "train.checkpoint=last", *wishes]
     whole = start(shapes, tmp_path / "whole", *wishes)
 
     def stop(text):
@@ -445,7 +433,7 @@ def test_an_interrupted_training_ends_in_the_same_weights_whatever_its_craft(sha
 
 
 def test_gradients_are_clipped_to_the_length_that_is_planned(shapes, tmp_path):
-    wishes = ["train.strategy=full", "train.epochs=1", "train.keep=last", "train.optimizer.weight_decay=0"]
+    wishes = ["train.strategy=full", "train.epochs=1", "train.checkpoint=last", "train.optimizer.weight_decay=0"]
     wishes += ["train.optimizer.name=sgd", "train.optimizer.lr=0.01"]
     run = start(shapes, tmp_path, *wishes, "train.clip_norm=1e-7")
     head = load_file(run.final_weights())["head.linear.weight"]
@@ -456,7 +444,7 @@ def test_gradients_are_clipped_to_the_length_that_is_planned(shapes, tmp_path):
 
 @pytest.mark.slow
 def test_a_mean_of_weights_begins_where_it_is_planned_to(shapes, tmp_path):
-    wishes = ["train.strategy=full", "train.keep=last", "train.averaging.kind=swa", "train.averaging.keep_last=1"]
+    wishes = ["train.strategy=full", "train.checkpoint=last", "train.averaging.kind=swa", "train.averaging.keep_last=1"]
     run = start(shapes, tmp_path, *wishes, "train.averaging.swa_start=0.89")
     (last,) = read_members(run.file("snapshots"))
     raw, shipped = load_file(last.path), load_file(run.final_weights())

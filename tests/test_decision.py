@@ -4,16 +4,14 @@ import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 
 import pytest
+from made_profiles import make_profile, share
 from made_scores import make_scores, split_scores
 
 from finetune.config.facts import (
     ChiralityFacts,
-    DepthFacts,
     Facts,
     Measure,
     ProbeFacts,
-    ProfileFacts,
-    Proportion,
     ShiftFacts,
     SimilarityFacts,
 )
@@ -38,22 +36,6 @@ from finetune.reporting.wording import (
 from finetune.runs.folder import RunFolder
 
 NASTY = '<b>&"'
-
-
-def share(value, half=0.03, n=400):
-    return Proportion(value=value, low=max(0.0, value - half), high=min(1.0, value + half), n=n)
-
-
-def make_profile(values=(0.42, 0.61, 0.83, 0.91, 0.88), *, stages=None, lead=0.03, lead_error=0.01):
-    names = stages or ["stem", *(f"blocks.{i}" for i in range(1, len(values)))]
-    depths = tuple(
-        DepthFacts(stage=name, width=64, probe=share(v), ridge=share(max(0.0, v - 0.05)),
-                   neighbours=share(max(0.0, v - 0.12)))
-        for name, v in zip(names, values, strict=True)
-    )  # fmt: skip
-    best = max(range(len(values)), key=lambda i: values[i])
-    judged = {"num_images": 1900, "judged": "cross-validation"}
-    return ProfileFacts(depths=depths, best=best, lead=lead, lead_error=lead_error, **judged)
 
 
 def make_advice(images=38.0, similarity=0.62, *, half=0.09, small_below=100.0, similar_from=0.75, **changes):

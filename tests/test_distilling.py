@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from made_classifiers import STAGE, ShortOfMemory, TinyBackbone, tiny_classifier
 from safetensors.torch import load_file, save_file
-from test_training import STAGE, ShortOfMemory, TinyBackbone, tiny_classifier
 from torch import nn
 
 import finetune as ft
@@ -38,7 +38,7 @@ SMALL = [
     "train.epochs=2",
     "tracking.enabled=false",
     "data.split.refit=false",
-    "train.keep=last",
+    "train.checkpoint=last",
 ]
 FULL = ["train.strategy=full", "data.split.seed=0", "data.invariances=[hflip]", "augment.preset=light"]
 VIEW = View(size_pixels=8, shorter_pixels=8, interpolation="bilinear", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -170,7 +170,7 @@ def test_weight_0_is_the_ordinary_training_bit_for_bit_and_weight_1_ignores_labe
 def test_the_soft_term_compares_logits_as_they_are_shipped_whatever_the_loss_adds_to_them():
     images, labels = batch()
     distillation = Distillation(teacher=Teacher(tiny_teacher(), VIEW, VIEW), temperature=2.0, weight=1.0)
-    adjusted = make_loss("logits", [17, 1, 1])
+    adjusted = make_loss("logit_adjustment", [17, 1, 1])
     assert float(log_priors([17, 1, 1]).std()) > 1
     assert are_same(
         gradients_of(distillation, labels, images, loss=adjusted), gradients_of(distillation, labels, images)
@@ -507,14 +507,16 @@ def balanced(run, kind, **rest):
 def test_a_probe_was_never_balanced_and_members_that_differ_are_not_followed(pool, tmp_path):
     teacher = RunFolder(shutil.copytree(pool[2].path, tmp_path / "teacher"))
     for number in (1, 2):
-        balanced(RunFolder(teacher.file(f"members/{number}")), "logits")
+        balanced(RunFolder(teacher.file(f"members/{number}")), "logit_adjustment")
     known = read_teacher(str(teacher.path))
-    assert inherit_imbalance(known, [9, 9])[0] == "logits"  # the plan of the whole, which says none, counts for nothing
+    assert (
+        inherit_imbalance(known, [9, 9])[0] == "logit_adjustment"
+    )  # the plan of the whole, which says none, counts for nothing
     second = RunFolder(teacher.file("members/2"))
     shutil.copy(pool[1].file("probe.safetensors"), second.path)
-    balanced(second, "logits", stages=())
+    balanced(second, "logit_adjustment", stages=())
     known = read_teacher(str(teacher.path))
-    assert known.imbalances == ("logits", "none")
+    assert known.imbalances == ("logit_adjustment", "none")
     kind, why = inherit_imbalance(known, [9, 9])
     assert kind == "none" and why.endswith(
         "its teacher's networks differ in this (logits, none), so it sets no example"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import command
 from PIL import Image
-from test_faults import command
 
 import finetune as ft
 from finetune import cli, pipeline

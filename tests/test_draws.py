@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from test_planning import make_facts
+from made_facts import make_facts
 
 import finetune as ft
 from finetune.config.measures import Measure
@@ -44,7 +44,7 @@ def quiet(text):
 
 @pytest.fixture(scope="module")
 def run(shapes, tmp_path_factory):
-    wishes = [*WISHES, "seed=3", "train.strategy=full", "head.dropout=0.5", "evaluate.draws=6"]
+    wishes = [*WISHES, "seed=3", "train.strategy=full", "head.dropout=0.5", "evaluate.mc_samples=6"]
     recipe = ft.load_recipe(None, [f"data.root={shapes}", *wishes])
     return ft.train(recipe, runs=tmp_path_factory.mktemp("runs"), say=quiet)
 
@@ -152,7 +152,7 @@ def test_without_images_nothing_is_compared():
 @pytest.mark.parametrize(
     ("wishes", "message"),
     [
-        (["train.strategy=full"], r"evaluate\.draws is 20, but the head drops nothing.*set head\.dropout"),
+        (["train.strategy=full"], r"evaluate\.mc_samples is 20, but the head drops nothing.*set head\.dropout"),
         (["train.strategy=probe", "head.dropout=0.5"], r"the model is the probe \(the recipe says so\)"),
         (["head.dropout=0.5"], r"the model is the probe \(the advice is: .*\)"),
     ],
@@ -161,13 +161,13 @@ def test_without_images_nothing_is_compared():
 def test_draws_that_would_all_be_the_same_are_refused_before_training(wishes, message):
     facts = make_facts(per_class=5, probe=0.99, low=0.98)
     with pytest.raises(RecipeError, match=message):
-        make_plan(ft.load_recipe(None, [*wishes, "evaluate.draws=20"]), facts)
+        make_plan(ft.load_recipe(None, [*wishes, "evaluate.mc_samples=20"]), facts)
 
 
 @pytest.mark.parametrize("wish", ["head.dropout=0.5", "head.drop_connect=0.3"])
 def test_draws_are_planned_where_the_head_drops_something_and_off_otherwise(wish):
-    recipe = ft.load_recipe(None, ["train.strategy=full", wish, "evaluate.draws=20"])
-    assert make_plan(recipe, make_facts()).evaluate.draws == 20
-    assert make_plan(ft.load_recipe(None, []), make_facts()).evaluate.draws == 0
+    recipe = ft.load_recipe(None, ["train.strategy=full", wish, "evaluate.mc_samples=20"])
+    assert make_plan(recipe, make_facts()).evaluate.mc_samples == 20
+    assert make_plan(ft.load_recipe(None, []), make_facts()).evaluate.mc_samples == 0
     with pytest.raises(RecipeError, match="200"):
-        ft.load_recipe(None, ["evaluate.draws=201"])
+        ft.load_recipe(None, ["evaluate.mc_samples=201"])

@@ -7,6 +7,7 @@ import torch
 from conftest import role_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_runs import altered
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -41,7 +42,7 @@ SMALL = [
     "train.epochs=2",
     "tracking.enabled=false",
     "data.split.refit=false",
-    "train.keep=last",
+    "train.checkpoint=last",
 ]
 QUICK = settings(max_examples=15, deadline=None, database=None)
 
@@ -85,14 +86,6 @@ def ensemble(runs, tmp_path, how, **rest):
 
 def said_by(classifier, run, seen, role="test"):
     return predict_probabilities(classifier, seen.dataset.store, seen.dataset.indices(role), run.plan, "center")
-
-
-def altered(run, tmp_path, **changes):
-    """A copy of a run with another plan."""
-    copy = RunFolder(tmp_path / "altered")
-    shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("last.ckpt", "report.html"))
-    copy.write_text("plan.yaml", run.plan.model_copy(update=changes).to_yaml())
-    return copy
 
 
 class Says(nn.Module):
@@ -225,7 +218,7 @@ def test_how_often_a_member_was_taken_is_its_weight(pool, seen, tmp_path, monkey
 
 
 def test_an_early_stop_on_val_is_said_too(pool, tmp_path):
-    stopped = altered(pool[0], tmp_path, train=pool[0].plan.train.model_copy(update={"keep": "best"}))
+    stopped = altered(pool[0], tmp_path, train=pool[0].plan.train.model_copy(update={"checkpoint": "best"}))
     assert "to stop them" in selection_note(ensemble([stopped], tmp_path, "average"))
     offered = find_candidates([stopped], "final", quiet)
     assert "to select members and to stop them" in selection_sentence(offered, is_selected=True)

@@ -70,7 +70,7 @@ WEIGHTS = [
     *of("weights", "data.value_range=[0,900]", "data.frame=middle", "data.frame=each", beside="data.root={deep}"),
     *of("weights", "data.std=[0.1,0.2,0.3]", "data.normalize=weights | data.normalize=channel_mean"),
     *of("weights", "data.invariances=[hflip]", "data.invariances=[vflip]", beside="augment.preset=light"),
-    *of("weights", "data.invariances=[rot90]", "data.label_swap=[[disc,square]]", beside="augment.preset=light"),
+    *of("weights", "data.invariances=[rot90]", "data.flip_label_pairs=[[disc,square]]", beside="augment.preset=light"),
     *of("weights", "augment.preset=light", "augment.preset=medium", "augment.preset=heavy"),
     *of("weights", "augment.preset=none | augment.preset=light", "augment.crop=scale | augment.preset=light"),
     *of("weights", "augment.domain=document", "augment.domain=medical", beside="augment.preset=medium"),
@@ -87,7 +87,7 @@ WEIGHTS = [
     *of("weights", "regularization.l2_sp=1", beside="train.optimizer.lr=0.01"),
     *of("weights", "regularization.fractional_pooling=true", beside="train.reinit=1 data.image_size=96"),
     *of("weights", "train.strategy=probe", "train.strategy=partial", "train.strategy=surgical"),
-    *of("weights", "train.strategy=norms", "train.strategy=biases", "train.strategy=full | train.strategy=partial"),
+    *of("weights", "train.strategy=norm_only", "train.strategy=bitfit", "train.strategy=full | train.strategy=partial"),
     *of("weights", "train.strategy=gradual | train.epochs=2", "train.strategy=lora | backbone=small_vit"),
     *of("weights", "train.lora_rank=2", beside="backbone=small_vit train.strategy=lora"),
     *of("weights", "train.depth=1", "train.layers=[layer4]", beside="train.strategy=partial"),
@@ -108,7 +108,9 @@ WEIGHTS = [
     *of("weights", "train.schedule.name=inverse", "train.schedule.name=linear", beside="train.epochs=2"),
     *of("weights", "train.schedule.name=plateau", "train.schedule.name=one_cycle", beside="train.epochs=2"),
     *of("weights", "train.schedule.name=cosine | train.schedule.name=constant train.epochs=2"),
-    *of("weights", "train.schedule.name=cyclic", "train.schedule.name=growing", beside="train.schedule.cycles=2"),
+    *of(
+        "weights", "train.schedule.name=cyclic", "train.schedule.name=cosine_restarts", beside="train.schedule.cycles=2"
+    ),
     *of("weights", "train.schedule.warmup_fraction=0.7", "train.schedule.end=0.5", beside="train.epochs=2"),
     *of(
         "weights",
@@ -119,7 +121,7 @@ WEIGHTS = [
     *of("weights", "train.schedule.milestones=[0.3]", beside="train.epochs=2 train.schedule.name=multistep"),
     *of("weights", "train.schedule.decades=1", beside="train.epochs=2 train.schedule.name=exponential"),
     *of("weights", "train.schedule.cycles=3", beside="train.schedule.name=cyclic train.schedule.cycles=2"),
-    *of("weights", "train.schedule.growth=3", beside="train.schedule.name=growing train.schedule.cycles=2"),
+    *of("weights", "train.schedule.growth=3", beside="train.schedule.name=cosine_restarts train.schedule.cycles=2"),
     *of("weights", "train.averaging.kind=ema", "train.averaging.kind=swa", beside="train.epochs=2"),
     *of("weights", "train.averaging.kind=none", "train.averaging.ema_decay=0.5", beside="train.averaging.kind=ema"),
     *of("weights", "train.averaging.wise_ft=0.5", beside="head.init=probe"),
@@ -127,11 +129,11 @@ WEIGHTS = [
     *of("weights", "train.averaging.swa_lr=0.1", beside="train.epochs=2 train.averaging.kind=swa"),
     *of("weights", "train.averaging.batch_norm=exact", beside="train.averaging.kind=ema train.batch_norm=train"),
     *of("weights", "train.imbalance.kind=sampler", beside="data.root={uneven} train.imbalance.kind=none"),
-    *of("weights", "train.imbalance.kind=none | data.root={uneven} train.imbalance.kind=logits"),
+    *of("weights", "train.imbalance.kind=none | data.root={uneven} train.imbalance.kind=logit_adjustment"),
     *of("weights", "train.imbalance.kind=inverse", beside="data.root={uneven} train.imbalance.kind=none"),
     *of("weights", "train.imbalance.kind=effective", beside="data.root={uneven} train.imbalance.kind=none"),
     *of("weights", "train.imbalance.kind=focal", beside="data.root={uneven} train.imbalance.kind=none"),
-    *of("weights", "train.imbalance.kind=logits", beside="data.root={uneven} train.imbalance.kind=none"),
+    *of("weights", "train.imbalance.kind=logit_adjustment", beside="data.root={uneven} train.imbalance.kind=none"),
     *of("weights", "train.imbalance.gamma=0.5", beside="train.imbalance.kind=focal"),
     *of("weights", "train.imbalance.beta=0.5", beside="data.root={uneven} train.imbalance.kind=effective"),
     *of("weights", "train.distillation.teacher={teacher}"),
@@ -148,16 +150,16 @@ UNSTEADY = "train.optimizer.name=sgd train.optimizer.lr=3 train.clip_norm=100 tr
 WANDERING = f"{UNSTEADY} train.optimizer.lr=1 train.schedule.name=constant"
 """The last of its epochs is not the best."""
 WEIGHTS += [
-    *of("weights", "train.keep=best", beside=WANDERING),
-    *of("weights", "train.keep=settled", "train.keep=last", beside=f"{WANDERING} train.keep=best"),
-    *of("curves", "train.patience=1", beside=f"{UNSTEADY} train.keep=best"),
+    *of("weights", "train.checkpoint=best", beside=WANDERING),
+    *of("weights", "train.checkpoint=settled", "train.checkpoint=last", beside=f"{WANDERING} train.checkpoint=best"),
+    *of("curves", "train.patience=1", beside=f"{UNSTEADY} train.checkpoint=best"),
     *of("weights", "train.schedule.patience=1", beside=f"{UNSTEADY} train.schedule.name=plateau"),
     *of(
         "weights",
         "train.schedule.factor=0.9",
         beside=f"{UNSTEADY} train.schedule.name=plateau train.schedule.patience=1",
     ),
-    *of("weights", "train.stop_ratio=1.05", beside=f"{UNSTEADY} train.optimizer.lr=1"),
+    *of("weights", "train.divergence_threshold=1.05", beside=f"{UNSTEADY} train.optimizer.lr=1"),
 ]
 
 SWAPPED = '{"train":"train","val":"test","calibration":"calibration","test":"val"}'
@@ -171,13 +173,13 @@ OTHERS = [
     *of("split", "data.columns.image=other_image", "data.columns.label=other_label", beside="data.root={table}"),
     *of("split", "data.columns.split=other_split", beside="data.root={table}"),
     *of("split", f"data.splits={SWAPPED} | data.root={{divided}}"),
-    *of("curves", "train.choose=balanced | data.root={uneven} train.choose=loss"),
-    *of("curves", "train.choose=loss", beside="data.root={uneven}"),
+    *of("curves", "train.monitor=balanced | data.root={uneven} train.monitor=loss"),
+    *of("curves", "train.monitor=loss", beside="data.root={uneven}"),
     *of("answers", "train.strategy=probe", "evaluate.views=five", "evaluate.average=logit | evaluate.views=five"),
     *of("answers", "data.image_size=48", "data.crop_pct=0.6", beside="train.strategy=probe"),
     *of("answers", "data.interpolation=nearest", "data.mean=[0.1,0.2,0.3]", beside="train.strategy=probe"),
     *of("answers", "evaluate.calibrate=false | data.root={many} data.split.calibration=0.6"),
-    *of("scores", "evaluate.coverage=0.6", "evaluate.draws=3 | head.dropout=0.5"),
+    *of("scores", "evaluate.coverage=0.6", "evaluate.mc_samples=3 | head.dropout=0.5"),
 ]
 
 REFUSED = [
@@ -187,7 +189,7 @@ REFUSED = [
     *of("refused", "data.normalize=recipe | | data.mean and data.std are not given"),
     *of("refused", "regularization.fractional_pooling=true | | is for tops drawn anew"),
     *of("refused", "regularization.fractional_pooling=true | train.reinit=1 | maps of 3 x 3 or more"),
-    *of("refused", "evaluate.draws=3 | | the head drops nothing"),
+    *of("refused", "evaluate.mc_samples=3 | | the head drops nothing"),
     *of("refused", "hardware.precision=fp16 | | needs a GPU", "hardware.devices=cuda | | torch sees no GPU here"),
     *of("refused", "hardware.micro_batch=4 | train.batch_norm=train | statistics from all 8 images of a step"),
     *of("refused", "hardware.micro_batch=4 | train.batch_norm=statistics | train.batch_norm to frozen"),
@@ -201,7 +203,7 @@ REFUSED = [
 
 IDLE = [
     *of("idle", "head.hidden=16", "head.activation=tanh", "head.bias=0.1", "augment.crop=scale"),
-    *of("idle", "augment.domain=medical", "data.invariances=[hflip]", "data.label_swap=[[disc,square]]"),
+    *of("idle", "augment.domain=medical", "data.invariances=[hflip]", "data.flip_label_pairs=[[disc,square]]"),
     *of("idle", "data.value_range=[0,900]", "data.frame=middle"),
     *of("idle", "train.prefer=speed", "train.prefer=accuracy"),
     *of("idle", "train.lora_rank=2", "train.patience=1", "train.optimizer.momentum=0.5", "train.optimizer.rho=0.5"),
@@ -398,7 +400,7 @@ ALWAYS = (
     "train.imbalance.",
     "train.lora_rank",
     "train.schedule.patience",
-    "train.stop_ratio",
+    "train.divergence_threshold",
 )
 """Beginnings of the keys whose first case runs in the default tests: those that could once be ignored unnoticed."""
 
@@ -570,7 +572,7 @@ def literals(annotation: object) -> list[object]:
 
 def test_the_choices_are_found():
     found = choices(Recipe)
-    assert {"head.kind=mlp", "data.invariances=rot90", "train.schedule.name=growing"} <= set(found)
+    assert {"head.kind=mlp", "data.invariances=rot90", "train.schedule.name=cosine_restarts"} <= set(found)
     assert len(found) > 60
 
 

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import command
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import finetune as ft
-from finetune import cli, compute, demo, pipeline
+from finetune import compute, demo, pipeline
 from finetune.config.backbone_names import cache_folder, read_zoo
 from finetune.data.decoding import ImageFacts
 from finetune.errors import DataError, RecipeError, RunError, explain_os_error, os_error_behind
@@ -165,14 +166,6 @@ def test_a_disk_that_fills_up_at_any_write_is_told_and_the_run_goes_on_to_the_sa
     ours, theirs = load_file(done.final_weights()), load_file(whole.final_weights())
     assert all(ours[name].equal(value) for name, value in theirs.items())
     assert done.read_json("scores.json") == whole.read_json("scores.json")
-
-
-def command(monkeypatch, capsys, *words):
-    """Exit code, and what was said, of the command line in this process."""
-    monkeypatch.setattr(sys, "argv", ["finetune", *map(str, words)])
-    with pytest.raises(SystemExit) as leave:
-        cli.main()
-    return leave.value.code, capsys.readouterr().err
 
 
 def test_what_the_machine_refuses_is_one_paragraph_and_code_2_and_a_bug_is_code_3(monkeypatch, capsys, tmp_path):

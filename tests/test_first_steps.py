@@ -21,7 +21,8 @@ RUNS = {
     "partial": ["train.strategy=partial", "train.epochs=2", "data.split.refit=false"],
     "members": [
         "train.strategy=full", "train.epochs=4", "train.averaging.snapshots=2", "train.averaging.kind=ema",
-        "train.batch_norm=train", "train.imbalance.kind=logits", "regularization.l2_sp=0.01", "augment.mixup=0.2",
+        "train.batch_norm=train", "train.imbalance.kind=logit_adjustment", "regularization.l2_sp=0.01",
+        "augment.mixup=0.2",
     ],
     "refit": ["train.strategy=gradual", "train.epochs=4", "train.optimizer.name=nesterov", "head.dropout=0.2"],
 }  # fmt: skip

@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def first(shapes, runs):
     """A full fine-tuning of an averaged network, for others to begin from."""
-    return start(shapes, runs, "train.strategy=full", "train.averaging.kind=ema", "train.keep=last")
+    return start(shapes, runs, "train.strategy=full", "train.averaging.kind=ema", "train.checkpoint=last")
 
 
 @pytest.fixture(scope="module")

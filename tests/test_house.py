@@ -73,6 +73,19 @@ def test_imports_look_down_only(path):
             assert name.split(".")[1] in [*allowed, "__version__"], f"{path} imports {name}"
 
 
+def test_tests_import_no_tests():
+    """What several of them need stands beside them, in files that hold no test."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    assert len(files) > 50
+    for path in files:
+        assert not [name for name in _imports(path) if name.startswith("test_")], path
+        if not path.name.startswith("test_"):
+            tree = ast.parse(path.read_text())
+            assert not [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")], (
+                path
+            )
+
+
 def test_no_circle_of_files():
     """Imports inside functions count: they only hide a circle."""
     names = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in FILES}

@@ -1,4 +1,4 @@
-"""`data.label_swap`: a flipped image gets the label of its counterpart, in training and in judging."""
+"""`data.flip_label_pairs`: a flipped image gets the label of its counterpart, in training and in judging."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from finetune.training.setup import make_batches
 
 pytestmark = pytest.mark.technique("T147")
 VIEW = View(size_pixels=32, shorter_pixels=36, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)
-SWAP = "data.label_swap=[[left, right]]"
+SWAP = "data.flip_label_pairs=[[left, right]]"
 LEFT, NONE, RIGHT = range(3)  # as the folders are sorted
 
 
@@ -140,15 +140,15 @@ def test_only_mirrored_views_are_unmirrored(views):
 
 
 def test_pairs_go_both_ways_and_other_classes_keep_their_own():
-    data = DataSpec(label_swap=(("d", "b"), ("q", "p")))
+    data = DataSpec(flip_label_pairs=(("d", "b"), ("q", "p")))
     assert data.mirror_classes(("a", "b", "d", "p", "q")) == (0, 2, 1, 4, 3)
     assert DataSpec().mirror_classes(("a", "b")) == (0, 1)
 
 
 def test_pairs_allow_the_flip_once():
-    assert DataSpec(label_swap=(("b", "d"),), invariances=("vflip",)).allowed_changes == ("vflip", "hflip")
-    assert DataSpec(label_swap=(("b", "d"),), invariances=("hflip",)).allowed_changes == ("hflip",)
-    assert DataSpec(label_swap=(("b", "d"),)).allowed_changes == ("hflip",)
+    assert DataSpec(flip_label_pairs=(("b", "d"),), invariances=("vflip",)).allowed_changes == ("vflip", "hflip")
+    assert DataSpec(flip_label_pairs=(("b", "d"),), invariances=("hflip",)).allowed_changes == ("hflip",)
+    assert DataSpec(flip_label_pairs=(("b", "d"),)).allowed_changes == ("hflip",)
     assert DataSpec(invariances=("rot90",)).allowed_changes == ("rot90",)
     assert DataSpec().allowed_changes == ()
 
@@ -169,13 +169,13 @@ def facts(arrows):
 )
 def test_pairs_that_make_no_sense_are_refused(facts, wish, message):
     with pytest.raises(RecipeError, match=message):
-        ft.make_plan(ft.load_recipe(None, [f"data.label_swap={wish}"]), facts)
+        ft.make_plan(ft.load_recipe(None, [f"data.flip_label_pairs={wish}"]), facts)
 
 
 @pytest.mark.parametrize("wish", ["[left, right]", "[[left]]", "[[left, none, right]]"])
 def test_what_is_no_list_of_pairs_is_refused_by_its_key(wish):
-    with pytest.raises(RecipeError, match=r"data\.label_swap"):
-        ft.load_recipe(None, [f"data.label_swap={wish}"])
+    with pytest.raises(RecipeError, match=r"data\.flip_label_pairs"):
+        ft.load_recipe(None, [f"data.flip_label_pairs={wish}"])
 
 
 def test_two_changes_that_make_a_mirror_are_refused_beside_pairs(facts):
@@ -188,10 +188,10 @@ def test_two_changes_that_make_a_mirror_are_refused_beside_pairs(facts):
 def test_a_plan_with_pairs_keeps_ten_crops_and_names_the_pairs(facts):
     plan = ft.make_plan(ft.load_recipe(None, [SWAP, "evaluate.views=ten"]), facts)
     assert plan.evaluate.views == "ten" and plan.data.invariances == ()
-    assert [(r.value, r.why) for r in plan.reasons if r.key == "data.label_swap"] == [
+    assert [(r.value, r.why) for r in plan.reasons if r.key == "data.flip_label_pairs"] == [
         ("[[left, right]]", "the recipe says so")
     ]
-    assert not any(r.key == "data.label_swap" for r in ft.make_plan(ft.load_recipe(None, []), facts).reasons)
+    assert not any(r.key == "data.flip_label_pairs" for r in ft.make_plan(ft.load_recipe(None, []), facts).reasons)
 
 
 @pytest.mark.slow

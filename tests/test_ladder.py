@@ -1,7 +1,7 @@
 """The next experiment: one change, in the direction that the run calls for."""
 
 import pytest
-from test_planning import make_facts
+from made_facts import make_facts
 
 from finetune.config.reading import load_recipe
 from finetune.planning.next_step import next_experiment

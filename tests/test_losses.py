@@ -14,7 +14,7 @@ from finetune.models.heads import make_head
 from finetune.training.losses import class_weights, log_priors, make_loss
 from finetune.training.optimization import decay_penalty, group_parameters
 
-KINDS = ["none", "inverse", "effective", "sampler", "logits", "focal"]
+KINDS = ["none", "inverse", "effective", "sampler", "logit_adjustment", "focal"]
 COUNTS = [40, 10, 5, 2]
 
 
@@ -57,7 +57,7 @@ def test_weights_leave_the_first_loss_as_it_is_on_average_over_the_training_imag
 def test_the_first_losses_of_shifted_logits_and_of_focal_are_what_theory_says():
     labels = torch.arange(4).repeat_interleave(torch.tensor(COUNTS))
     shares = torch.tensor(COUNTS).double() / sum(COUNTS)
-    shifted = make_loss("logits", COUNTS)(torch.zeros(len(labels), 4).double(), labels)
+    shifted = make_loss("logit_adjustment", COUNTS)(torch.zeros(len(labels), 4).double(), labels)
     assert float(shifted.mean()) == pytest.approx(float(-(shares * shares.log()).sum()), rel=1e-6)
     focal = make_loss("focal", COUNTS, gamma=2.0)(torch.zeros(3, 4), torch.arange(3))
     torch.testing.assert_close(focal, torch.full((3,), 0.75**2 * math.log(4)))
@@ -238,14 +238,14 @@ def fit_line(kind, counts):
     return -offset / slope, layer
 
 
-@pytest.mark.parametrize(("kind", "where"), [("none", math.log(19) / 2), ("logits", 0), ("inverse", 0)])
+@pytest.mark.parametrize(("kind", "where"), [("none", math.log(19) / 2), ("logit_adjustment", 0), ("inverse", 0)])
 def test_shifted_logits_and_weights_find_the_border_of_balanced_error(kind, where):
     """Bayes: with priors 0.95 and 0.05 the border of plain error lies at log(19) / 2, that of balanced error at 0."""
     assert fit_line(kind, [95, 5])[0] == pytest.approx(where, abs=1e-3)
 
 
 def test_log_priors_taken_from_a_plain_model_give_what_shifted_logits_train_for():
-    plain, shifted = (fit_line(kind, [95, 5])[1] for kind in ("none", "logits"))
+    plain, shifted = (fit_line(kind, [95, 5])[1] for kind in ("none", "logit_adjustment"))
     bias = plain.bias - log_priors([95, 5])
     torch.testing.assert_close((bias[1] - bias[0]).detach(), (shifted.bias[1] - shifted.bias[0]).detach(),
                                rtol=0, atol=1e-3)  # fmt: skip

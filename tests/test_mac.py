@@ -135,14 +135,14 @@ def test_the_pretended_gpu_is_as_strict_as_one(gpu):
 
 TRAINED = [
     "train.strategy=full", "train.averaging.kind=ema", "regularization.l2_sp=0.01", "augment.mixup=0.2",
-    "augment.cutmix=1", "head.dropout=0.2", "evaluate.draws=3", "evaluate.views=five", "train.batch_norm=train",
+    "augment.cutmix=1", "head.dropout=0.2", "evaluate.mc_samples=3", "evaluate.views=five", "train.batch_norm=train",
     "train.averaging.snapshots=2", "train.schedule.name=cyclic", "train.epochs=2",
 ]  # fmt: skip
 MORE = [
     ["train.strategy=full", "train.averaging.wise_ft=0.5", "train.epochs=1", "train.optimizer.name=sgd"],
     ["train.strategy=surgical", "train.epochs=1", "train.averaging.kind=swa", "train.averaging.batch_norm=exact",
      "train.batch_norm=train"],
-    ["train.strategy=norms", "train.epochs=1", "train.imbalance.kind=focal"],
+    ["train.strategy=norm_only", "train.epochs=1", "train.imbalance.kind=focal"],
     ["train.strategy=probe"],
 ]  # fmt: skip
 

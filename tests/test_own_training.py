@@ -154,7 +154,7 @@ def test_wishes_that_the_loss_contradicts_are_refused(shapes, wish, message):
 def test_callbacks_and_loggers_hear_of_every_stage(shapes, runs, tmp_path):
     counter, logger, said = Counter(), CSVLogger(tmp_path, name="own"), []
     monitor = known.EarlyStopping("val/loss", patience=9)
-    wish = [*SMALL, "train.epochs=2", "data.split.refit=true", "train.keep=last"]
+    wish = [*SMALL, "train.epochs=2", "data.split.refit=true", "train.checkpoint=last"]
     run = ft.train(shapes, wish, callbacks=[counter, monitor], logger=logger, runs=runs, say=said.append)
     assert [stage.images for stage in run.plan.stages] == ["train", "labelled"]
     refit = next(line for line in said if line.startswith("stage 2 (refit): ") and "epochs on" in line)
@@ -180,7 +180,7 @@ def test_listening_changes_nothing(shapes, runs):
 def test_early_stopping_stops_and_what_is_kept_is_what_val_says(shapes, runs):
     counter = Counter()
     stop = known.EarlyStopping("val/loss", patience=1, min_delta=100.0)  # nothing is ever better
-    wish = [*PLAIN, "train.epochs=6", "train.keep=best", "train.patience=6"]
+    wish = [*PLAIN, "train.epochs=6", "train.checkpoint=best", "train.patience=6"]
     run = ft.train(shapes, wish, callbacks=[counter, stop], runs=runs, say=quiet)
     assert counter.epochs == [0, 1] and run.scores.test is not None
     done = torch.load(run.stage_folder(0) / "last.ckpt", weights_only=True)["keeper"]
@@ -214,7 +214,7 @@ def test_what_a_callback_stops_in_a_refit_is_kept(shapes, runs):
         def on_train_epoch_end(self, trainer, module):
             trainer.should_stop |= "val/loss" not in trainer.callback_metrics
 
-    wish = [*SMALL, "train.epochs=3", "data.split.refit=true", "train.keep=last", "train.optimizer.lr=0.0001"]
+    wish = [*SMALL, "train.epochs=3", "data.split.refit=true", "train.checkpoint=last", "train.optimizer.lr=0.0001"]
     run = ft.train(shapes, wish, callbacks=[OnlyRefit()], runs=runs, say=quiet)
     done = torch.load(run.stage_folder(1) / "last.ckpt", weights_only=True)["keeper"]
     assert done["epoch"] == 0 and done["is_finished"] and done["best_state"]
@@ -227,7 +227,7 @@ def test_a_killed_run_goes_on_with_the_state_of_its_callbacks(shapes, runs):
                 raise KeyboardInterrupt
 
     Killed.__qualname__ = Remembering.__qualname__
-    wish = [*PLAIN, "train.epochs=4", "train.keep=last"]
+    wish = [*PLAIN, "train.epochs=4", "train.checkpoint=last"]
     whole = ft.train(shapes, wish, callbacks=[Remembering()], runs=runs, say=quiet)
     with pytest.raises(KeyboardInterrupt):
         ft.train(shapes, [*wish, "name=killed"], callbacks=[Killed()], runs=runs, say=quiet)
@@ -243,7 +243,7 @@ def test_a_killed_run_goes_on_with_the_state_of_its_callbacks(shapes, runs):
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (known.ModelCheckpoint(), "train.keep says whose weights remain"),
+        (known.ModelCheckpoint(), "train.checkpoint says whose weights remain"),
         (known.BackboneFinetuning(), "train.strategy, train.depth and train.layers"),
         (known.StochasticWeightAveraging(0.1), "weights are averaged by train.averaging"),
         (known.EMAWeightAveraging(), "weights are averaged by train.averaging"),

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_planning import make_facts
-from test_training import ShortOfMemory, _module, tiny_classifier
+from made_classifiers import ShortOfMemory, _module, tiny_classifier
+from made_facts import make_facts
 
 from finetune.compute import PLAIN
 from finetune.config.card import View

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from test_planning import make_facts
+from made_facts import make_facts
 
 import finetune as ft
 from finetune.config.facts import PilotFacts, Proportion

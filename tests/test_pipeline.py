@@ -44,7 +44,7 @@ def start(shapes, tmp_path, *wishes):
 @pytest.fixture(scope="module")
 def full(shapes, tmp_path_factory):
     """One full fine-tuning, for the tests that only look."""
-    return start(shapes, tmp_path_factory.mktemp("full"), "train.strategy=full", "train.keep=best")
+    return start(shapes, tmp_path_factory.mktemp("full"), "train.strategy=full", "train.checkpoint=best")
 
 
 def sha(path):
@@ -126,9 +126,9 @@ def test_the_kept_weights_are_those_of_the_best_epoch(full):
 
 
 def test_the_same_recipe_gives_the_same_weights(shapes, tmp_path, full):
-    again = start(shapes, tmp_path, "train.strategy=full", "train.keep=best")
+    again = start(shapes, tmp_path, "train.strategy=full", "train.checkpoint=best")
     assert sha(again.final_weights()) == sha(full.final_weights())
-    other = start(shapes, tmp_path, "train.strategy=full", "train.keep=best", "seed=1")
+    other = start(shapes, tmp_path, "train.strategy=full", "train.checkpoint=best", "seed=1")
     assert sha(other.final_weights()) != sha(full.final_weights())
 
 
@@ -186,7 +186,7 @@ def kill_when(process, condition):
 )
 def test_a_killed_run_ends_in_the_same_weights(shapes, tmp_path, full, moment):
     env = {**os.environ, "FINETUNE_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1"}
-    words = ["train", f"data.root={shapes}", *SMALL, "train.strategy=full", "train.keep=best"]
+    words = ["train", f"data.root={shapes}", *SMALL, "train.strategy=full", "train.checkpoint=best"]
     process = run_in_process(words, env)
     assert kill_when(process, lambda: any((tmp_path / "runs").glob(f"*/{moment}")))
     (folder,) = (tmp_path / "runs").iterdir()

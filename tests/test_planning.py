@@ -4,23 +4,16 @@ from typing import get_args
 
 import pytest
 import yaml
+from made_facts import make_facts
 from pydantic import BaseModel, ValidationError
 
-from finetune.config.card import View
 from finetune.config.decided import OF_STAGES, RATES
 from finetune.config.facts import (
-    BackboneFacts,
     ChiralityFacts,
     DepthFacts,
-    Facts,
-    MachineFacts,
     Measure,
-    NeighbourFacts,
-    PerClass,
-    ProbeFacts,
     ProfileFacts,
     Proportion,
-    SimilarityFacts,
 )
 from finetune.config.plan import Plan, Stage, read_plan
 from finetune.config.reading import load_recipe
@@ -37,50 +30,6 @@ from finetune.planning.advisor import (
 )
 from finetune.planning.planner import make_plan
 from finetune.runs.plan_files import load_plan
-
-
-def make_facts(
-    *, per_class=500, similarity=0.9, probe=0.9, low=0.85, device="cpu", has_batch_norm=True, calibration=60, val=70
-):
-    share = Proportion(value=probe, low=low, high=min(1.0, probe + 0.05), n=200)
-    return Facts(
-        root="/data/flowers",
-        kind="folders",
-        classes=("a", "b", "c"),
-        counts={
-            "train": (per_class,) * 3,
-            "val": (val,) * 3,
-            "calibration": (calibration // 3,) * 3,
-            "test": (70,) * 3,
-        },
-        num_images=3 * per_class + 480,
-        split_digest="d" * 32,
-        median_width=320,
-        median_height=240,
-        images_per_class=PerClass(min=per_class, median=per_class, max=per_class),
-        backbone=BackboneFacts(
-            name="resnet18",
-            params_m=11.2,
-            num_features=512,
-            stages=("stem", "layer1", "layer2", "layer3", "layer4"),
-            pretrained_on="ImageNet-1k",
-            input_size=224,
-            licence="Apache-2.0",
-            has_batch_norm=has_batch_norm,
-            weights_digest="w" * 64,
-        ),
-        view=View(size_pixels=128, shorter_pixels=146, interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3),
-        crop_pct=0.875,
-        normalize="weights",
-        overridden=("image_size",),
-        chance=1 / 3,
-        majority=0.34,
-        probe=ProbeFacts(val=share, train=share, log_loss=0.3, l2=1e-3, l2_at_edge=False),
-        knn=NeighbourFacts(val=share, k=10),
-        similarity=None if similarity is None else SimilarityFacts(value=similarity, low=similarity, high=similarity),
-        machine=MachineFacts(device=device, cores=2, has_bf16=device == "cuda", has_fp16=device == "cuda"),
-        features={"hits": 0, "misses": 10},
-    )
 
 
 def cell(per_class, similarity, **more):
@@ -150,7 +99,7 @@ def test_a_gain_has_an_interval_and_is_no_more_than_the_probe_gets_wrong():
             gain = expected_gain(make_facts(probe=probe), strategy)
             assert gain.low < gain.value and gain.value <= gain.high <= 1 - probe + 1e-9
     assert expected_gain(make_facts(), "probe") == (0, 0, 0)
-    assert expected_gain(make_facts(), "norms") is None
+    assert expected_gain(make_facts(), "norm_only") is None
 
 
 def test_a_small_val_set_is_not_believed_where_images_were_left_out():
@@ -392,7 +341,7 @@ def test_variation_follows_the_images_and_not_who_chose_the_strategy(per_class, 
 )
 def test_which_epoch_is_kept_follows_the_schedule_and_the_number_of_val_images(val, wishes, keep):
     plan = make_plan(load_recipe(None, ["train.strategy=full", *wishes]), make_facts(val=val))
-    assert plan.train.keep == keep
+    assert plan.train.checkpoint == keep
 
 
 def test_what_a_probe_does_not_use_is_said_to_be_inactive():

@@ -40,7 +40,7 @@ from finetune.training.setup import training_batches
 from finetune.training.staged import Kept, read_kept
 
 SMALL = ["data.image_size=32", "train.batch_size=16", "train.epochs=2", "tracking.enabled=false"]
-FULL = ["train.strategy=full", "train.keep=best"]
+FULL = ["train.strategy=full", "train.checkpoint=best"]
 
 
 def quiet(text):
@@ -541,8 +541,8 @@ def test_without_val_there_is_nothing_that_could_choose(shapes):
     [
         ["train.strategy=full", "train.averaging.kind=ema", "train.batch_norm=train"],
         ["train.strategy=gradual", "train.epochs=4", "train.averaging.kind=swa", "train.imbalance.kind=sampler"],
-        ["train.strategy=surgical", "train.imbalance.kind=logits", "regularization.l2_sp=0.1"],
-        ["train.strategy=norms", "train.schedule.name=cyclic", "train.schedule.cycles=2", "train.epochs=4"],
+        ["train.strategy=surgical", "train.imbalance.kind=logit_adjustment", "regularization.l2_sp=0.1"],
+        ["train.strategy=norm_only", "train.schedule.name=cyclic", "train.schedule.cycles=2", "train.epochs=4"],
         ["pretrained=false"],
     ],
     ids=lambda wishes: wishes[0],

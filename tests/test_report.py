@@ -10,9 +10,9 @@ import jinja2
 import numpy as np
 import pytest
 import torch
+from made_facts import make_facts
 from made_scores import against_probe, make_scores, split_scores
 from PIL import Image
-from test_planning import make_facts
 
 import finetune as ft
 from finetune.config.facts import BadFile

@@ -116,8 +116,8 @@ TORCH = {
         ScheduleSpec(name="cyclic", warmup_fraction=0, cycles=4, end=0.1),
         lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 30, 1, 0.1),
     ),
-    "growing": (
-        ScheduleSpec(name="growing", warmup_fraction=0, cycles=3, growth=3),  # 13 units of an epoch: 1, 3, 9
+    "cosine_restarts": (
+        ScheduleSpec(name="cosine_restarts", warmup_fraction=0, cycles=3, growth=3),  # 13 units of an epoch: 1, 3, 9
         lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 10, 3),
     ),
     "warm-up": (
@@ -131,7 +131,7 @@ TORCH = {
 @pytest.mark.parametrize("name", TORCH)
 def test_where_torch_has_the_schedule_ours_is_the_same(name):
     spec, make = TORCH[name]
-    epochs = 13 if name == "growing" else 12
+    epochs = 13 if name == "cosine_restarts" else 12
     assert _rates(spec, epochs, 10) == pytest.approx(_torch_rates(make, 10 * epochs), rel=1e-12, abs=1e-12)
 
 
@@ -178,14 +178,19 @@ def test_rounded_epochs_are_the_fewest_that_hold_every_cycle(name):
         assert ends[-1] == rounded >= epochs
         assert whole_epochs(spec, rounded) == rounded
         assert len(ends) == (spec.cycles if name in CYCLIC else 1)
-        growth = spec.growth if name == "growing" else 1
+        growth = spec.growth if name == "cosine_restarts" else 1
         assert all(after == growth * before for before, after in pairwise(lengths))
         fewer = [round((lengths[0] - 1) * growth**cycle) for cycle in range(len(ends))]
         assert sum(fewer) < epochs or name not in CYCLIC
 
 
 def test_cycles_grow_by_a_broken_number_in_whole_epochs():
-    assert cycle_ends(ScheduleSpec(name="growing", cycles=4, growth=1.5), 17) == (2, 5, 10, 17)  # 2, 3, 4.5, 6.75
+    assert cycle_ends(ScheduleSpec(name="cosine_restarts", cycles=4, growth=1.5), 17) == (
+        2,
+        5,
+        10,
+        17,
+    )  # 2, 3, 4.5, 6.75
 
 
 @pytest.mark.parametrize("name", NAMES)

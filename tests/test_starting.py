@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_planning import make_facts
+from made_facts import make_facts
 
 from finetune.config.reading import load_recipe
 from finetune.features.probing import fit_probe
@@ -41,7 +41,7 @@ def logits(start, features):
 @RATIOS
 def test_what_is_judged_decides_as_the_probe_with_its_priors_taken_away_where_the_loss_adds_them(ratio):
     counts, _, probe, (features, _) = solve(ratio)
-    start = soften_probe({"weight": probe.weight, "bias": probe.bias}, "logits", counts)
+    start = soften_probe({"weight": probe.weight, "bias": probe.bias}, "logit_adjustment", counts)
     adjusted = probe.logits(features) - log_priors(counts)
     assert torch.equal(logits(start, features).argmax(1), adjusted.argmax(1))
     assert torch.equal(logits(start, features).argmax(1), probe.logits(features).argmax(1)) == (ratio == 1)
@@ -59,20 +59,20 @@ def test_every_other_loss_starts_from_the_decisions_of_the_probe(ratio, kind):
 @pytest.mark.parametrize("distance", [0.0, 1.0, 3.0])
 def test_the_first_loss_is_at_most_that_of_naming_the_priors(ratio, distance):
     counts, (features, labels), probe, _ = solve(ratio, distance=distance)
-    start = soften_probe({"weight": probe.weight, "bias": probe.bias}, "logits", counts)
+    start = soften_probe({"weight": probe.weight, "bias": probe.bias}, "logit_adjustment", counts)
     priors = log_priors(counts)
     entropy = -float((priors.exp() * priors).sum())
-    assert float(make_loss("logits", counts)(logits(start, features), labels).mean()) <= entropy + 1e-9
+    assert float(make_loss("logit_adjustment", counts)(logits(start, features), labels).mean()) <= entropy + 1e-9
 
 
 @RATIOS
 def test_where_images_say_nothing_the_start_judged_evenly_is_about_a_fair_guess(ratio):
     counts, _, probe, (features, labels) = solve(ratio, distance=0.0)
-    start = soften_probe({"weight": probe.weight, "bias": probe.bias}, "logits", counts)
+    start = soften_probe({"weight": probe.weight, "bias": probe.bias}, "logit_adjustment", counts)
     assert float(F.cross_entropy(logits(start, features), labels)) == pytest.approx(math.log(3), abs=0.05)
 
 
-@pytest.mark.parametrize("kind", ["none", "logits", "inverse"])
+@pytest.mark.parametrize("kind", ["none", "logit_adjustment", "inverse"])
 def test_a_training_begins_from_the_softened_probe(kind):
     counts, backbone = [90, 30, 3], load_backbone("test_resnet", zoo={}, pretrained=False)
     facts = make_facts().model_copy(update={"counts": {**make_facts().counts, "train": tuple(counts)}})

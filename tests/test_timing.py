@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_planning import make_facts
+from made_facts import make_facts
 
 from finetune.compute import PLAIN
 from finetune.config.backbone_names import default_backbone, read_zoo

@@ -2,44 +2,16 @@
 
 import pytest
 import torch
+from made_classifiers import STAGE, ShortOfMemory, _module, tiny_classifier
 from torch import nn
 
 from finetune.config.decided import Rule
-from finetune.config.plan import Stage
 from finetune.config.recipe import ScheduleSpec
 from finetune.errors import RunError
-from finetune.models.classifier import Classifier
 from finetune.planning.lr_schedules import rate_factor
-from finetune.training.losses import make_loss
-from finetune.training.module import Finetuning, Step, is_out_of_memory
+from finetune.training.module import is_out_of_memory
 from finetune.training.optimization import gradient_norm, group_parameters, make_optimizer, set_rates
 from finetune.training.watching import Curves, EarlyStop, is_clearly_higher, is_clearly_worse
-
-
-class TinyBackbone(nn.Module):
-    """Two stages with batch norm between them; the contract of a Backbone, as far as training reads it."""
-
-    num_features, fixed_names = 4, frozenset()
-    stages = ("stem", "top")
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.norm, self.top = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3)
-        names = [name for name, _ in (*self.named_parameters(), *self.named_buffers())]
-        self.stage_of = {name: 1 if name.startswith("top") else 0 for name in names}
-
-    def forward(self, images):
-        return self.top(self.norm(self.stem(images)).relu()).mean((2, 3))
-
-
-def tiny_classifier(trainable_stages=2, batch_norm="frozen"):
-    torch.manual_seed(0)
-    classifier = Classifier(TinyBackbone(), nn.Linear(4, 3))
-    classifier.freeze(trainable_stages, batch_norm=batch_norm)
-    return classifier
-
-
-STAGE = Stage(name="full", trainable_stages=2, epochs=2, lr_head=1e-2, lr_backbone=1e-3, batch_norm="frozen")
 
 
 @pytest.mark.technique("T008")
@@ -141,30 +113,6 @@ def test_steps_run_on_over_the_stages_and_after_a_resume(tmp_path):
     curves.forget_after("3-full", -2)
     Curves(path).append("3-full", -1, 0, {"val/loss": 1.0})
     assert [int(row["step"]) for row in curves.rows()] == [0, 5, 6, 9, 10]
-
-
-def _module(classifier, warnings, clip_norm=1e9):
-    module = Finetuning(
-        classifier,
-        make_optimizer(classifier, STAGE, Rule(name="sgd", weight_decay=0.0)),
-        Step(loss=make_loss("none", [7, 6, 6]), factor=lambda step: 1.0, clip_norm=clip_norm, seed=0),
-        warn=warnings.append,
-    )
-    module.manual_backward = lambda loss: loss.backward()
-    return module
-
-
-class ShortOfMemory(nn.Module):
-    """A model on a machine that holds `limit` images at a time."""
-
-    def __init__(self, inner, limit):
-        super().__init__()
-        self.inner, self.limit, self.backbone = inner, limit, inner.backbone
-
-    def forward(self, images):
-        if len(images) > self.limit:
-            raise torch.OutOfMemoryError("CUDA out of memory (drill)")
-        return self.inner(images)
 
 
 @pytest.mark.parametrize(("limit", "pieces"), [(5, 4), (1, 1)])

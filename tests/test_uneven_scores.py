@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
+from made_facts import make_facts
+from made_profiles import make_profile
 from made_scores import make_scores
-from test_decision import make_profile
-from test_planning import make_facts
 
 from finetune.config.facts import Measure
 from finetune.config.other_data import RunElsewhere, RunFittedOn, Seen

@@ -152,7 +152,7 @@ def test_under_cycles_patience_counts_ends_of_cycles_only():
 
 @pytest.mark.technique("T179")
 def test_under_growing_cycles_the_same_rule_holds():
-    ends = cycle_ends(ScheduleSpec(name="growing", cycles=3, growth=2.0), 14)
+    ends = cycle_ends(ScheduleSpec(name="cosine_restarts", cycles=3, growth=2.0), 14)
     assert ends == (2, 6, 14)
     losses = [1.0, 0.5, *[0.9] * 12]
     assert run_to_the_end(EarlyStop(patience=1, cycle_ends=ends), losses) == (5, 1)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from made_averages import copy_of, is_same, make_classifier
+from made_facts import make_facts
 from safetensors.torch import load_file
-from test_averaging import copy_of, is_same, make_classifier
-from test_craft import start
-from test_planning import make_facts
+from small_runs import start
 
 from finetune.config.reading import load_recipe
 from finetune.ensembles.soups import load_start

@@ -80,7 +80,7 @@ class SchedulePlan(ScheduleSpec):
 
     name: (
         Literal["constant", "step", "multistep", "exponential", "inverse", "linear", "cosine", "plateau", "one_cycle",
-                "cyclic", "growing"]
+                "cyclic", "cosine_restarts"]
     )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ class AveragingPlan(AveragingSpec):
 class ImbalancePlan(ImbalanceSpec):
     """What is done where some classes have far more images than others."""
 
-    kind: Literal["none", "inverse", "effective", "sampler", "logits", "focal"]
+    kind: Literal["none", "inverse", "effective", "sampler", "logit_adjustment", "focal"]
 
 
 class TrainPlan(Section):
@@ -110,10 +110,10 @@ class TrainPlan(Section):
     distillation: DistillationSpec = DistillationSpec()
     """Its teacher is null where there is none."""
     patience: Annotated[int, Field(ge=1)]
-    keep: Literal["settled", "best", "last"]
-    choose: Literal["loss", "balanced"]
+    checkpoint: Literal["settled", "best", "last"]
+    monitor: Literal["loss", "balanced"]
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    stop_ratio: Annotated[float, Field(gt=1)] = 3.0
+    divergence_threshold: Annotated[float, Field(gt=1)] = 3.0
 
 
 def shared_by_stages(train: Mapping[str, Any]) -> dict[str, Any]:

@@ -175,7 +175,7 @@ class TimingFacts(_Value):
     """One optimizer step of a training depth, timed on this machine."""
 
     trains: str
-    """A number of top stages, or `norms`: norms and biases everywhere; the head always."""
+    """A number of top stages, or `norm_only`: norms and biases everywhere; the head always."""
     images_per_second: float
     memory_mb: float
     """What a step of a whole batch keeps for its backward pass, with gradients and optimizer state."""

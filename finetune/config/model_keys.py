@@ -11,7 +11,7 @@ Domain = Literal["natural", "document", "medical", "fine", "tiny"]
 
 
 class AugmentSpec(Section):
-    """How training images are varied. Flips and rotations follow `data.invariances` and `data.label_swap`."""
+    """How training images are varied. Flips and rotations follow `data.invariances` and `data.flip_label_pairs`."""
 
     preset: Preset | None = None
     """Strength of the random changes."""

@@ -19,6 +19,7 @@ from finetune.config.decided import (
 )
 from finetune.config.own import OwnThing
 from finetune.config.recipe import EvaluateSpec, RegularizationSpec, Section
+from finetune.config.renamed import with_new_names
 from finetune.config.section import Prefer
 from finetune.errors import RunError
 
@@ -42,11 +43,11 @@ Images = Literal["train", "labelled"]
 class Stage(Section):
     """One `Trainer.fit`: what moves, how fast, how long."""
 
-    name: Literal["partial", "full", "gradual", "surgical", "norms", "biases", "lora", "refit"]
+    name: Literal["partial", "full", "gradual", "surgical", "norm_only", "bitfit", "lora", "refit"]
     images: Images = "train"
     """Which images it trains on. Where on all that are labelled, no val watches, and `epochs` become those that were
     kept of the stage it repeats."""
-    trains: Literal["all", "norms", "biases", "lora"] = "all"
+    trains: Literal["all", "norm_only", "bitfit", "lora"] = "all"
     """Which tensors of the trained stages move; the head always does."""
     trainable_stages: int
     """Top stages of the backbone that move."""
@@ -216,7 +217,8 @@ def plan_of(found: object) -> Plan:
     Raises:
         ValidationError: if it is none.
     """
-    return Plan.model_validate(_without_copies(_filled(BEFORE, found)))
+    named = with_new_names(found) if isinstance(found, dict) else found
+    return Plan.model_validate(_without_copies(_filled(BEFORE, named)))
 
 
 def _without_copies(found: Any) -> Any:

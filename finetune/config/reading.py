@@ -12,6 +12,7 @@ from yaml.nodes import MappingNode, Node, SequenceNode
 from finetune.config.addresses import hide_logins
 from finetune.config.backbone_names import find_recipe, is_run
 from finetune.config.recipe import VIEWS_HELP, Recipe, recipe_keys
+from finetune.config.renamed import KEYS, VALUES
 from finetune.errors import RecipeError, nearest
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -181,6 +182,10 @@ def fault_sentence(
     path = ".".join(str(part) for part in error["loc"])
     key = next((path.rsplit(".", cut)[0] for cut in range(4) if path.rsplit(".", cut)[0] in known | set(lines)), path)
     place = lines.get(key, lines.get(path, where))
+    if path in KEYS:
+        return f"{place}: {path} is called {KEYS[path]} now. Write that instead."
+    if (new := VALUES.get(key, {}).get(str(error["input"]))) is not None:
+        return f"{place}: {key}: {error['input']} is called {new} now. Write that instead."
     if error["type"] == "extra_forbidden":
         return f"{place}: {path} is no key of {what}. {_hint(path, known)}"
     if error["type"] == "model_type":

@@ -26,7 +26,7 @@ VIEWS_HELP = (
     "resolutions, multiscale, multiscale_five, fully_convolutional and fully_convolutional_unmirrored; "
     "several with commas."
 )
-Strategy = Literal["probe", "partial", "full", "gradual", "surgical", "norms", "biases", "lora"]
+Strategy = Literal["probe", "partial", "full", "gradual", "surgical", "norm_only", "bitfit", "lora"]
 Invariance = Literal["hflip", "vflip", "rot90"]
 
 
@@ -103,7 +103,7 @@ class DataSpec(Section):
     its file, and keeps those of a file in one split."""
     invariances: tuple[Invariance, ...] | None = None
     """Changes that leave every label true; flips in training and testing are used only if named here."""
-    label_swap: tuple[tuple[Text, Text], ...] = ()
+    flip_label_pairs: tuple[tuple[Text, Text], ...] = ()
     """Pairs of classes that a horizontal flip turns into each other; the flip is then used, and swaps their labels."""
     on_bad_image: Literal["skip", "fail"] = "skip"
     """A broken file is named and left out, or stops the run."""
@@ -130,11 +130,11 @@ class DataSpec(Section):
     def allowed_changes(self) -> tuple[Invariance, ...]:
         """What may be done to an image: the invariances, and the horizontal flip where labels follow it."""
         declared = self.invariances or ()
-        return (*declared, "hflip") if self.label_swap and "hflip" not in declared else declared
+        return (*declared, "hflip") if self.flip_label_pairs and "hflip" not in declared else declared
 
     def mirror_classes(self, classes: Sequence[str]) -> tuple[int, ...]:
         """By class, the class of its mirror image; its own where it is in no pair."""
-        twins = {**dict(self.label_swap), **{right: left for left, right in self.label_swap}}
+        twins = {**dict(self.flip_label_pairs), **{right: left for left, right in self.flip_label_pairs}}
         return tuple(classes.index(twins.get(name, name)) for name in classes)
 
 
@@ -169,11 +169,12 @@ class ScheduleSpec(Section):
 
     name: (
         Literal["constant", "step", "multistep", "exponential", "inverse", "linear", "cosine", "plateau", "one_cycle",
-                "cyclic", "growing"] | None
+                "cyclic", "cosine_restarts"] | None
     ) = None  # fmt: skip
     """`constant`; `step` and `multistep` drop by `gamma`; `exponential` and `inverse` (1/t) fall by `decades`; `linear`
     and `cosine` fall to `end`; `plateau` drops where val loss stops falling; `one_cycle` rises and falls; `cyclic` is
-    one cosine per cycle, for snapshots; `growing` is cosine with warm restarts in ever longer cycles. Null: chosen."""
+    one cosine per cycle, for snapshots; `cosine_restarts` is cosine with warm restarts in ever longer cycles (SGDR).
+    Null: chosen."""
     warmup_fraction: Share = 0.05
     """Share of all steps over which the rate rises linearly; `one_cycle` rises on its own."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
@@ -187,9 +188,9 @@ class ScheduleSpec(Section):
     decades: Annotated[float, Field(gt=0, le=6)] = 2.0
     """Powers of ten by which `exponential` and `inverse` have fallen after the last step: 2 is to a hundredth."""
     cycles: Annotated[int, Field(ge=1)] = 5
-    """Restarts of `cyclic` and `growing`; the steps are rounded up to whole cycles."""
+    """Restarts of `cyclic` and `cosine_restarts`; the steps are rounded up to whole cycles."""
     growth: Annotated[float, Field(ge=1, le=4)] = 2.0
-    """Length of a cycle over that of the one before, for `growing`."""
+    """Length of a cycle over that of the one before, for `cosine_restarts`."""
     patience: Annotated[int, Field(ge=1)] = 3
     """Epochs without a better val loss after which `plateau` drops."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -223,9 +224,9 @@ class AveragingSpec(Section):
 class ImbalanceSpec(Section):
     """What is done where some classes have far more images than others."""
 
-    kind: Literal["none", "inverse", "effective", "sampler", "logits", "focal"] | None = None
+    kind: Literal["none", "inverse", "effective", "sampler", "logit_adjustment", "focal"] | None = None
     """`none`: nothing. `inverse`: losses weighted by one over the images of the class. `effective`: by one over the
-    effective number of images. `sampler`: every class is drawn equally often. `logits`: logit adjustment, the log of
+    effective number of images. `sampler`: every class is drawn equally often. `logit_adjustment`: the log of
     class frequencies added to logits in training. `focal`: focal loss. Null: chosen by how uneven the classes are."""
     gamma: Annotated[float, Field(ge=0, le=10)] = 2.0
     """Focusing parameter of `focal`; 0 is cross-entropy."""
@@ -252,8 +253,8 @@ class TrainSpec(Section):
     point for a training, `speed` three points."""
     strategy: Strategy | None = None
     """Null asks the advisor. `gradual` opens one stage of the backbone after the other; `surgical` trains the one whose
-    gradients are largest for its weights; `norms` and `biases` train only those; `lora` adds low-rank matrices to a
-    ViT."""
+    gradients are largest for its weights; `norm_only` trains normalisation layers alone, `bitfit` biases alone; `lora`
+    adds low-rank matrices to a ViT."""
     depth: Annotated[int, Field(ge=1)] | None = None
     """Stages of the backbone that `partial` trains, counted from the top."""
     layers: tuple[Text, ...] = ()
@@ -279,17 +280,17 @@ class TrainSpec(Section):
     distillation: DistillationSpec = DistillationSpec()
     """Of other runs into this one."""
     patience: Annotated[int, Field(ge=1)] | None = None
-    """Epochs without a lower val loss after which training stops, unless `keep` is last."""
-    keep: Literal["settled", "best", "last"] | None = None
+    """Epochs without a lower val loss after which training stops, unless `checkpoint` is last."""
+    checkpoint: Literal["settled", "best", "last"] | None = None
     """Which epoch's weights are kept. `settled`: the last, unless an earlier one was clearly better on val. `best`: the
     one with the lowest val loss at the best temperature. `last`: the last. Null: `settled`, and `last` where val is
     small."""
-    choose: Literal["loss", "balanced"] | None = None
+    monitor: Literal["loss", "balanced"] | None = None
     """What val judges epochs by. `loss`: val loss, the mean over images. `balanced`: the mean over classes of each
     class's val loss. Null: `balanced` where classes are uneven."""
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest global norm of the gradient."""
-    stop_ratio: Annotated[float, Field(gt=1)] = 3.0
+    divergence_threshold: Annotated[float, Field(gt=1)] = 3.0
     """A loss above this many times the first (or log K, if that is more) counts as diverged."""
     batch_norm: Literal["frozen", "statistics", "train"] | None = None
     """Batch norm in stages that train. `frozen`: running statistics stay, scale and shift are trained. `statistics`:
@@ -302,14 +303,15 @@ class EvaluateSpec(Section):
 
     views: Annotated[Text, Field(pattern=VIEWS_PATTERN)] = "center"
     """Crops whose probabilities are averaged: center, flip, five, ten, multiscale, fully_convolutional, resolutions, or
-    a list such as `center@256,ten@320`. Mirrored ones need `data.label_swap`, or `hflip` among `data.invariances`."""
+    a list such as `center@256,ten@320`. Mirrored ones need `data.flip_label_pairs`, or `hflip` among
+    `data.invariances`."""
     average: Literal["probability", "logit"] = "probability"
     """How the answers to several views are combined. `probability`: the mean of probabilities. `logit`: of logits."""
     coverage: Annotated[float, Field(gt=0, lt=1)] = 0.9
     """Share of images whose prediction set is to hold the true class."""
     calibrate: bool = True
     """Fit one temperature on the calibration images."""
-    draws: Annotated[int, Field(ge=0, le=200)] = 0
+    mc_samples: Annotated[int, Field(ge=0, le=200)] = 0
     """Monte-Carlo dropout: after the ordinary evaluation, so many passes with the head's dropout left on, and what
     their mean gains; 0 is none. Needs `head.dropout` or `head.drop_connect`."""
 

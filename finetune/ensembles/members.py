@@ -190,7 +190,7 @@ def check_views(plan: Plan, members: Sequence[Candidate], say: Callable[[str], N
 
 def selection_sentence(candidates: Sequence[Candidate], *, is_selected: bool) -> str | None:
     """Why the val score of what is made of `candidates` is no estimate; None where val chose nothing."""
-    is_stopped = any(not one.member and one.plan.stages and one.plan.train.keep != "last" for one in candidates)
+    is_stopped = any(not one.member and one.plan.stages and one.plan.train.checkpoint != "last" for one in candidates)
     uses = [word for word, is_so in (("select members", is_selected), ("stop them", is_stopped)) if is_so]
     if not uses:
         return None

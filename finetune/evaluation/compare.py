@@ -125,13 +125,13 @@ def selection_flags(plan: Plan, *, probe_chosen_by: str = "val") -> list[str]:
         return flags
     if plan.train.distillation.teacher is not None:
         flags.append("train.distillation.teacher: what val chose of the teacher, it teaches")
-    if plan.train.keep != "last":
+    if plan.train.checkpoint != "last":
         clearly = "the last epoch was kept, or an earlier one that was clearly better on val"
-        kept = clearly if plan.train.keep == "settled" else "the epoch with the lowest loss on val was kept"
-        flags.append(f"train.keep: {kept}")
+        kept = clearly if plan.train.checkpoint == "settled" else "the epoch with the lowest loss on val was kept"
+        flags.append(f"train.checkpoint: {kept}")
         flags.append(f"train.patience: training stops where val has not improved {plan.train.patience} times in a row")
     else:
-        flags.append("train.keep: the last epoch was kept, but none that is clearly worse on val than the start")
+        flags.append("train.checkpoint: the last epoch was kept, but none that is clearly worse on val than the start")
     if any(stage.schedule.name == "plateau" for stage in plan.stages):
         flags.append("train.schedule: the rate drops where the loss on val no longer falls")
     return flags

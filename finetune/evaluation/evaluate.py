@@ -110,7 +110,7 @@ def evaluate_run(
         probe=by_probe,
         paired=paired,
         teacher=teacher,
-        draws=_draw(answering, dataset, plan, center, labels, what) if plan.evaluate.draws else None,
+        draws=_draw(answering, dataset, plan, center, labels, what) if plan.evaluate.mc_samples else None,
         next=_propose(run, dataset, num_stages=len(facts.backbone.stages)),
         chosen_by_val=(*flags, *([note] if (note := selection_note(run)) else [])),
         members=score_members(run, dataset, views) if run.file("ensemble.json").exists() else None,
@@ -266,7 +266,7 @@ def _draw(
     means = {role: one.mean for role, one in drawn.items()}
     tempered, temperature = _calibrate(plan, means, role_fitting(dataset, means, what))
     own = _score(tempered, labels, plan.classes, what)
-    compared = compare_draws(plan.evaluate.draws, drawn, tempered, center, labels)
+    compared = compare_draws(plan.evaluate.mc_samples, drawn, tempered, center, labels)
     return compared.model_copy(update={"temperature": temperature, "val": own.val, "test": own.test})
 
 

@@ -32,13 +32,13 @@ class Drawn:
 
 
 def draw(classifier: Classifier, store: ImageStore, indices: Sequence[int], plan: Plan) -> Drawn:
-    """The mean over `plan.evaluate.draws` draws by the plan's seed, and their doubts; no draw is kept.
+    """The mean over `plan.evaluate.mc_samples` draws by the plan's seed, and their doubts; no draw is kept.
 
     Raises:
         RunError: if nothing in the head is random in training.
     """
     means, entropies, shared = [torch.empty(0, len(plan.classes))], [torch.empty(0).double()], [torch.empty(0).double()]
-    for drawn in draw_in_batches(classifier, store, indices, plan, plan.evaluate.draws, plan.seed):  # (S, B, K)
+    for drawn in draw_in_batches(classifier, store, indices, plan, plan.evaluate.mc_samples, plan.seed):  # (S, B, K)
         mean = drawn.double().mean(0)
         means.append(mean.float())
         entropies.append(entropy(mean))

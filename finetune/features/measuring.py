@@ -62,7 +62,7 @@ from finetune.models.frozen import FrozenBackbone
 from finetune.planning.advisor import partial_depth, similarity_of_probes, similarity_of_shift
 from finetune.runs.folder import write_whole
 
-FORMAT = "12"
+FORMAT = "13"
 """Part of the key; raised when what is measured, or how, changes."""
 LEAST_VAL = 100
 """With fewer val images, penalties are chosen by cross-validation on the training images."""

@@ -27,7 +27,7 @@ SECONDS = 1.0
 """About what the timing of one depth may take; larger networks are timed on fewer images."""
 STEPS = 2
 """Timed after one that warms up; the faster counts."""
-NORMS = "norms"
+NORMS = "norm_only"
 """Instead of a number of stages: norms and biases everywhere, and the head (Zaken et al., BitFit, ACL 2022)."""
 
 

@@ -78,7 +78,7 @@ def _try(recipe: Recipe, seen: Survey, strategy: str, seconds: float, number: in
 
     epochs, images = _size(seen.facts, strategy, seconds, recipe)
     alone = {"distillation": DistillationSpec()}  # a teacher would take most of the seconds, from all alike
-    wish = recipe.train.model_copy(update={"strategy": strategy, "epochs": epochs, "keep": "last", **alone})
+    wish = recipe.train.model_copy(update={"strategy": strategy, "epochs": epochs, "checkpoint": "last", **alone})
     plan = make_plan(recipe.model_copy(update={"train": wish}), seen.facts)
     probe = {} if seen.probe is None else {"weight": seen.probe.weight.float(), "bias": seen.probe.bias.float()}
     began = time.perf_counter()

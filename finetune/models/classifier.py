@@ -16,7 +16,7 @@ from finetune.models.layers import BatchNorm, Convolution, InstanceNorm
 from finetune.models.lora import LowRankLinear
 
 BATCH_NORM = ("frozen", "statistics", "train")
-ONLY = ("all", "norms", "biases", "lora")
+ONLY = ("all", "norm_only", "bitfit", "lora")
 
 
 class Classifier(nn.Module):
@@ -112,8 +112,8 @@ class Classifier(nn.Module):
             for own, _ in module.named_parameters(recurse=False):
                 trains = {
                     "all": True,
-                    "norms": is_norm(module),
-                    "biases": own == "bias" or own.endswith("_bias"),
+                    "norm_only": is_norm(module),
+                    "bitfit": own == "bias" or own.endswith("_bias"),
                     "lora": isinstance(module, LowRankLinear) and own in LowRankLinear.ADDED,
                 }[only]
                 if not trains or (batch_norm == "statistics" and isinstance(module, BatchNorm)):
@@ -124,8 +124,8 @@ class Classifier(nn.Module):
         if not is_open:
             return f"only {only!r} chooses among opened stages, but num_trainable_stages is 0; open some."
         found, do = {
-            "norms": ("norms", "Train whole stages"),
-            "biases": ("biases", "Train whole stages"),
+            "norm_only": ("norms", "Train whole stages"),
+            "bitfit": ("biases", "Train whole stages"),
             "lora": ("low-rank matrices", "Call add_lora first"),
         }[only]
         held = " that train with batch_norm 'statistics'" if batch_norm == "statistics" else ""

@@ -98,8 +98,8 @@ class Case:
 
     @property
     def swapped(self) -> list[str]:
-        """Every class that `data.label_swap` names, as often as it does."""
-        return [name for pair in self.recipe.data.label_swap for name in pair]
+        """Every class that `data.flip_label_pairs` names, as often as it does."""
+        return [name for pair in self.recipe.data.flip_label_pairs for name in pair]
 
     @property
     def strangers(self) -> str:

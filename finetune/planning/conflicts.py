@@ -13,7 +13,7 @@ from finetune.errors import RecipeError
 from finetune.planning.case import Case
 from finetune.planning.refit import has_more
 
-_CYCLIC = ("cyclic", "growing")
+_CYCLIC = ("cyclic", "cosine_restarts")
 _TURNING = (*_CYCLIC, "one_cycle")
 
 
@@ -265,10 +265,10 @@ OF_HEADS: tuple[Row, ...] = (
         lambda c: f"head.activation is {c.head.activation}: {c.activation}",
     ),
     (
-        lambda c: c.recipe.evaluate.draws and not c.drops,
+        lambda c: c.recipe.evaluate.mc_samples and not c.drops,
         lambda c: (
-            f"evaluate.draws is {c.recipe.evaluate.draws}, but the head drops nothing, so all draws would be the same; "
-            "set head.dropout (0.5 is usual) or head.drop_connect, or evaluate.draws to 0."
+            f"evaluate.mc_samples is {c.recipe.evaluate.mc_samples}, but the head drops nothing, so all draws would be "
+            "the same; set head.dropout (0.5 is usual) or head.drop_connect, or evaluate.mc_samples to 0."
         ),
     ),
 )
@@ -277,20 +277,20 @@ OF_HEADS: tuple[Row, ...] = (
 OF_FLIPS: tuple[Row, ...] = (
     (
         lambda c: c.strangers,
-        lambda c: f"data.label_swap names {c.strangers}, which is no class; they are {c.classes}.",
+        lambda c: f"data.flip_label_pairs names {c.strangers}, which is no class; they are {c.classes}.",
     ),
     (
         lambda c: c.twice,
         lambda c: (
-            f"data.label_swap names {c.twice} twice, but a mirror image has one class; leave out a class that keeps "
-            "its own."
+            f"data.flip_label_pairs names {c.twice} twice, but a mirror image has one class; leave out a class that "
+            "keeps its own."
         ),
     ),
     (
         lambda c: c.swapped and {"vflip", "rot90"} <= set(c.recipe.data.invariances or ()),
         lambda c: (
             "data.invariances names vflip and rot90, which together mirror an image and keep its label, but "
-            "data.label_swap says that its label changes; remove one of the three."
+            "data.flip_label_pairs says that its label changes; remove one of the three."
         ),
     ),
 )
@@ -346,10 +346,10 @@ AFTER_ADVICE: tuple[Row, ...] = (
         ),
     ),
     (
-        lambda c: c.recipe.evaluate.draws and c.strategy == "probe",
+        lambda c: c.recipe.evaluate.mc_samples and c.strategy == "probe",
         lambda c: (
-            f"evaluate.draws is {c.recipe.evaluate.draws}, but the model is the probe ({c.judged}), which is solved "
-            "without dropout. Set another train.strategy, or evaluate.draws to 0."
+            f"evaluate.mc_samples is {c.recipe.evaluate.mc_samples}, but the model is the probe ({c.judged}), which is "
+            "solved without dropout. Set another train.strategy, or evaluate.mc_samples to 0."
         ),
     ),
 )

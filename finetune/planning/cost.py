@@ -17,7 +17,7 @@ def predict_seconds(facts: Facts, *, trains: str, epochs: int, is_refit: bool = 
 
     Args:
         facts: hold the timing of steps on this machine.
-        trains: a number of top stages, `norms`, or `0` for the probe, which the survey has solved already.
+        trains: a number of top stages, `norm_only`, or `0` for the probe, which the survey has solved already.
         epochs: passes over the training images.
         is_refit: the same is then trained again on all labelled images.
     """
@@ -62,7 +62,7 @@ def with_forecasts(advice: Advice, facts: Facts, *, epochs: int, at_once: int, i
         "probe": "0",
         "partial": str(partial_depth(stages, facts.profile)),
         "full": str(stages),
-        "norms": "norms",
+        "norm_only": "norm_only",
     }
     rows = []
     for strategy, trains in keys.items():
@@ -78,7 +78,7 @@ def with_forecasts(advice: Advice, facts: Facts, *, epochs: int, at_once: int, i
                     gain_high=high,
                     seconds=seconds,
                     memory_mb=memory,
-                    is_gain_known=trains != "norms",
+                    is_gain_known=trains != "norm_only",
                 )
             )
     return advice.model_copy(update={"forecasts": tuple(rows)})

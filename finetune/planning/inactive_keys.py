@@ -17,7 +17,7 @@ from finetune.config.recipe import Recipe
 from finetune.planning.refit import is_cross_fitted
 from finetune.runs.teacher import idle_distillation
 
-_CYCLES = ("cyclic", "growing")
+_CYCLES = ("cyclic", "cosine_restarts")
 _ADAM = ("adam", "adamw")
 _STEPWISE = ("sgd", "momentum", "nesterov", "adagrad", "rmsprop", *_ADAM, "timm/*")
 _CHANGES = ("light", "medium", "heavy")
@@ -27,7 +27,7 @@ READ_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "head.bias": ("head.kind", ("mlp",)),
     "augment.crop": ("augment.preset", _CHANGES),
     "train.lora_rank": ("train.strategy", ("lora",)),
-    "train.patience": ("train.keep", ("settled", "best")),
+    "train.patience": ("train.checkpoint", ("settled", "best")),
     "train.clip_norm": ("train.optimizer.name", _STEPWISE),
     "train.optimizer.backbone_lr_ratio": ("train.optimizer.name", _STEPWISE),
     "train.optimizer.layer_decay": ("train.optimizer.name", _STEPWISE),
@@ -42,7 +42,7 @@ READ_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "train.schedule.end": ("train.schedule.name", ("linear", "cosine", *_CYCLES)),
     "train.schedule.decades": ("train.schedule.name", ("exponential", "inverse")),
     "train.schedule.cycles": ("train.schedule.name", _CYCLES),
-    "train.schedule.growth": ("train.schedule.name", ("growing",)),
+    "train.schedule.growth": ("train.schedule.name", ("cosine_restarts",)),
     "train.schedule.patience": ("train.schedule.name", ("plateau",)),
     "train.schedule.factor": ("train.schedule.name", ("plateau",)),
     "train.averaging.ema_decay": ("train.averaging.kind", ("ema",)),
@@ -145,7 +145,7 @@ def _idle_anywhere(recipe: Recipe, plan: Plan, facts: Facts) -> dict[str, str]:
         idle["evaluate.coverage"] = "there are no calibration images to choose sets by"
     if plan.data.allowed_changes and plan.augment.preset == "none" and not _MIRRORED.search(plan.evaluate.views):
         needs = "it is read only with augment.preset other than none, or mirrored evaluate.views"
-        idle |= {"data.invariances": needs, "data.label_swap": needs}
+        idle |= {"data.invariances": needs, "data.flip_label_pairs": needs}
     return idle
 
 

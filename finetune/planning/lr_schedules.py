@@ -12,7 +12,7 @@ from itertools import accumulate
 
 from finetune.config.recipe import ScheduleSpec
 
-CYCLIC = ("cyclic", "growing")
+CYCLIC = ("cyclic", "cosine_restarts")
 """Schedules that restart, and so are made of whole cycles."""
 ONE_CYCLE_RISE, ONE_CYCLE_START, ONE_CYCLE_END = 0.3, 1 / 25, 1 / 25 / 1e4
 """Share of the steps that `one_cycle` rises, and where it begins and ends: torch's."""
@@ -45,7 +45,7 @@ def rate_factor(
     then runs over the rest, whose shares place its drops. `one_cycle` (Smith & Topin 2017,
     https://arxiv.org/abs/1708.07120) rises on its own. Cycles begin and end with whole epochs, whatever the warm-up: it
     takes the place of the beginning of the first one, of half of it at most. `cyclic` is Huang et al., ICLR 2017,
-    section 3, https://arxiv.org/abs/1704.00109; `growing` is SGDR, Loshchilov & Hutter, ICLR 2017, section 3,
+    section 3, https://arxiv.org/abs/1704.00109; `cosine_restarts` is SGDR, Loshchilov & Hutter, ICLR 2017, section 3,
     https://arxiv.org/abs/1608.03983, as is `cosine`. These reach `end` one step after the last. `plateau` stays at the
     peak here; multiply by `Plateau.factor`.
 
@@ -104,7 +104,7 @@ def _cycle_lengths(spec: ScheduleSpec, epochs: int) -> list[int]:
     """Epochs of each cycle; together at least `epochs`."""
     if spec.name not in CYCLIC:
         return [epochs]
-    growth, first = spec.growth if spec.name == "growing" else 1.0, 1
+    growth, first = spec.growth if spec.name == "cosine_restarts" else 1.0, 1
     while sum(lengths := [math.floor(first * growth**cycle + 0.5) for cycle in range(spec.cycles)]) < epochs:
         first += 1
     return lengths
@@ -124,7 +124,7 @@ def _fall(spec: ScheduleSpec, step: int, steps: int) -> float:
             share = 1 / (1 + (10**spec.decades - 1) * done)
         case "linear":
             share = spec.end + (1 - spec.end) * (1 - done)
-        case "cosine" | "cyclic" | "growing":
+        case "cosine" | "cyclic" | "cosine_restarts":
             share = spec.end + (1 - spec.end) * 0.5 * (1 + math.cos(math.pi * done))
     return share
 

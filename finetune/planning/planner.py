@@ -184,8 +184,8 @@ def _decide_data(recipe: Recipe, facts: Facts, refit: Refit, decide: Any) -> dic
         decide("data.splits", "; ".join(named) or "none", None, "")
     for what, name in wish.columns.named.items():
         decide(f"data.columns.{what}", name, None, "")
-    if wish.label_swap:
-        decide("data.label_swap", wish.label_swap, None, "")
+    if wish.flip_label_pairs:
+        decide("data.flip_label_pairs", wish.flip_label_pairs, None, "")
     is_refit = decide("data.split.refit", wish.split.refit, refit.is_refit, refit.why)
     seed = recipe.seed if wish.split.seed is None else wish.split.seed
     return {
@@ -213,13 +213,13 @@ def _measured(found: RangeFacts) -> str:
 def _safe_changes(recipe: Recipe, facts: Facts) -> tuple[tuple[str, ...], str]:
     """What may be done to an image without changing its label, where the recipe does not say; and why."""
     seen = facts.chirality
-    if recipe.data.label_swap:
-        return (), "data.label_swap says what a flip does to labels"
+    if recipe.data.flip_label_pairs:
+        return (), "data.flip_label_pairs says what a flip does to labels"
     if recipe.train.strategy == "probe" or seen is None:
         return (), "none is declared, and whether mirroring shows was not measured"
     if seen.sided:
         pairs = ", ".join("/".join(pair) for pair in seen.sided[:3])
-        return (), f"classes are named by side ({pairs}); if a flip swaps them, declare data.label_swap"
+        return (), f"classes are named by side ({pairs}); if a flip swaps them, declare data.flip_label_pairs"
     if seen.share is None:
         return (), "too few images to tell whether mirroring shows; declare [hflip] where it does not"
     told = f"{100 * seen.share.value:.0f} % of {seen.share.n} originals are told from their mirror images"
@@ -256,7 +256,7 @@ def _decide_evaluate(
     """The section; `refit` is that of a probe which is the model, and whose temperature may be cross-fitted."""
     wish = recipe.evaluate
     views, calibrate = wish.views, wish.calibrate
-    if views == "ten" and "hflip" not in invariances and not recipe.data.label_swap:
+    if views == "ten" and "hflip" not in invariances and not recipe.data.flip_label_pairs:
         views = "five"
         why = "ten crops mirror the image, and hflip is not among data.invariances"
         decide("evaluate.views", None, views, why)

@@ -38,7 +38,7 @@ WHOLE_STEP = 64
 """Images per step for which `LEARNING_RATES` are given."""
 LARGEST_RATE = 1.0
 """However large the batch."""
-RATIOS = {"partial": 0.5, "full": 0.3, "gradual": 0.3, "surgical": 0.3, "norms": 1.0, "biases": 1.0, "lora": 1.0}
+RATIOS = {"partial": 0.5, "full": 0.3, "gradual": 0.3, "surgical": 0.3, "norm_only": 1.0, "bitfit": 1.0, "lora": 1.0}
 """Rate of the backbone's top over that of the head: see `benchmarks/LOG.md`. Training bears more where the first layers
 are still, and the head's own where it is the top third alone, or the few numbers of norms, biases and adapters."""
 LAYER_DECAY = 1.0
@@ -169,7 +169,7 @@ def _decide_averaging(wish: TrainSpec, steps: int, decide: Decide) -> dict[str, 
 def _decide_keeping(
     wish: TrainSpec, facts: Facts, schedule: dict[str, Any], epochs: int, decide: Decide
 ) -> dict[str, Any]:
-    cycles = schedule["cycles"] if schedule["name"] in ("cyclic", "growing") else 0
+    cycles = schedule["cycles"] if schedule["name"] in ("cyclic", "cosine_restarts") else 0
     falls = schedule["name"] not in STEADY
     num_val = sum(facts.counts["val"])
     is_enough = num_val >= LEAST_VAL
@@ -184,10 +184,10 @@ def _decide_keeping(
     enough = ("settled", fallen) if falls else ("best", "the rate stays up, so no epoch is at rest: val chooses")
     return {
         "patience": decide("train.patience", wish.patience, patience, why),
-        "keep": decide("train.keep", wish.keep, *(enough if is_enough else ("last", few))),
-        "choose": decide(
-            "train.choose",
-            wish.choose,
+        "checkpoint": decide("train.checkpoint", wish.checkpoint, *(enough if is_enough else ("last", few))),
+        "monitor": decide(
+            "train.monitor",
+            wish.monitor,
             "balanced" if is_uneven else "loss",
             "classes are uneven, and each counts alike"
             if is_uneven
@@ -215,7 +215,7 @@ def make_stages(strategy: str, train: dict[str, Any], facts: Facts) -> list[Stag
     if strategy == "probe":
         return []
     optimizer, total = train["optimizer"], len(facts.backbone.stages)
-    only: dict[str, Any] = {"norms": "norms", "biases": "biases", "lora": "lora"}
+    only: dict[str, Any] = {"norm_only": "norm_only", "bitfit": "bitfit", "lora": "lora"}
     layers = tuple(train["layers"])
     if strategy == "surgical":
         layers = (max(facts.gradients, key=facts.gradients.__getitem__),)

@@ -141,7 +141,7 @@ def plan_text(plan: Plan) -> str:
 def _moving(stage: Stage) -> str:
     """What of the backbone trains in a stage, in words."""
     where = ", ".join(stage.layers) if stage.layers else f"top {stage.trainable_stages} stages"
-    what = {"all": "", "norms": "norms of the ", "biases": "biases of the ", "lora": "low-rank matrices in the "}
+    what = {"all": "", "norm_only": "norms of the ", "bitfit": "biases of the ", "lora": "low-rank matrices in the "}
     first = " without the first layer" if stage.freezes_first else ""
     fresh = f" ({stage.fresh_stages} drawn anew)" if stage.fresh_stages else ""
     return f"{what[stage.trains]}{where}{first}{fresh}"

@@ -22,7 +22,7 @@ from finetune.training.module import Finetuning
 from finetune.training.own import OwnTraining
 
 _DECIDED: tuple[tuple[type[pl.Callback], str], ...] = (
-    (known.Checkpoint, "a run keeps its own state after each epoch, and train.keep says whose weights remain"),
+    (known.Checkpoint, "a run keeps its own state after each epoch, and train.checkpoint says whose weights remain"),
     (known.BaseFinetuning, "what moves is said by train.strategy, train.depth and train.layers"),
     (known.StochasticWeightAveraging, "weights are averaged by train.averaging"),
     (known.WeightAveraging, "weights are averaged by train.averaging"),

@@ -70,11 +70,13 @@ class Keeper(pl.Callback):
         self.checkpoint, self.curves, self.members, self.say, self.notify = checkpoint, curves, members, say, notify
         self.compute = Compute.of(plan.hardware)
         stage, averaging = plan.stages[index], plan.train.averaging
-        has_cycles = stage.schedule.name in ("cyclic", "growing")
+        has_cycles = stage.schedule.name in ("cyclic", "cosine_restarts")
         self._ends = cycle_ends(stage.schedule, stage.epochs) if has_cycles else ()
         self._is_last = index == plan.last_stage(stage.images)
         self._snapshots = self._ends if self._is_last and averaging.snapshots else ()
-        self.stop = EarlyStop(patience=plan.train.patience, keeps_last=plan.train.keep == "last", cycle_ends=self._ends)
+        self.stop = EarlyStop(
+            patience=plan.train.patience, keeps_last=plan.train.checkpoint == "last", cycle_ends=self._ends
+        )
         self.best_state: dict[str, torch.Tensor] = {}
         self.best_losses = torch.empty(0)
         """(N,) of the val images, of the epoch that is kept as things stand."""
@@ -213,9 +215,9 @@ class Keeper(pl.Callback):
             raw = measure_loss(module.classifier, *judged, at_once=self._at_once)
             values = {**values, "val/raw_loss": raw.loss, "val/raw_top1": raw.top1}
         with self._shipped(module):
-            found = measure_loss(module.classifier, *judged, choose=str(train.choose), at_once=self._at_once)
+            found = measure_loss(module.classifier, *judged, choose=str(train.monitor), at_once=self._at_once)
             dead = self._dead_share(module.classifier, val)
-            top1 = found.balanced_top1 if train.choose == "balanced" else found.top1
+            top1 = found.balanced_top1 if train.monitor == "balanced" else found.top1
             if self.epoch < 0:
                 self.start_top1, self.start_dead = top1, dead or 0.0
             is_harmed = is_clearly_worse(top1, self.start_top1, len(val.indices))
@@ -224,7 +226,7 @@ class Keeper(pl.Callback):
                 self.stop.best_loss, self.best_losses = found.chosen_by, found.losses
                 self._keep(module.classifier)
         values = {**values, "val/loss": found.loss, "val/tempered_loss": found.chosen_by, "val/top1": found.top1}
-        if train.choose == "balanced":
+        if train.monitor == "balanced":
             values["val/balanced_top1"] = found.balanced_top1
         self._tell(module, values, {} if dead is None else {"dead_units": dead})
         if dead is not None and dead > self.start_dead + DEAD_RISE:
@@ -238,7 +240,9 @@ class Keeper(pl.Callback):
         """Whether this is where the rate has fallen to its end, and no earlier epoch was clearly better on val."""
         stage = self.plan.stages[self.index]
         is_end = self.epoch + 1 == stage.epochs and (self._is_last or stage.schedule.name != "constant")
-        return self.plan.train.keep == "settled" and is_end and not is_clearly_higher(found.losses, self.best_losses)
+        return (
+            self.plan.train.checkpoint == "settled" and is_end and not is_clearly_higher(found.losses, self.best_losses)
+        )
 
     @contextlib.contextmanager
     def _shipped(self, module: Finetuning) -> Iterator[None]:

@@ -66,7 +66,7 @@ def fit(
     say: Callable[[str], None],
     notify: Callable[[], None],
 ) -> None:
-    """Train `classifier` in place by stage `index` of the plan; it then holds the epoch that `train.keep` asks for.
+    """Train `classifier` in place by stage `index` of the plan; it then holds the epoch that `train.checkpoint` names.
 
     Args:
         plan: what to do.
@@ -193,7 +193,7 @@ def _make_module(
         optimizer,
         step,
         plateau=plateau if stage.schedule.name == "plateau" else None,
-        divergence=Divergence(len(plan.classes), spec.stop_ratio),
+        divergence=Divergence(len(plan.classes), spec.divergence_threshold),
         average=_make_average(classifier, averaging) if keeps_average else None,
         average_from=0 if swa_start is None else round(swa_start * steps),
         folding=folding,

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-Kind = Literal["none", "inverse", "effective", "sampler", "logits", "focal"]
+Kind = Literal["none", "inverse", "effective", "sampler", "logit_adjustment", "focal"]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From logits (B, K) and labels (B,) or targets (B, K) to the losses (B,), in nats."""
 
@@ -45,7 +45,7 @@ def make_loss(
     if not gamma >= 0:
         raise ValueError(f"gamma must not be negative, got {gamma}.")
     weights = class_weights(kind, counts, beta=beta)
-    shift = log_priors(counts) if kind == "logits" else torch.zeros(len(counts))
+    shift = log_priors(counts) if kind == "logit_adjustment" else torch.zeros(len(counts))
     power = gamma if kind == "focal" else 0.0
 
     def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

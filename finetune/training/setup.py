@@ -88,7 +88,7 @@ def soften_probe(probe: Mapping[str, torch.Tensor], kind: Kind, num_images: Sequ
         num_images: training images of each of the K classes.
     """
     bias = probe["bias"]
-    if kind == "logits":
+    if kind == "logit_adjustment":
         bias = bias - log_priors(num_images).to(bias)
     return {"weight": PROBE_SOFTENING * probe["weight"], "bias": PROBE_SOFTENING * bias}
 
