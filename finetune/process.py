@@ -11,7 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 
 from finetune.compute import give_back_memory, gpu_draws, keep_freed_memory, search_kernels
@@ -66,7 +66,7 @@ def as_guest() -> Iterator[None]:
     import torch
 
     flushed = flushes_denormals()
-    with lend("process", _take_process):
+    with lend_filters(), lend("process", _take_process):
         try:
             tune_process()
             yield
@@ -74,12 +74,22 @@ def as_guest() -> Iterator[None]:
             torch.set_flush_denormal(flushed)
 
 
+def lend_filters() -> AbstractContextManager[None]:
+    """Hold the filters of warnings, so that they may be changed in any thread; the last holder puts them back."""
+    return lend("filters of warnings", _take_filters)
+
+
+def _take_filters() -> Callable[[], None]:
+    kept = ExitStack()
+    kept.enter_context(warnings.catch_warnings())
+    return kept.close
+
+
 def _take_process() -> Callable[[], None]:
     import numpy as np
     import torch
 
     kept = ExitStack()
-    kept.enter_context(warnings.catch_warnings())
     kept.callback(torch.set_rng_state, torch.get_rng_state())
     kept.callback(gpu_draws())
     kept.callback(np.random.set_state, np.random.get_state())

@@ -240,7 +240,7 @@ def test_every_look_at_val_has_a_flag_and_test_is_never_one(finished):
     lowest = "all but the lowest quarter of 13 stages and all above the best depth; the first layers stay"
     deep = flags([("train.depth", lowest)])
     mirrored = flags([("data.invariances", "mirroring shows: 80 % of 300 originals are told from their mirror images")])
-    last = flags(keep="last")
+    last = flags(checkpoint="last")
     falling = plan.stages[0].model_copy(update={"schedule": ScheduleSpec(name="plateau")})
     plateau = selection_flags(plan.model_copy(update={"stages": (falling,)}))
     assert advised[0].startswith("train.strategy: the advice") and piloted[0].startswith("train.strategy: short")

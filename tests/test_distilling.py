@@ -509,9 +509,8 @@ def test_a_probe_was_never_balanced_and_members_that_differ_are_not_followed(poo
     for number in (1, 2):
         balanced(RunFolder(teacher.file(f"members/{number}")), "logit_adjustment")
     known = read_teacher(str(teacher.path))
-    assert (
-        inherit_imbalance(known, [9, 9])[0] == "logit_adjustment"
-    )  # the plan of the whole, which says none, counts for nothing
+    # the plan of the whole, which says none, counts for nothing
+    assert inherit_imbalance(known, [9, 9])[0] == "logit_adjustment"
     second = RunFolder(teacher.file("members/2"))
     shutil.copy(pool[1].file("probe.safetensors"), second.path)
     balanced(second, "logit_adjustment", stages=())
@@ -519,7 +518,7 @@ def test_a_probe_was_never_balanced_and_members_that_differ_are_not_followed(poo
     assert known.imbalances == ("logit_adjustment", "none")
     kind, why = inherit_imbalance(known, [9, 9])
     assert kind == "none" and why.endswith(
-        "its teacher's networks differ in this (logits, none), so it sets no example"
+        "its teacher's networks differ in this (logit_adjustment, none), so it sets no example"
     )
     assert inherit_imbalance(known, [99, 9])[0] == KIND
     assert inherit_imbalance(None, [9, 9])[0] == "none"

@@ -329,7 +329,7 @@ def test_weights_of_trainings_that_began_apart_are_not_mixed(pool, tmp_path):
     changes = {
         "backbone weights 0000": {"weights_digest": "0" * 64},
         "head linear, begun from zero": {"head": plan.head.model_copy(update={"init": "zero"})},
-        "fresh stages 1": {"train": plan.train.model_copy(update={"reinit": 1})},
+        "fresh stages 1": {"stages": tuple(one.model_copy(update={"fresh_stages": 1}) for one in plan.stages)},
     }
     for number, (message, change) in enumerate(changes.items()):
         other = altered(second, tmp_path / str(number), **change)

@@ -52,4 +52,4 @@ def test_the_ranking_and_the_images_of_a_run_are_opened_alike(folds):
     read = stored_images(SimpleNamespace(plan=SimpleNamespace(data=data)))
     assert read is not None and read("Lager A/a/0.png") == (folds / "Lager A/a/0.png").read_bytes()
     nothing = SimpleNamespace(items=[], files=())
-    assert _count_seen(SimpleNamespace(data=data), nothing, [])["n"] == 0
+    assert _count_seen(SimpleNamespace(data=data), nothing, []).n == 0

@@ -197,7 +197,7 @@ def _has_sets(run):
 
 
 def test_views_that_a_member_cannot_cut_are_refused_before_anything_is_written(pool, tmp_path):
-    from test_ensembles import altered
+    from made_runs import altered
 
     plan = pool[0].plan
     first = altered(pool[0], tmp_path, evaluate=plan.evaluate.model_copy(update={"views": "center@40"}))

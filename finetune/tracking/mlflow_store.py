@@ -47,10 +47,17 @@ def mlflow_environment(uri: str, login: Login | None) -> Iterator[None]:
         yield
 
 
+def hush_mlflow() -> None:
+    """Let no warning of MLflow's own be shown; who calls it holds the filters (`lend_filters`), or owns the process.
+
+    Not `catch_warnings`: the sender's thread would put back the filters of whatever the main thread does meanwhile.
+    """
+    warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
+
+
 def prepare_mlflow() -> tuple[type[Exception], ...]:
     """Import MLflow; what its stores and clients raise when the other side is to blame."""
-    # Not `catch_warnings`: it would put back the filters of whatever the main thread does meanwhile.
-    warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
+    hush_mlflow()
     import requests
     import sqlalchemy.exc
     from alembic.util.exc import CommandError

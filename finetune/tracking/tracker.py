@@ -26,11 +26,13 @@ from typing import Any
 import yaml
 
 from finetune.config.addresses import HOW_TO_LOG_IN, Login, hide_logins, login_from_environment, split_login
+from finetune.process import lend_filters
 from finetune.runs.folder import RunFolder
 from finetune.tracking.mlflow_store import (
     artifact_root,
     experiment_id,
     has_run,
+    hush_mlflow,
     lock_store,
     mlflow_environment,
     open_client,
@@ -121,6 +123,8 @@ class Tracker:
             self._state = earlier
             earlier.status, earlier.ended_ms, earlier.finished = None, None, False
         self._environment.enter_context(mlflow_environment(fresh.uri, self._login))
+        self._environment.enter_context(lend_filters())
+        hush_mlflow()  # here too: what the main thread puts back meanwhile are then filters that hold it
         self.notify()
         self._look()
         with suppress(OSError):  # a full disk is the sender's to report: it saves before it sends
