@@ -11,9 +11,8 @@ from finetune.config.facts import Facts, Ranking
 from finetune.config.plan import Plan
 from finetune.config.reading import Wish, as_recipe
 from finetune.config.recipe import Recipe
-from finetune.config.section import Section
+from finetune.config.section import ROLES, Section
 from finetune.data.dataset import Dataset
-from finetune.data.items import ROLES
 from finetune.data.torch_datasets import Handed
 from finetune.errors import DataError, RecipeError, names_beside, nearest
 from finetune.features.survey import Survey, look, survey_part

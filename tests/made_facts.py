@@ -8,9 +8,9 @@ from finetune.config.facts import (
     NeighbourFacts,
     PerClass,
     ProbeFacts,
-    Proportion,
     SimilarityFacts,
 )
+from finetune.config.measures import Proportion
 
 
 def make_facts(

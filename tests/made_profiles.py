@@ -1,10 +1,7 @@
 """Depth profiles as a survey would give them."""
 
-from finetune.config.facts import (
-    DepthFacts,
-    ProfileFacts,
-    Proportion,
-)
+from finetune.config.facts import DepthFacts, ProfileFacts
+from finetune.config.measures import Proportion
 
 
 def share(value, half=0.03, n=400):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.config.recipe import HeadSpec
+from finetune.config.model_keys import HeadSpec
 from finetune.errors import RecipeError
 from finetune.models.activations import Maxout, make_activation
 from finetune.models.initialization import initialize

@@ -20,7 +20,7 @@ from finetune.metrics.classification import (
     score_predictions,
     top_k_accuracy,
 )
-from finetune.metrics.intervals import wilson
+from finetune.metrics.shares import wilson
 
 
 def _predictions(n=400, num_classes=7, seed=0):

@@ -7,14 +7,8 @@ import pytest
 from made_profiles import make_profile, share
 from made_scores import make_scores, split_scores
 
-from finetune.config.facts import (
-    ChiralityFacts,
-    Facts,
-    Measure,
-    ProbeFacts,
-    ShiftFacts,
-    SimilarityFacts,
-)
+from finetune.config.facts import ChiralityFacts, Facts, ProbeFacts, ShiftFacts, SimilarityFacts
+from finetune.config.measures import Measure
 from finetune.config.plan import Advice, Plan, Reason
 from finetune.config.reading import load_recipe
 from finetune.config.recipe import TrainSpec
@@ -22,9 +16,10 @@ from finetune.planning.advisor import UNMEASURED
 from finetune.planning.matrix import ORDER, Place, choose_at
 from finetune.planning.planner import make_plan as plan_of
 from finetune.reporting.decision import ForecastRow, decide, depth_figure, forecast_rows, shift_figure
+from finetune.reporting.grid_text import grid_text
 from finetune.reporting.html import render_report
 from finetune.reporting.matrix_figure import COLUMNS, ROWS, grid_figure
-from finetune.reporting.text import facts_text, forecasts_text, grid_text, plan_text, profile_text
+from finetune.reporting.text import facts_text, forecasts_text, plan_text, profile_text
 from finetune.reporting.wording import (
     chirality_sentence,
     depth_sentence,

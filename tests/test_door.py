@@ -16,10 +16,10 @@ from PIL import Image
 import finetune as ft
 from finetune import cli, pipeline
 from finetune.config.reading import as_recipe, load_recipe
+from finetune.data.held import hold
 from finetune.data.splits import refuse_idle
 from finetune.errors import BackboneError, DataError, RunError
 from finetune.evaluation.other_data import evaluate_elsewhere
-from finetune.inference.batch_predict import hold
 from finetune.model_selection.zoo import add_card
 from finetune.preparing import say_on_stderr
 

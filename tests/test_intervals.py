@@ -11,8 +11,8 @@ from finetune.metrics.intervals import (
     mean_of_f1,
     mean_of_shares,
     paired_difference,
-    wilson,
 )
+from finetune.metrics.shares import wilson
 
 Z = 1.959963984540054
 

@@ -7,7 +7,8 @@ import torch
 from made_facts import make_facts
 
 import finetune as ft
-from finetune.config.facts import PilotFacts, Proportion
+from finetune.config.facts import PilotFacts
+from finetune.config.measures import Proportion
 from finetune.errors import RecipeError
 from finetune.features.survey import look
 from finetune.model_selection import pilot

@@ -8,13 +8,8 @@ from made_facts import make_facts
 from pydantic import BaseModel, ValidationError
 
 from finetune.config.decided import OF_STAGES, RATES
-from finetune.config.facts import (
-    ChiralityFacts,
-    DepthFacts,
-    Measure,
-    ProfileFacts,
-    Proportion,
-)
+from finetune.config.facts import ChiralityFacts, DepthFacts, ProfileFacts
+from finetune.config.measures import Measure, Proportion
 from finetune.config.plan import Plan, Stage, read_plan
 from finetune.config.reading import load_recipe
 from finetune.config.recipe import recipe_keys

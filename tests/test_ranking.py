@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from finetune.cli import app
 from finetune.config.backbone_names import default_backbone, read_zoo, shipped
 from finetune.config.card import read_card
-from finetune.config.facts import Measure, Proportion, Ranking, RankRow
+from finetune.config.facts import Ranking, RankRow
+from finetune.config.measures import Measure, Proportion
 from finetune.config.reading import load_recipe
 from finetune.data.splits import draw_sample
 from finetune.errors import BackboneError, DataError, RecipeError

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.metrics.classification import log_loss
-from finetune.metrics.intervals import wilson
 from finetune.metrics.selection import AVERAGES, average, disagreement, ensemble_table, greedy_selection
+from finetune.metrics.shares import wilson
 
 SEEDS = st.integers(0, 2**31)
 QUICK = settings(max_examples=40, deadline=None, database=None)

@@ -8,7 +8,7 @@ from made_facts import make_facts
 from made_profiles import make_profile
 from made_scores import make_scores
 
-from finetune.config.facts import Measure
+from finetune.config.measures import Measure
 from finetune.config.other_data import RunElsewhere, RunFittedOn, Seen
 from finetune.config.scores import AgainstProbe
 from finetune.metrics.classification import score_predictions

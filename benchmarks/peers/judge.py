@@ -8,7 +8,8 @@ import torch
 
 from finetune.config.measures import Measure
 from finetune.metrics.classification import log_losses
-from finetune.metrics.intervals import bootstrap_mean, wilson
+from finetune.metrics.intervals import bootstrap_mean
+from finetune.metrics.shares import wilson
 
 
 class AnswersError(ValueError):

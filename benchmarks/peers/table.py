@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rows import read_rows
 
 from finetune.config.measures import Measure
-from finetune.metrics.intervals import paired_difference, wilson
+from finetune.metrics.intervals import paired_difference
+from finetune.metrics.shares import wilson
 
 PAGE = HERE.parents[1] / "docs" / "peers.md"
 OURS = "ours"

@@ -17,10 +17,11 @@ from finetune.config.decided import (
     TrainPlan,
     shared_by_stages,
 )
+from finetune.config.model_keys import RegularizationSpec
 from finetune.config.own import OwnThing
-from finetune.config.recipe import EvaluateSpec, RegularizationSpec, Section
+from finetune.config.recipe import EvaluateSpec
 from finetune.config.renamed import with_new_names
-from finetune.config.section import Prefer
+from finetune.config.section import Prefer, Section
 from finetune.errors import RunError
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml is ten times faster, and a plan is read often

@@ -35,11 +35,13 @@ class ColorShift:
     def draw(self, numbers: np.random.Generator) -> np.ndarray:
         """One shift (3,), in units of pixels / 255: `P (a * lambda)` with `a ~ N(0, deviation^2)`."""
         weights = numbers.normal(0.0, self.deviation, 3)
-        return np.asarray(self.eigenvectors) @ (weights * np.asarray(self.eigenvalues))
+        shift: np.ndarray = np.asarray(self.eigenvectors) @ (weights * np.asarray(self.eigenvalues))
+        return shift
 
     def change(self, view: np.ndarray, numbers: np.random.Generator) -> np.ndarray:
         """`view` (S, S, 3) uint8 with one shift added to every pixel; values end at 0 and 255."""
-        return np.clip(np.rint(view + 255 * self.draw(numbers)), 0, 255).astype(np.uint8)
+        changed: np.ndarray = np.clip(np.rint(view + 255 * self.draw(numbers)), 0, 255).astype(np.uint8)
+        return changed
 
 
 class CheckedChange:

@@ -101,7 +101,8 @@ class Items(Sequence[Item]):
     @property
     def labels(self) -> np.ndarray:
         """(N,) int32 of all items."""
-        return self._class_of
+        labels: np.ndarray = self._class_of
+        return labels
 
     def name(self, index: int) -> str:
         """Of one item; frames are counted from 1."""
@@ -146,7 +147,7 @@ class Items(Sequence[Item]):
     def num_bytes(self) -> int:
         """Memory that the columns take."""
         columns = (self._folder_of, self._class_of, self._role_of, self._row_of, self._frame_of)
-        return sum(column.nbytes for column in columns) + self._names.num_bytes + self._files.num_bytes
+        return sum(int(column.nbytes) for column in columns) + self._names.num_bytes + self._files.num_bytes
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Items) and list(self) == list(other)

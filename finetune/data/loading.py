@@ -170,7 +170,8 @@ class Batches:
             return np.arange(len(self.indices))
         order = _permutation(len(self.indices), _ORDER, self.seed, self.epoch)
         if self.balanced:
-            return draw_evenly(self.labels.numpy(), seed=self.seed, epoch=self.epoch)[order]
+            drawn: np.ndarray = draw_evenly(self.labels.numpy(), seed=self.seed, epoch=self.epoch)[order]
+            return drawn
         return order
 
 

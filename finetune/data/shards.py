@@ -38,7 +38,7 @@ def read_row(shard: Path, row: int, column: str = "image") -> bytes:
             images = _row_groups.get((*key, group))
             if images is None:
                 images = _load_group(key, group)
-        value = images[row - starts[group]].as_py()
+        value: bytes | None = images[row - starts[group]].as_py()
     except (pa.ArrowException, IndexError, KeyError) as fault:
         raise OSError(errno.EIO, f"row {row} cannot be read ({fault})", str(shard)) from fault
     if value is None:

@@ -10,7 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from finetune.data.items import ROLES, Items
+from finetune.config.section import ROLES
+from finetune.data.items import Items
 from finetune.errors import DataError
 
 UNUSED = "unused"

@@ -70,7 +70,8 @@ def wide_values(image: Image.Image, data: bytes, frame: int) -> np.ndarray:
             twin.seek(frame)
         twin.tile = [tile._replace(args=_swapped(tile.args)) for tile in twin.tile]
         low = np.asarray(twin)
-    return (np.asarray(image).astype(np.uint16) << 8) | low
+    values: np.ndarray = (np.asarray(image).astype(np.uint16) << 8) | low
+    return values
 
 
 def _swapped(args: Any) -> Any:

@@ -18,7 +18,8 @@ from finetune.inference.predict import predict_in_batches
 from finetune.inference.tta import average_views
 from finetune.inference.tta_views import open_viewer
 from finetune.metrics.classification import decide, log_losses, top_k_accuracy
-from finetune.metrics.intervals import bootstrap_mean, wilson
+from finetune.metrics.intervals import bootstrap_mean
+from finetune.metrics.shares import wilson
 from finetune.models.classifier import Classifier
 
 MOST_BYTES = 256 * 2**20

@@ -14,7 +14,7 @@ import torch
 
 from finetune.config.measures import Proportion
 from finetune.features.probing import fit_probe
-from finetune.metrics.intervals import wilson
+from finetune.metrics.shares import wilson
 
 FOLDS = 5
 LEAST_IMAGES = 100

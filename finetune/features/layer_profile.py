@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from finetune.config.facts import DepthFacts, ProfileFacts, Proportion
+from finetune.config.facts import DepthFacts, ProfileFacts
+from finetune.config.measures import Proportion
 from finetune.features.logistic import scale_of, solver_threads
 from finetune.features.penalties import L2_GRID, Part, choose_penalty
 from finetune.features.probing import TEMPERATURE
-from finetune.metrics.intervals import wilson
+from finetune.metrics.shares import wilson
 
 FOLDS = 5
 NEIGHBOURS = 10

@@ -21,16 +21,9 @@ from safetensors.torch import load_file, save_file
 from finetune.compute import Compute
 from finetune.config.backbone_names import cache_folder
 from finetune.config.card import View
-from finetune.config.facts import (
-    ChiralityFacts,
-    Findings,
-    NeighbourFacts,
-    ProbeFacts,
-    ProfileFacts,
-    Proportion,
-    SimilarityFacts,
-)
+from finetune.config.facts import ChiralityFacts, Findings, NeighbourFacts, ProbeFacts, ProfileFacts, SimilarityFacts
 from finetune.config.imbalance import hides_classes
+from finetune.config.measures import Proportion
 from finetune.data.decoding import center_crop
 from finetune.data.loading import ImageStore
 from finetune.data.splits import draw_sample

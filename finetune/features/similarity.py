@@ -17,7 +17,8 @@ from torch import nn
 
 from finetune.compute import Compute, exact, own_draws
 from finetune.config.card import View
-from finetune.config.facts import Measure, Proportion, ResponseFacts, ShiftFacts
+from finetune.config.facts import ResponseFacts, ShiftFacts
+from finetune.config.measures import Measure, Proportion
 from finetune.data.loading import normalize
 from finetune.errors import BackboneError
 from finetune.features.extraction import look_at_all

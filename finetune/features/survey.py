@@ -17,9 +17,9 @@ from finetune.config.facts import BadFile, Facts, Findings, RangeFacts
 from finetune.config.opening import Opening, opening_of
 from finetune.config.plan import Plan
 from finetune.config.recipe import Recipe
+from finetune.config.section import ROLES
 from finetune.data.ancestry import overlap_warnings
 from finetune.data.dataset import Dataset
-from finetune.data.items import ROLES
 from finetune.data.loading import Batches
 from finetune.data.normalization import measure_constants
 from finetune.data.splits import Split, refuse_idle

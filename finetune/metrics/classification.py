@@ -11,14 +11,8 @@ import torch
 
 from finetune.config.measures import Measure, Proportion
 from finetune.config.scores import ClassScore, SplitScores
-from finetune.metrics.intervals import (
-    bootstrap,
-    bootstrap_mean,
-    mean_of_f1,
-    mean_of_shares,
-    percentiles,
-    wilson,
-)
+from finetune.metrics.intervals import bootstrap, bootstrap_mean, mean_of_f1, mean_of_shares, percentiles
+from finetune.metrics.shares import wilson
 
 NUM_BINS = 15
 """Equal-width confidence bins, as in Guo et al., ICML 2017, https://arxiv.org/abs/1706.04599."""

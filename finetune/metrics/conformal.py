@@ -17,7 +17,8 @@ import torch
 
 from finetune.config.scores import SetScores
 from finetune.metrics.classification import decide
-from finetune.metrics.intervals import bootstrap_mean, wilson
+from finetune.metrics.intervals import bootstrap_mean
+from finetune.metrics.shares import wilson
 
 EVERYTHING = 1.0
 """The threshold that no class exceeds: every set holds all classes."""

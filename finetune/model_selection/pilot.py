@@ -15,7 +15,7 @@ from finetune.config.facts import Facts, PilotFacts
 from finetune.config.recipe import DistillationSpec, Recipe
 from finetune.errors import RecipeError
 from finetune.features.survey import Survey
-from finetune.metrics.intervals import wilson
+from finetune.metrics.shares import wilson
 from finetune.planning.cost import EPOCH_SECONDS
 from finetune.planning.matrix import ORDER
 from finetune.planning.planner import make_plan

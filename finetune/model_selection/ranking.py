@@ -15,7 +15,8 @@ import torch
 from finetune.compute import Compute
 from finetune.config.backbone_names import default_backbone, read_zoo
 from finetune.config.card import Card, View
-from finetune.config.facts import Measure, Ranking, RankRow, Unranked
+from finetune.config.facts import Ranking, RankRow, Unranked
+from finetune.config.measures import Measure
 from finetune.config.recipe import Recipe
 from finetune.data.dataset import Dataset
 from finetune.data.decoding import center_crop

@@ -7,7 +7,8 @@ strategy whose gain is worth most when its cost is paid, at the price that `trai
 import math
 from collections.abc import Sequence
 
-from finetune.config.facts import Facts, Measure, ProfileFacts, Proportion
+from finetune.config.facts import Facts, ProfileFacts
+from finetune.config.measures import Measure, Proportion
 from finetune.config.plan import Advice
 from finetune.config.section import Prefer
 from finetune.planning.matrix import ORDER, STEP, Gain, Place, choose_at, gain_at
@@ -52,7 +53,8 @@ def similarity_of_shift(shifts: Sequence[Measure]) -> tuple[float, float, float]
 def early_shift(shifts: Sequence[Measure], part: str = "value") -> float:
     """The mean shift over the earliest quarter of the stages that have batch norm."""
     early = shifts[: math.ceil(len(shifts) / 4)]
-    return sum(getattr(shift, part) for shift in early) / len(early)
+    total: float = sum(getattr(shift, part) for shift in early)
+    return total / len(early)
 
 
 def similarity_of_probes(probe: Proportion, knn: Proportion, chance: float) -> tuple[float, float, float]:
