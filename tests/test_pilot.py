@@ -52,7 +52,7 @@ def test_the_better_half_goes_on(piloted):
 
 @pytest.mark.parametrize("better", ["partial", "full"])
 def test_the_worse_half_is_left_behind(piloted, shapes, monkeypatch, better):
-    def trial(recipe, seen, strategy, seconds, number):
+    def trial(recipe, seen, strategy, seconds, number, *rest):
         return row(strategy, 0.9 if strategy == better else 0.7, number)
 
     monkeypatch.setattr(pilot, "_try", trial)

@@ -44,6 +44,9 @@ def mlflow_environment(uri: str, login: Login | None) -> Iterator[None]:
     own = logging.getLogger("mlflow").level if "mlflow" in sys.modules else logging.INFO  # as its import sets it
     levels = {"mlflow": own, "alembic": logging.getLogger("alembic").level}
     with lend_environment({**QUIET, **wanted}), lend_levels(levels):
+        told = logging.getLevelName(wanted["MLFLOW_LOGGING_LEVEL"].upper())
+        if isinstance(told, int):  # MLflow reads the variable at its import, which may have been long ago
+            logging.getLogger("mlflow").setLevel(told)
         yield
 
 
