@@ -33,7 +33,7 @@ from finetune.planning.matrix import ERRORS, ORDER, SIMILARITIES, SIZES, Place
 
 HERE = Path(__file__).resolve().parent
 GRID, TABLE = HERE / "results" / "grid.csv", HERE / "results" / "matrix.md"
-MODULE = HERE.parent / "finetune" / "recipe" / "matrix.py"
+MODULE = HERE.parent / "finetune" / "planning" / "matrix.py"
 RATE = "0.001"
 VARIANTS = {
     "partial": "partial", "probe_then_full": "full", "default_partial": "partial", "default_full": "full",

@@ -42,6 +42,7 @@ def train(name, images, folder, record):
     return {"losses": losses[:5], "ends": ends}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_the_first_losses_and_the_last_weights_are_those_of_before(name, shapes, tmp_path, monkeypatch):
     """To one per cent: AdamW's first steps make a difference of 1e-6 in the probe one of 2e-3 in the loss."""

@@ -154,6 +154,7 @@ def run_on_a_mac(shapes, runs, wishes):
     return run
 
 
+@pytest.mark.slow
 def test_a_plan_is_measured_where_there_is_no_float64(gpu, shapes):
     facts, plan = ft.plan(str(shapes), ["backbone=tiny_resnet18.cifar10"], say=quiet)
     assert facts.machine.device == plan.hardware.devices == "mps"
@@ -161,6 +162,7 @@ def test_a_plan_is_measured_where_there_is_no_float64(gpu, shapes):
     assert gpu.calls > 1000
 
 
+@pytest.mark.slow
 def test_a_training_needs_no_float64_on_its_device(gpu, shapes, tmp_path):
     run = run_on_a_mac(shapes, tmp_path, TRAINED)
     assert gpu.calls > 10_000

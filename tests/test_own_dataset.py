@@ -251,6 +251,7 @@ def test_a_label_that_no_class_bears_is_told():
         open_datasets(strange)
 
 
+@pytest.mark.slow
 def test_images_with_no_folder_can_be_trained_on_and_resumed(runs, monkeypatch):
     """Fake data set by torchvision, killed after its plan: the same weights as an undisturbed run."""
     fake = FakeData(48, (3, 32, 32), 3, random_offset=1)

@@ -91,6 +91,7 @@ def run(shapes, runs):
     return ft.train(shapes, [*TRAINED, "name=own"], model=handed(), runs=runs, say=quiet)
 
 
+@pytest.mark.slow
 def test_the_bundled_backbone_handed_in_is_trained_as_by_its_name(shapes, runs):
     card = read_zoo()[default_backbone()]
     module = timm.create_model(card.arch, **card.arch_kwargs, num_classes=card.num_classes)
@@ -134,6 +135,7 @@ def test_yours_stays_as_it_is(shapes, runs):
     )
 
 
+@pytest.mark.slow
 def test_a_run_needs_its_network_again_and_says_so(run, shapes, monkeypatch):
     image = next(shapes.rglob("*.png"))
     fresh = ft.load_run(run.path)
@@ -172,6 +174,7 @@ def test_a_run_of_a_named_backbone_wants_no_module(shapes, runs):
         ft.resume(named, model=handed(), say=quiet)
 
 
+@pytest.mark.slow
 def test_its_plan_runs_with_it_alone(run, runs):
     with pytest.raises(RunError, match=r"run of this plan was begun with torchvision.*for model .*gets none now"):
         ft.train(run.plan, runs=runs, say=quiet)
@@ -194,6 +197,7 @@ def test_another_run_can_begin_from_what_was_trained(run, shapes):
     assert facts.backbone.weights_digest != run.plan.weights_digest
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_weights(run, shapes):
     before = run.final_weights().read_bytes()
     for path in (

@@ -89,6 +89,7 @@ def begun_anew(run):
     return run
 
 
+@pytest.mark.slow
 def test_a_focal_loss_trains_as_our_own_does(shapes, runs):
     wish = [*PLAIN, "train.epochs=1"]
     theirs = ft.train(shapes, wish, loss=focal, runs=runs, say=quiet)
@@ -151,6 +152,7 @@ def test_wishes_that_the_loss_contradicts_are_refused(shapes, wish, message):
         ft.plan(shapes, [*PLAIN, wish], loss=focal, say=quiet)
 
 
+@pytest.mark.slow
 def test_callbacks_and_loggers_hear_of_every_stage(shapes, runs, tmp_path):
     counter, logger, said = Counter(), CSVLogger(tmp_path, name="own"), []
     monitor = known.EarlyStopping("val/loss", patience=9)
@@ -209,6 +211,7 @@ def test_each_stage_begins_with_the_state_that_was_handed_in():
     assert Listeners(own, is_watched=False, say=said.append).callbacks == [callback] and "EarlyStopping" in said[0]
 
 
+@pytest.mark.slow
 def test_what_a_callback_stops_in_a_refit_is_kept(shapes, runs):
     class OnlyRefit(pl.Callback):
         def on_train_epoch_end(self, trainer, module):
@@ -220,6 +223,7 @@ def test_what_a_callback_stops_in_a_refit_is_kept(shapes, runs):
     assert done["epoch"] == 0 and done["is_finished"] and done["best_state"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_state_of_its_callbacks(shapes, runs):
     class Killed(Remembering):
         def on_train_batch_start(self, trainer, module, batch, index):

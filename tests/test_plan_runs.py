@@ -89,6 +89,7 @@ def test_a_plan_in_hand_is_trained_like_its_file(made, tmp_path):
     assert digests(ft.train(plan, runs=tmp_path, say=quiet)) == digests(made("probe"))
 
 
+@pytest.mark.slow
 def test_a_run_of_a_plan_holds_no_recipe_and_goes_on_predicts_and_is_judged(made, shapes, tmp_path):
     run = ft.train(made("partial").plan, runs=tmp_path, say=quiet)
     assert set(FILES) - {path.name for path in run.path.iterdir()} == {"recipe.yaml", "tracking.json"}
@@ -105,6 +106,7 @@ def test_a_run_of_a_plan_holds_no_recipe_and_goes_on_predicts_and_is_judged(made
     assert child.plan.backbone == str(run.path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["run folder", "  classes"], ids=["before", "after"])
 def test_a_run_of_a_plan_that_is_stopped_before_or_after_the_survey_goes_on(made, tmp_path, words):
     def stop(text):

@@ -188,6 +188,7 @@ def test_an_error_leaves_the_process_as_it_was(shapes, owner, tmp_path):
     assert differences(before, process_state()) == []
 
 
+@pytest.mark.slow
 def test_two_threads_and_a_second_call_work_and_put_back_what_was_before_both(finished, shapes, owner, tmp_path):
     expected = ft.predict(finished, shapes)
     before = process_state()

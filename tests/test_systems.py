@@ -87,6 +87,7 @@ def test_a_training_needs_nothing_that_a_system_may_lack(hidden, shapes, tmp_pat
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_training_needs_nothing_of_all_that_a_system_may_lack(shapes, tmp_path):
     done = train_without(" ".join(HIDEABLE), shapes, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -103,6 +104,7 @@ def make_batches(shapes, workers):
     return Batches(store, rows, labels, batch_size=6, augmentation=vary, shuffle=True, seed=1, workers=workers)
 
 
+@pytest.mark.slow
 def test_loader_processes_that_are_not_forked_give_the_same_batches(shapes, monkeypatch):
     alone, ways = list(make_batches(shapes, 0)), []
 

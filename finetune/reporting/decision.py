@@ -186,7 +186,7 @@ def _forecast_row(forecast: Forecast, advice: Advice, chosen: str) -> ForecastRo
     marks["gain not measured"] = not forecast.is_gain_known
     shown = ("0", "") if is_base else (points(gain), f"{points(low)} to {points(high)}")
     return ForecastRow(
-        strategy=name.replace("_", " "),
+        strategy=name,
         gain=shown[0] if forecast.is_gain_known else "–",
         interval=shown[1] if forecast.is_gain_known else "",
         seconds=duration(forecast.seconds),
