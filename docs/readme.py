@@ -12,6 +12,7 @@ What stands between `<!-- NAME -->` and `<!-- /NAME -->` is replaced by what was
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -105,8 +106,12 @@ def plan(path: Path) -> str:
 
 
 def result(name: str) -> str:
-    """What a benchmark left, as it is."""
-    return (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8").strip()
+    """What a benchmark left, as it is; and at which version, for not every version is measured anew."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.md"
+    said = ["git", "log", "-1", "--format=%h (%cs)", "--", str(path)]
+    version = subprocess.run(said, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert version, f"{path} is not committed yet, so no version can be told"
+    return f"{path.read_text(encoding='utf-8').strip()}\n\nMeasured with version {version}."
 
 
 def rank(path: Path) -> str:
