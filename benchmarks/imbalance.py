@@ -26,7 +26,7 @@ from finetune.training.losses import log_priors, make_loss
 
 HERE = Path(__file__).resolve().parent
 SETS = ("flowers5", "cifar10_20k")
-KINDS = ("none", "shifted", "inverse", "effective", "sampler", "logits", "focal")
+KINDS = ("none", "shifted", "inverse", "effective", "sampler", "logit_adjustment", "focal")
 RATIOS = (1, 2, 3, 10, 50)
 SEEDS = (0, 1, 2)
 LARGEST, BATCH, RATE = 400, 64, 1e-3
@@ -145,7 +145,7 @@ def tune(name: str, largest: int, ratio: int, epochs: int, strategy: str, shared
     wishes += ["data.split.calibration=0", "evaluate.calibrate=false", "tracking.enabled=false"]
     wishes += [f"train.strategy={strategy}", f"train.epochs={epochs}"]
     cells: list[str] = []
-    for kind in ("none", "logits", "inverse"):
+    for kind in ("none", "logit_adjustment", "inverse"):
         recipe = ft.load_recipe(None, [*wishes, f"train.imbalance.kind={kind}"])
         run = ft.train(recipe, runs=work / "runs", say=lambda text: None)
         arrays, share = np.load(run.file("predictions.npz")), np.array([counts[label] for label in run.plan.classes])
@@ -171,7 +171,9 @@ def main() -> None:
     os.environ.setdefault("FINETUNE_CACHE", str(options.work.resolve() / "cache"))
     torch.set_num_threads(1)
     if options.tuned:
-        print(f"| set, ratio, epochs | probe | adjusted | none | logits | inverse |\n|{'---|' * 6}", flush=True)
+        print(
+            f"| set, ratio, epochs | probe | adjusted | none | logit_adjustment | inverse |\n|{'---|' * 6}", flush=True
+        )
         for name, largest in TUNED.items():
             for ratio, (epochs, strategy) in product((10, 100), ((3, "full"), (10, "partial"))):
                 tune(name, largest, ratio, epochs, strategy, options.shared.resolve(), options.work.resolve())

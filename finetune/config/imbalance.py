@@ -11,9 +11,9 @@ UNEVEN_RATIO = 3.0
 balanced accuracy, within two standard deviations over seeds; threefold 2.0, tenfold 4.5, fiftyfold 7.2, all beyond
 three (`python benchmarks/imbalance.py`: linear heads on two sets, three seeds)."""
 KIND = "inverse"
-"""Inverse weights start from the decisions of the probe and leave them gradually. `logits` gains as much balanced
-accuracy, but has a higher log loss, and starts from the probe with its priors taken away: where a class has two images
-that may name it everywhere (`docs/training.md`; `python benchmarks/imbalance.py --tuned`)."""
+"""Inverse weights start from the decisions of the probe and leave them gradually. `logit_adjustment` gains as much
+balanced accuracy, but has a higher log loss, and starts from the probe with its priors taken away: where a class has
+two images that may name it everywhere (`docs/training.md`; `python benchmarks/imbalance.py --tuned`)."""
 
 
 def ratio_of(counts: Sequence[int]) -> float:

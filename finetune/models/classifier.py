@@ -48,8 +48,8 @@ class Classifier(nn.Module):
             batch_norm: of the opened part. `frozen` keeps it at its pretrained statistics (its scale and shift
                 still train); `statistics` lets these follow the new images and holds scale and shift; `train`
                 moves both.
-            only: which tensors of the opened part train. `norms` are scales and shifts of all norm layers;
-                `biases` all biases, which in a network whose convolutions have none are mostly the shifts of
+            only: which tensors of the opened part train. `norm_only` are scales and shifts of all norm layers;
+                `bitfit` all biases, which in a network whose convolutions have none are mostly the shifts of
                 its norms (BitFit: Zaken et al., ACL 2022, https://arxiv.org/abs/2106.10199); `lora` the matrices
                 that `add_lora` added.
             layers: names out of `backbone.stages`, or of layers as the architecture calls them, each with all

@@ -22,9 +22,9 @@ def make_loss(
     """Cross-entropy, changed as `kind` says, from logits (B, K) and labels (B,) or targets (B, K) to losses (B,).
 
     `none` and `sampler` change nothing. `inverse` and `effective` weight images by class: see `class_weights`.
-    `logits` adds `log_priors` to the logits, in training only, so that the bare logits rank classes as if all were
-    equally common: Menon et al., ICLR 2021, https://arxiv.org/abs/2007.07314, section 5. `focal` turns down images that
-    are already right, by (1 - p)^gamma: Lin et al., ICCV 2017, https://arxiv.org/abs/1708.02002, over the softmax
+    `logit_adjustment` adds `log_priors` to the logits, in training only, so that the bare logits rank classes as if all
+    were equally common: Menon et al., ICLR 2021, https://arxiv.org/abs/2007.07314, section 5. `focal` turns down images
+    that are already right, by (1 - p)^gamma: Lin et al., ICCV 2017, https://arxiv.org/abs/1708.02002, over the softmax
     instead of sigmoids, and without class weights. A mixed target is weighted share by share, as if the image stood
     in the batch once for each of its labels.
 
@@ -92,8 +92,8 @@ def class_weights(kind: Kind, counts: Sequence[int], *, beta: float = 0.999) -> 
 def log_priors(counts: Sequence[int]) -> torch.Tensor:
     """(K,) in float64: log of the share of each class among the training images.
 
-    Taken from the bias of a model that was trained plainly, it gives what `logits` trains for: Menon et al., section
-    4. A class without images counts as if it had one, for minus infinity could not be trained.
+    Taken from the bias of a model that was trained plainly, it gives what `logit_adjustment` trains for: Menon et al.,
+    section 4. A class without images counts as if it had one, for minus infinity could not be trained.
     """
     images = torch.tensor(counts, dtype=torch.float64).clamp(min=1)
     return (images / images.sum()).log()

@@ -77,8 +77,8 @@ def make_classifier(
 def soften_probe(probe: Mapping[str, torch.Tensor], kind: Kind, num_images: Sequence[int]) -> dict[str, torch.Tensor]:
     """`weight` and `bias` of a first head that decides as the probe does, but is less sure.
 
-    With `logits` the loss adds the priors, and what is judged has none. So they are taken from the probe first, and
-    what is judged decides as the probe with its priors taken away does (Menon et al., ICLR 2021, section 4,
+    With `logit_adjustment` the loss adds the priors, and what is judged has none. So they are taken from the probe
+    first, and what is judged decides as the probe with its priors taken away does (Menon et al., ICLR 2021, section 4,
     https://arxiv.org/abs/2007.07314). Softened is then only what images say; the loss adds the priors whole. Taken
     away whole from a probe that was softened before, they would leave their own reverse in what is judged.
 
